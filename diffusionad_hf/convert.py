@@ -1,0 +1,225 @@
+"""Reads checkpoints of the paper's own code into a pipeline."""
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from einops import rearrange
+
+from .modeling_anomaly_segmenter import AnomalySegmenter
+from .modeling_norm_guided_unet import NormGuidedUNet2DModel
+from .pipeline_diffusionad import DiffusionADPipeline
+from .scheduling_norm_guided import NormGuidedScheduler
+
+__all__ = ["convert_checkpoint", "convert_segmenter_weights", "convert_unet_weights", "pipeline_from_checkpoint"]
+
+_RESNET_PARTS = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "embed_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_SEGMENTER_UP = ("b", "1", "2", "3", "4")
+
+
+def convert_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> DiffusionADPipeline:
+    """
+    Writes a pipeline folder from a `params-*.pt` of the reference implementation.
+
+    Args:
+        checkpoint: The file; read with `weights_only=True`, so that nothing in it is executed.
+        output_dir: Folder of the pipeline; created where needed.
+
+    Returns:
+        [`DiffusionADPipeline`]: The converted pipeline.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no such checkpoint, or its weights fit no network of this package.
+    """
+    pipe = pipeline_from_checkpoint(checkpoint)
+    pipe.save_pretrained(output_dir)
+    return pipe
+
+
+def pipeline_from_checkpoint(checkpoint: str | Path) -> DiffusionADPipeline:
+    """Like [`convert_checkpoint`], in memory."""
+    state = _read(Path(checkpoint))
+    unet_weights, segmenter_weights = state["unet_model_state_dict"], state["seg_model_state_dict"]
+    args = dict(state.get("args") or {})
+    try:
+        unet = NormGuidedUNet2DModel(**_unet_config(unet_weights, args))
+        unet.load_state_dict(convert_unet_weights(unet_weights, unet))
+        first = segmenter_weights["encoder_segment.block1.0.weight"]
+        last = segmenter_weights["decoder_segment.fin_out.0.weight"]
+        segmenter = AnomalySegmenter(in_channels=first.shape[1], out_channels=last.shape[0], base_channels=len(first))
+        segmenter.load_state_dict(convert_segmenter_weights(segmenter_weights))
+    except (KeyError, RuntimeError, IndexError) as error:
+        reason = str(error).replace("\n", " ")
+        raise ValueError(
+            f"{checkpoint}: the weights do not fit the networks of DiffusionAD ({reason}). Only checkpoints with the "
+            "reference's UNetModel and SegmentationSubNetwork can be converted."
+        ) from error
+    scheduler = NormGuidedScheduler(
+        num_train_timesteps=int(args.get("T", 1000)),
+        small_timestep=int(args.get("eval_normal_t", 200)),
+        big_timestep=int(args.get("eval_noisier_t", 400)),
+        timestep_boundary=int(args.get("less_t_range", 300)),
+        guidance_weight=float(args.get("condition_w", 1.0)),
+    )
+    return DiffusionADPipeline(unet=unet.eval(), segmenter=segmenter.eval(), scheduler=scheduler)
+
+
+def convert_unet_weights(weights: Mapping[str, torch.Tensor], unet: NormGuidedUNet2DModel) -> dict[str, torch.Tensor]:
+    """
+    Renames the reference's UNet weights: its flat `down`, `middle` and `up` lists walk the residual blocks, attentions and samplers
+    of diffusers' blocks in the same order.
+
+    Args:
+        weights: State dict of the reference's `UNetModel`.
+        unet: A network of the same size; gives the structure, is not changed.
+
+    Returns:
+        `dict[str, torch.Tensor]`: State dict for `unet`.
+    """
+    modules = {
+        "time_embedding.1": "time_embedding.linear_1",
+        "time_embedding.3": "time_embedding.linear_2",
+        "down.0.0": "conv_in",
+        "middle.0": "mid_block.resnets.0",
+        "middle.1": "mid_block.attentions.0",
+        "middle.2": "mid_block.resnets.1",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    position = 1
+    for i, block in enumerate(unet.down_blocks):
+        for j in range(len(block.resnets)):
+            modules[f"down.{position}.0"] = f"down_blocks.{i}.resnets.{j}"
+            modules[f"down.{position}.1"] = f"down_blocks.{i}.attentions.{j}"
+            position += 1
+        if block.downsamplers is not None:
+            modules[f"down.{position}.0"] = f"down_blocks.{i}.downsamplers.0"
+            position += 1
+    position = 0
+    for i, block in enumerate(unet.up_blocks):
+        attentions = getattr(block, "attentions", None)
+        # The reference upsamples inside the list entry of a level's last residual block; diffusers' attention blocks call
+        # their resnet upsampler `upsamplers` or `resnet_up`, depending on the block.
+        upsampler = "upsamplers.0" if getattr(block, "upsamplers", None) is not None else "resnet_up"
+        for j in range(len(block.resnets)):
+            modules[f"up.{position}.0"] = f"up_blocks.{i}.resnets.{j}"
+            if attentions is not None:
+                modules[f"up.{position}.1"] = f"up_blocks.{i}.attentions.{j}"
+            if j == len(block.resnets) - 1:
+                modules[f"up.{position}.{1 if attentions is None else 2}"] = f"up_blocks.{i}.{upsampler}"
+            position += 1
+
+    converted = {}
+    for name, tensor in weights.items():
+        path, _, kind = name.rpartition(".")
+        if path in modules:
+            converted[f"{modules[path]}.{kind}"] = tensor
+            continue
+        depth = 2 if path.startswith("middle") else 3
+        parts = path.split(".")
+        module, part = modules[".".join(parts[:depth])], ".".join(parts[depth:])
+        if part == "to_qkv":
+            heads = unet.config.num_attention_heads
+            # Conv1d weights of width 1 are linear layers with one axis too many.
+            by_head = rearrange(tensor, "(head qkv channel) ... -> qkv (head channel) (...)", head=heads, qkv=3)
+            for target, value in zip(("to_q", "to_k", "to_v"), by_head, strict=True):
+                converted[f"{module}.{target}.{kind}"] = value if kind == "weight" else value.squeeze(-1)
+        elif part == "proj_out":
+            converted[f"{module}.to_out.0.{kind}"] = tensor.squeeze(-1) if kind == "weight" else tensor
+        elif part == "norm":
+            converted[f"{module}.group_norm.{kind}"] = tensor
+        else:
+            converted[f"{module}.{_RESNET_PARTS[part]}.{kind}"] = tensor
+    return converted
+
+
+def convert_segmenter_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Renames the weights of the reference's `SegmentationSubNetwork`.
+
+    Args:
+        weights: Its state dict.
+
+    Returns:
+        `dict[str, torch.Tensor]`: State dict for an [`AnomalySegmenter`].
+    """
+    modules = {f"encoder_segment.block{level + 1}": f"down_blocks.{level}" for level in range(6)}
+    for i, name in enumerate(_SEGMENTER_UP):
+        modules[f"decoder_segment.up_{name}" if name == "b" else f"decoder_segment.up{name}"] = f"up_convs.{i}"
+        modules[f"decoder_segment.db_{name}" if name == "b" else f"decoder_segment.db{name}"] = f"up_blocks.{i}"
+    converted = {}
+    for name, tensor in weights.items():
+        if name.startswith("decoder_segment.fin_out.0."):
+            converted[f"conv_out.{name.rpartition('.')[2]}"] = tensor
+            continue
+        network, block, index, kind = name.split(".")
+        target = modules[f"{network}.{block}"]
+        # The reference's up-convolutions carry the upsampling as layer 0.
+        index = int(index) - target.startswith("up_convs")
+        converted[f"{target}.{index}.{kind}"] = tensor
+    return converted
+
+
+def _unet_config(weights: Mapping[str, torch.Tensor], args: Mapping) -> dict:
+    """The network's configuration: from the shapes of its weights where they tell, else from the arguments of the training."""
+    entries = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("down."))
+    # Every level but one ends with an upsampler, the only residual block in an entry of the up list that is not its first.
+    upsamplers = {name.split(".")[1] for name in weights if re.match(r"up\.\d+\.[12]\.in_layers", name)}
+    per_level = entries // (len(upsamplers) + 1)
+    firsts = range(1, entries, per_level)
+    attends = [f"down.{entry}.1.norm.weight" in weights for entry in firsts]
+    size = args.get("img_size", 256)
+    head_width = int(args.get("num_head_channels") or -1)
+    if head_width != -1:
+        raise ValueError(f"checkpoints with a fixed attention head width (num_head_channels={head_width}) are not supported")
+    return {
+        "sample_size": int(size[0] if isinstance(size, (list, tuple)) else size),
+        "in_channels": weights["down.0.0.weight"].shape[1],
+        "out_channels": weights["out.2.weight"].shape[0],
+        "block_out_channels": tuple(weights[f"down.{entry}.0.out_layers.3.weight"].shape[0] for entry in firsts),
+        "down_block_types": tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)),
+        "layers_per_block": per_level - 1,
+        "dropout": float(args.get("dropout") or 0.0),
+        "num_attention_heads": int(args.get("num_heads") or 4),
+    }
+
+
+def _read(path: Path) -> dict:
+    """A checkpoint's dictionary, unpickled with nothing but tensors and plain containers allowed."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file.")
+    try:
+        with torch.serialization.safe_globals([(_plain_dict, "collections.defaultdict"), str]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: refused, because it holds more than tensors and plain values and loading it could run code. "
+            "Only convert checkpoints written by the reference's train.py."
+        ) from error
+    except (EOFError, RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable PyTorch checkpoint (truncated, or another kind of file).") from error
+    missing = [k for k in ("unet_model_state_dict", "seg_model_state_dict") if not _is_weights(state, k)]
+    if missing:
+        raise ValueError(f"{path}: not a checkpoint of the reference: {' and '.join(missing)} missing.")
+    return state
+
+
+def _plain_dict(*_: object) -> dict:
+    """Stands in for `collections.defaultdict(str)`, in which the reference saves its `args` and which the safe unpickler refuses to fill."""
+    return {}
+
+
+def _is_weights(state: object, key: str) -> bool:
+    weights = state.get(key) if isinstance(state, Mapping) else None
+    return isinstance(weights, Mapping) and all(isinstance(value, torch.Tensor) for value in weights.values())

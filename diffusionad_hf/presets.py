@@ -1,0 +1,41 @@
+"""Named sizes of the two networks, and untrained pipelines of them."""
+
+from .modeling_anomaly_segmenter import AnomalySegmenter
+from .modeling_norm_guided_unet import NormGuidedUNet2DModel
+from .pipeline_diffusionad import DiffusionADPipeline
+from .scheduling_norm_guided import NormGuidedScheduler
+
+__all__ = ["PRESETS", "build_pipeline"]
+
+# `paper` is the size of the published models.
+PRESETS = {
+    "paper": {"unet_base_channels": 128, "segmenter_base_channels": 64, "norm_num_groups": 32},
+    "small": {"unet_base_channels": 32, "segmenter_base_channels": 16, "norm_num_groups": 32},
+    "tiny": {"unet_base_channels": 16, "segmenter_base_channels": 16, "norm_num_groups": 16},
+}
+
+
+def build_pipeline(preset: str = "small", resolution: int = 256) -> DiffusionADPipeline:
+    """
+    An untrained pipeline of a named size.
+
+    Args:
+        preset: `"paper"`, `"small"` or `"tiny"`.
+        resolution: Side length of the images in px; a multiple of 32.
+
+    Raises:
+        ValueError: If the preset is unknown or the networks cannot take the resolution.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f'preset="{preset}": must be one of {", ".join(PRESETS)}.')
+    multiple = AnomalySegmenter.size_multiple
+    if resolution < multiple or resolution % multiple:
+        raise ValueError(f"resolution={resolution}: the networks halve the image five times, so it must be a multiple of {multiple}.")
+    sizes = PRESETS[preset]
+    return DiffusionADPipeline(
+        unet=NormGuidedUNet2DModel(
+            **NormGuidedUNet2DModel.size_config(sizes["unet_base_channels"], resolution, sizes["norm_num_groups"])
+        ),
+        segmenter=AnomalySegmenter(base_channels=sizes["segmenter_base_channels"]),
+        scheduler=NormGuidedScheduler(),
+    )
