@@ -11,8 +11,8 @@ from torch import nn
 # nothing of this package, and the name `ModelMixin` has to stand in its namespace for diffusers to recognise it.
 __all__ = ["ModelMixin", "NormGuidedUNet2DModel"]
 
-# Side lengths, in px, of the feature maps that get self-attention (args1.json: "attention_resolutions": "32,16,8").
-_LARGEST_ATTENTION_MAP, _SMALLEST_ATTENTION_MAP = 32, 8
+# Feature maps of fewer px a side get no self-attention (args1.json: "attention_resolutions": "32,16,8").
+_SMALLEST_ATTENTION_MAP = 8
 
 
 class NormGuidedUNet2DModel(UNet2DModel):
@@ -109,7 +109,9 @@ class NormGuidedUNet2DModel(UNet2DModel):
         _zero(self.conv_out)
 
     @staticmethod
-    def size_config(base_channels: int, resolution: int, norm_num_groups: int = 32) -> dict:
+    def size_config(
+        base_channels: int, resolution: int, norm_num_groups: int = 32, largest_attention_map: int = 32
+    ) -> dict:
         """
         The size-dependent part of the configuration, as the reference derives it (`models/Recon_subnetwork.py`).
 
@@ -117,6 +119,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
             base_channels (`int`): Channels at full resolution; a multiple of `norm_num_groups`.
             resolution (`int`): Side length of the images in px.
             norm_num_groups (`int`): Groups of every group norm.
+            largest_attention_map (`int`): Side length in px up to which feature maps get self-attention.
 
         Returns:
             `dict`: Keyword arguments of this class.
@@ -128,7 +131,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
         else:
             multipliers = (1, 1, 2, 2, 4, 4)
         attends = [
-            _SMALLEST_ATTENTION_MAP <= resolution // 2**level <= _LARGEST_ATTENTION_MAP
+            _SMALLEST_ATTENTION_MAP <= resolution // 2**level <= largest_attention_map
             for level in range(len(multipliers))
         ]
         return {

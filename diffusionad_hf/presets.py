@@ -7,11 +7,11 @@ from .scheduling_norm_guided import NormGuidedScheduler
 
 __all__ = ["PRESETS", "build_pipeline"]
 
-# `paper` is the size of the published models.
+# `paper` is the size of the published models. `tiny` attends from 16 px down: on a CPU, half of its time went into the 32 px maps.
 PRESETS = {
-    "paper": {"unet_base_channels": 128, "segmenter_base_channels": 64, "norm_num_groups": 32},
-    "small": {"unet_base_channels": 32, "segmenter_base_channels": 16, "norm_num_groups": 32},
-    "tiny": {"unet_base_channels": 16, "segmenter_base_channels": 16, "norm_num_groups": 16},
+    "paper": {"base_channels": 128, "segmenter_base_channels": 64},
+    "small": {"base_channels": 32, "segmenter_base_channels": 16},
+    "tiny": {"base_channels": 16, "segmenter_base_channels": 16, "norm_num_groups": 16, "largest_attention_map": 16},
 }
 
 
@@ -31,11 +31,10 @@ def build_pipeline(preset: str = "small", resolution: int = 256) -> DiffusionADP
     multiple = AnomalySegmenter.size_multiple
     if resolution < multiple or resolution % multiple:
         raise ValueError(f"resolution={resolution}: the networks halve the image five times, so it must be a multiple of {multiple}.")
-    sizes = PRESETS[preset]
+    unet_sizes = dict(PRESETS[preset])
+    segmenter_base_channels = unet_sizes.pop("segmenter_base_channels")
     return DiffusionADPipeline(
-        unet=NormGuidedUNet2DModel(
-            **NormGuidedUNet2DModel.size_config(sizes["unet_base_channels"], resolution, sizes["norm_num_groups"])
-        ),
-        segmenter=AnomalySegmenter(base_channels=sizes["segmenter_base_channels"]),
+        unet=NormGuidedUNet2DModel(**NormGuidedUNet2DModel.size_config(resolution=resolution, **unet_sizes)),
+        segmenter=AnomalySegmenter(base_channels=segmenter_base_channels),
         scheduler=NormGuidedScheduler(),
     )

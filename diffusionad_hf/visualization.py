@@ -1,0 +1,572 @@
+"""Pictures a person can act on: heat maps, outlines, masks, lists of regions and report sheets from anomaly maps.
+
+Everything here draws at the image's own size and needs only numpy, scipy and Pillow. An anomaly map is an (H, W) array
+in [0, 1], and a *pixel threshold* in [0, 1] says from which value on (inclusive) a pixel belongs to a region;
+`region_threshold` derives it from the image threshold. `overlay`, `mask_image` and `find_regions` share one rule for
+what counts as a region, so the outlines, the mask and the list always agree.
+"""
+
+import math
+import os
+import secrets
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+__all__ = [
+    "Region",
+    "anomaly_map_16bit",
+    "colorize",
+    "difference",
+    "find_regions",
+    "location_words",
+    "mask_image",
+    "overlay",
+    "panel",
+    "region_threshold",
+    "save_image",
+]
+
+DEFAULT_THRESHOLD = 0.5
+"""Pixel threshold without calibration: the segmenter calls the pixel "more likely anomalous than not"."""
+
+# Sixteen equidistant colours of matplotlib's "inferno" (S. van der Walt and N. Smith, CC0, github.com/BIDS/colormap).
+# Linear interpolation stays within 7 of 255 of the published table. Its lightness rises steadily, so it reads in grey
+# print and for every kind of colour blindness, which rainbow maps do not.
+_INFERNO = (
+    "000004 0c0826 240c4f 420a68 5d126e 781c6d 932667 ae305c c73e4c dd513a ed6925 f8850f fca50a fac62d f2e661 fcffa4"
+)
+
+
+def _color_table() -> np.ndarray:
+    """The 256 colours of the heat scale, (256, 3) uint8."""
+    colors = np.array([list(bytes.fromhex(code)) for code in _INFERNO.split()], dtype=np.float64)
+    at = np.linspace(0, len(colors) - 1, 256)
+    return (
+        np.stack([np.interp(at, np.arange(len(colors)), channel) for channel in colors.T], axis=1).round().astype("u1")
+    )
+
+
+_COLORS = _color_table()
+_SPELT = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "≥": ">=", "≤": "<=", "→": "->", "·": "-", "ß": "ss"})
+_LIGHT, _DARK = (255, 255, 255), (16, 16, 20)
+
+
+@dataclass(frozen=True)
+class Region:
+    """One connected region of an anomaly map at or above the pixel threshold, in pixels of the image's own size.
+
+    Attributes:
+        box: `(x0, y0, x1, y1)`, half-open: `image.crop(region.box)` is the region.
+        area_px: Number of pixels in the region.
+        area_fraction: `area_px` over the number of pixels of the image.
+        peak: Largest map value in the region.
+        peak_xy: `(x, y)` of the peak; of equal peaks (a saturated map) the one closest to the region's centroid.
+        mean: Mean map value over the region.
+    """
+
+    box: tuple[int, int, int, int]
+    area_px: int
+    area_fraction: float
+    peak: float
+    peak_xy: tuple[int, int]
+    mean: float
+
+
+def region_threshold(image_threshold: float | None) -> float:
+    """The pixel threshold that goes with an image threshold.
+
+    The anomaly score is the mean of the 50 largest map values, so a map whose score reaches the threshold has values
+    that reach it too. The same number is therefore the largest pixel threshold that never leaves a rejected image
+    without a region (at the model's resolution). It is clipped to [0.01, 0.99]: below, outlines would follow
+    differences too faint for an 8-bit picture; above, as with the infinite threshold of a calibration on too few
+    images, even a saturated map would show nothing.
+
+    Args:
+        image_threshold: Calibrated threshold of the anomaly score, or None for an uncalibrated model, which gives 0.5.
+
+    Raises:
+        ValueError: If the threshold is NaN.
+    """
+    if image_threshold is None:
+        return DEFAULT_THRESHOLD
+    if math.isnan(image_threshold):
+        raise ValueError("image_threshold is NaN; pass a number, or None for an uncalibrated model")
+    return min(max(float(image_threshold), 0.01), 0.99)
+
+
+def colorize(anomaly_map: np.ndarray) -> np.ndarray:
+    """Colours an anomaly map on the absolute scale from 0 (black) over purple, red and orange to 1 (pale yellow).
+
+    Args:
+        anomaly_map: (H, W) in [0, 1].
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        ValueError: If the map is not a non-empty 2-D array of numbers in [0, 1].
+    """
+    return _COLORS[_to_levels(_checked_map(anomaly_map))]
+
+
+def overlay(
+    image: Image.Image | np.ndarray,
+    anomaly_map: np.ndarray,
+    *,
+    threshold: float | None = None,
+    opacity: float = 0.5,
+    contour: bool = True,
+    regions: Sequence[Region] = (),
+    highlight: Region | None = None,
+    min_area: int | None = None,
+) -> Image.Image:
+    """Lays the heat over the photo and outlines every region, so that the place shows without relying on colour.
+
+    The colour scale is centred on the threshold (0.5 without one), because "how far beyond the limit" is what a viewer
+    decides on. The heat's opacity grows with the value from nothing, so that normal areas stay the photo.
+
+    Args:
+        image: The photo: PIL image of any mode or (H, W, 3) float RGB in [0, 1].
+        anomaly_map: (H, W) in [0, 1], at the photo's size.
+        threshold: Pixel threshold in [0, 1] (see `region_threshold`). None draws no outlines.
+        opacity: Of the strongest heat, 0 (photo and outlines only) to 1.
+        contour: Whether to outline the regions.
+        regions: Regions to tag with their 1-based number, in the order of a table beside the picture.
+            Pictures under 66 pixels have no room for tags.
+        highlight: A region to frame.
+        min_area: As in `find_regions`.
+
+    Returns:
+        RGB image of the photo's size.
+
+    Raises:
+        ValueError: If an argument is out of range, or map and photo differ in size.
+    """
+    values = _checked_map(anomaly_map)
+    photo = _to_rgb(image, "image")
+    if photo.size != values.shape[::-1]:
+        raise ValueError(
+            f"anomaly_map is {values.shape[1]} x {values.shape[0]} pixels, but image is {photo.width} x {photo.height}"
+            "; resize the map to the image first"
+        )
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
+
+    pivot = DEFAULT_THRESHOLD if threshold is None else _checked_threshold(threshold)
+    levels = _to_levels(_centred_on(values, pivot))
+    heat = Image.fromarray(levels).convert("P")
+    # Up to amber only: the pale end of the scale, half transparent on a bright photo, would look weaker than orange.
+    heat.putpalette(_COLORS[np.arange(256) * 4 // 5].tobytes())
+    ramp = ((np.arange(256) / 255 - 0.2) / 0.7).clip(0, 1)  # nothing up to 0.4 of the threshold
+    alpha = (255 * opacity * ramp**2 * (3 - 2 * ramp)).round().astype(np.uint8)
+    result = Image.composite(heat.convert("RGB"), photo, Image.fromarray(alpha[levels]))
+
+    if contour and threshold is not None:
+        _draw_contours(result, _region_mask(values, threshold, min_area))
+    if highlight is not None:
+        _draw_frame(result, highlight.box)
+    for number, region in enumerate(regions, start=1):
+        _draw_tag(result, str(number), region.box)
+    return result
+
+
+def mask_image(anomaly_map: np.ndarray, threshold: float, *, min_area: int | None = None) -> Image.Image:
+    """The regions as a black-and-white picture.
+
+    Args:
+        anomaly_map: (H, W) in [0, 1].
+        threshold: Pixel threshold in [0, 1] (see `region_threshold`).
+        min_area: As in `find_regions`; 1 keeps every pixel at or above the threshold.
+
+    Returns:
+        Mode "L": 255 in a region, 0 elsewhere.
+
+    Raises:
+        ValueError: If the map or an argument is out of range.
+    """
+    return Image.fromarray(_region_mask(_checked_map(anomaly_map), threshold, min_area).astype(np.uint8) * 255)
+
+
+def anomaly_map_16bit(anomaly_map: np.ndarray) -> Image.Image:
+    """The map's values for other software: value 1 becomes 65535. Save as PNG or TIFF, the formats that keep 16 bits.
+
+    Args:
+        anomaly_map: (H, W) in [0, 1].
+
+    Returns:
+        Mode "I;16".
+
+    Raises:
+        ValueError: If the map is not a non-empty 2-D array of numbers in [0, 1].
+    """
+    return Image.fromarray((_checked_map(anomaly_map) * 65535).round().astype(np.uint16))
+
+
+def difference(image: Image.Image | np.ndarray, reconstruction: Image.Image | np.ndarray) -> Image.Image:
+    """Where the reconstruction departs from the photo: the largest absolute difference of the three channels, as heat.
+
+    Compared at the reconstruction's size, because against the sharper photo every edge would light up. The scale is
+    fixed, so that pictures can be compared: black is no difference, the brightest colour half the full range or more.
+
+    Args:
+        image: The photo: PIL image of any mode or (H, W, 3) float RGB in [0, 1].
+        reconstruction: The model's picture of the normal part, the same kinds, of any size.
+
+    Returns:
+        RGB image of the photo's size.
+
+    Raises:
+        ValueError: If an array is not RGB in [0, 1].
+    """
+    photo, normal = _to_rgb(image, "image"), _to_rgb(reconstruction, "reconstruction")
+    size = photo.size
+    if normal.size != size:
+        photo = photo.resize(normal.size, Image.Resampling.BILINEAR)
+    delta = np.abs(np.asarray(photo, dtype=np.int16) - np.asarray(normal, dtype=np.int16)).max(axis=2)
+    heat = Image.fromarray(_COLORS[np.minimum(2 * delta, 255)])
+    return heat if heat.size == size else heat.resize(size, Image.Resampling.BILINEAR)
+
+
+def find_regions(anomaly_map: np.ndarray, threshold: float, *, min_area: int | None = None) -> list[Region]:
+    """Lists the 8-connected regions at or above the pixel threshold, strongest first.
+
+    Args:
+        anomaly_map: (H, W) in [0, 1], at the image's own size.
+        threshold: Pixel threshold in [0, 1] (see `region_threshold`).
+        min_area: Regions of fewer pixels are left out. None means 1 in 65,536 of the image, at least one pixel: less
+            than one pixel of a 256-pixel model is an artefact of enlarging the map.
+
+    Returns:
+        Regions by falling peak, compared to three decimals as people read it (otherwise a speck at 0.99999 would
+        precede a large region at 0.99998), then falling area, then top to bottom.
+
+    Raises:
+        ValueError: If the map or an argument is out of range.
+    """
+    values = _checked_map(anomaly_map)
+    labels, count = _label_regions(values, threshold, min_area)
+    if count == 0:
+        return []
+    ys, xs = np.nonzero(labels)
+    index, strength = labels[ys, xs] - 1, values[ys, xs]
+    area = np.bincount(index)
+    mean = np.bincount(index, strength) / area
+    center_x, center_y = np.bincount(index, xs) / area, np.bincount(index, ys) / area
+    peak = np.zeros(count, dtype=values.dtype)
+    np.maximum.at(peak, index, strength)
+
+    top = np.flatnonzero(strength == peak[index])
+    distance = (xs[top] - center_x[index[top]]) ** 2 + (ys[top] - center_y[index[top]]) ** 2
+    nearest = np.full(count, np.inf)
+    np.minimum.at(nearest, index[top], distance)
+    top = top[distance == nearest[index[top]]]
+    top = top[np.unique(index[top], return_index=True)[1]]
+
+    regions = [
+        Region(
+            box=(box[1].start, box[0].start, box[1].stop, box[0].stop),
+            area_px=int(area[i]),
+            area_fraction=float(area[i] / values.size),
+            peak=float(peak[i]),
+            peak_xy=(int(xs[top[i]]), int(ys[top[i]])),
+            mean=float(mean[i]),
+        )
+        for i, box in enumerate(ndimage.find_objects(labels))
+    ]
+    return sorted(regions, key=lambda r: (-round(r.peak, 3), -r.area_px, r.box[1], r.box[0]))
+
+
+def location_words(region: Region, size: tuple[int, int]) -> str:
+    """Says where a region lies: "upper left", "left", "centre", …, by the third of the image its box is centred in.
+
+    Args:
+        region: From `find_regions`.
+        size: `(width, height)` of the image, as `image.size` gives it.
+
+    Returns:
+        One of the nine places, or "most of the image" for a box over 80 % of both the width and the height.
+    """
+    (x0, y0, x1, y1), (width, height) = region.box, size
+    if x1 - x0 > 0.8 * width and y1 - y0 > 0.8 * height:
+        return "most of the image"
+    column = ("left", "centre", "right")[min(int(1.5 * (x0 + x1) / width), 2)]
+    row = ("upper", "", "lower")[min(int(1.5 * (y0 + y1) / height), 2)]
+    return f"{row} {column}".strip()
+
+
+def panel(
+    images: Sequence[Image.Image],
+    titles: Sequence[str],
+    *,
+    header: str | None = None,
+    tile: int = 360,
+    columns: int | None = None,
+) -> Image.Image:
+    """Puts pictures side by side on a white sheet, each under its title, below a header such as the verdict.
+
+    Args:
+        images: Pictures of any sizes; each is fitted into its square, keeping its shape.
+        titles: One a picture. Long titles end in an ellipsis.
+        header: Text over the whole width, wrapped where it is longer. Like the titles it is written in ASCII, accents
+            dropped, because Pillow's bundled font has no other letters.
+        tile: Side of the squares in pixels, at least 32.
+        columns: Pictures in a row; None puts all in one row.
+
+    Returns:
+        RGB image.
+
+    Raises:
+        ValueError: If there is no picture, titles do not match pictures, or a number is too small.
+    """
+    if not images or len(images) != len(titles):
+        raise ValueError(f"panel needs one title for each image, got {len(images)} images and {len(titles)} titles")
+    if tile < 32 or (columns is not None and columns < 1):
+        raise ValueError(f"panel needs tile >= 32 and columns >= 1, got tile={tile}, columns={columns}")
+    columns = min(columns or len(images), len(images))
+    rows = -(-len(images) // columns)
+    gap = max(tile // 22, 4)
+    title_font, header_font = ImageFont.load_default(max(tile / 20, 10)), ImageFont.load_default(max(tile / 15, 13))
+    title_height = int(1.7 * title_font.size)
+    width = columns * tile + (columns + 1) * gap
+    header_lines = _wrap(header, header_font, width - 2 * gap) if header else []
+    line_height = int(1.35 * header_font.size)
+    top = gap + (line_height * len(header_lines) + gap // 2 if header_lines else 0)
+
+    sheet = Image.new("RGB", (width, top + rows * (title_height + tile + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(header_lines):
+        draw.text((gap, gap + number * line_height), line, font=header_font, fill=_DARK)
+    for number, (image, title) in enumerate(zip(images, titles, strict=True)):
+        row, column = divmod(number, columns)
+        x, y = gap + column * (tile + gap), top + row * (title_height + tile + gap)
+        draw.text((x, y), _shorten(title, title_font, tile), font=title_font, fill=(70, 70, 78))
+        picture = _fit(_to_rgb(image, f"images[{number}]"), tile)
+        y += title_height
+        draw.rectangle((x, y, x + tile - 1, y + tile - 1), fill=(240, 240, 243))
+        sheet.paste(picture, (x + (tile - picture.width) // 2, y + (tile - picture.height) // 2))
+    return sheet
+
+
+def save_image(image: Image.Image, path: str | os.PathLike) -> Path:
+    """Writes a picture that nobody ever reads half of, even when two writers meet: to a temporary file, then renamed.
+
+    Args:
+        image: Any PIL image; "I;16" keeps its 16 bits as PNG or TIFF.
+        path: Target; the suffix decides the format, missing folders are made, an existing file is replaced.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: If the suffix is no picture format, or the format cannot hold the image's mode.
+        OSError: If the folder cannot be made or written (the message names it and the reason).
+    """
+    path = Path(path)
+    image_format = Image.registered_extensions().get(path.suffix.lower())
+    if image_format not in Image.SAVE:
+        raise ValueError(f"cannot write {path}: {path.suffix or 'no suffix'!r} is not a picture format; use .png")
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                try:
+                    image.save(file, format=image_format)
+                except (OSError, ValueError, KeyError) as error:
+                    if getattr(error, "errno", None) is not None:
+                        raise
+                    raise ValueError(f"cannot write {path}: {error}") from error
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = "it is a file" if path.parent.is_file() else error.strerror
+        raise OSError(error.errno, f"cannot write {path.name} to the folder {path.parent}: {reason}") from error
+    return path
+
+
+def _checked_map(anomaly_map: np.ndarray) -> np.ndarray:
+    """The map as float32 (H, W) in [0, 1], or a ValueError that says what is wrong with it."""
+    values = np.asarray(anomaly_map)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"anomaly_map must be a non-empty (height, width) array, got shape {values.shape}")
+    values = values.astype(np.float32, copy=False)
+    low, high = values.min(), values.max()
+    if np.isnan(low):  # the minimum of an array with a NaN is NaN
+        raise ValueError(f"anomaly_map contains NaN ({int(np.isnan(values).sum())} of {values.size} pixels)")
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"anomaly_map must lie in [0, 1], got values from {low:g} to {high:g}")
+    return values if low >= 0 and high <= 1 else values.clip(0, 1)
+
+
+def _checked_threshold(threshold: float) -> float:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"the pixel threshold must lie in [0, 1], got {threshold}; see region_threshold()")
+    return float(threshold)
+
+
+def _to_rgb(image: Image.Image | np.ndarray, name: str) -> Image.Image:
+    """A PIL image of any mode, or an (H, W, 3) float array in [0, 1], as 8-bit RGB."""
+    if isinstance(image, Image.Image):
+        if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip to white
+            return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+    values = np.asarray(image)
+    if (
+        values.ndim != 3
+        or values.shape[2] != 3
+        or values.dtype.kind != "f"
+        or not (np.abs(values - 0.5) <= 0.501).all()
+    ):
+        raise ValueError(
+            f"{name} must be a PIL image or an (height, width, 3) float array in [0, 1], "
+            f"got {values.dtype} of shape {values.shape}"
+        )
+    return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def _to_levels(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] as indices of the colour table."""
+    return (values * 255 + 0.5).astype(np.uint8)
+
+
+def _centred_on(values: np.ndarray, pivot: float) -> np.ndarray:
+    """Stretches [0, pivot] and [pivot, 1] to half of the scale each; 0 and 1 stay where they are."""
+    below = values * (0.5 / max(pivot, 1e-6))
+    above = 1 - (1 - values) * (0.5 / max(1 - pivot, 1e-6))
+    return np.where(values < pivot, below, above)
+
+
+def _label_regions(values: np.ndarray, threshold: float, min_area: int | None) -> tuple[np.ndarray, int]:
+    """(H, W) labels 1..count of the 8-connected regions of at least `min_area` pixels, 0 elsewhere, and the count."""
+    if min_area is None:
+        min_area = max(1, values.size // 65536)
+    if min_area < 1:
+        raise ValueError(f"min_area must be at least 1 pixel, got {min_area}")
+    labels, count = ndimage.label(values >= _checked_threshold(threshold), structure=np.ones((3, 3)))
+    if min_area > 1 and count:
+        keep = np.bincount(labels.ravel()) >= min_area
+        keep[0] = False
+        renumber = np.cumsum(keep, dtype=labels.dtype) * keep
+        labels, count = renumber[labels], int(keep.sum())
+    return labels, count
+
+
+def _region_mask(values: np.ndarray, threshold: float, min_area: int | None) -> np.ndarray:
+    return _label_regions(values, threshold, min_area)[0] > 0
+
+
+def _line_width(size: tuple[int, int]) -> int:
+    """Pixels per tone of an outline: 1 up to 450 x 450, 16 at 6000 x 4000; by area, so that it fits strips."""
+    return max(1, round(math.sqrt(size[0] * size[1]) / 300))
+
+
+def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
+    """Dilates by a disc: the disc's rows, widest last, each once shifted up and once down.
+
+    A few whole-array ORs a row; scipy's dilation visits all of the disc for every pixel: seconds on a large photo.
+    """
+    grown, run, half = mask.copy(), mask.copy(), 0
+    for dy in range(radius, -1, -1):
+        for _ in range(int(math.sqrt((radius + 0.5) ** 2 - dy * dy)) - half):
+            wider = run.copy()
+            wider[:, 1:] |= run[:, :-1]
+            wider[:, :-1] |= run[:, 1:]
+            run, half = wider, half + 1
+        grown[dy:] |= run[: len(run) - dy]
+        grown[: len(run) - dy] |= run[dy:]
+    return grown
+
+
+def _draw_contours(picture: Image.Image, mask: np.ndarray) -> None:
+    """Outlines the mask outside its edge, in place: a light line, then a dark one, so that one shows on any ground.
+
+    Where a region runs out of the picture the lines follow the picture's border, inside, lest the outline be cut open.
+    """
+    width = _line_width(picture.size)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return
+    margin = 2 * width + 1
+    y0, y1 = max(rows[0] - margin, 0), min(rows[-1] + margin + 1, mask.shape[0])
+    x0, x1 = max(columns[0] - margin, 0), min(columns[-1] + margin + 1, mask.shape[1])
+    inner = mask[y0:y1, x0:x1]
+    light_end = _grow(inner, width)
+    light, dark = light_end & ~inner, _grow(inner, 2 * width) & ~light_end
+    if min(mask.shape) > 8 * width:  # narrower strips would be all line
+        from_border_y, from_border_x = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in mask.shape)
+        depth = np.minimum(from_border_y[y0:y1, None], from_border_x[x0:x1])
+        dark |= inner & (depth < width)
+        light |= inner & (depth >= width) & (depth < 2 * width)
+    for line, color in ((dark, _DARK), (light, _LIGHT)):
+        picture.paste(color, (int(x0), int(y0)), Image.fromarray(line.astype(np.uint8) * 255))
+
+
+def _draw_frame(picture: Image.Image, box: tuple[int, int, int, int]) -> None:
+    """Frames a region in place: a light rectangle between two dark ones, clear of the region's outline."""
+    width = _line_width(picture.size)
+    gap = 5 * width
+    x0, y0 = max(box[0] - gap, 0), max(box[1] - gap, 0)
+    x1, y1 = min(box[2] + gap, picture.width) - 1, min(box[3] + gap, picture.height) - 1
+    draw = ImageDraw.Draw(picture)
+    for inset, color in ((0, _DARK), (width, _LIGHT), (2 * width, _DARK)):
+        if x1 - x0 >= 2 * inset and y1 - y0 >= 2 * inset:
+            draw.rectangle((x0 + inset, y0 + inset, x1 - inset, y1 - inset), outline=color, width=width)
+
+
+def _draw_tag(picture: Image.Image, text: str, box: tuple[int, int, int, int]) -> None:
+    """Writes a region's number in place, light on dark, off the upper left corner of its box where there is room."""
+    font = ImageFont.load_default(max(7 * _line_width(picture.size), 11))
+    if min(picture.size) < 6 * font.size:  # the tag would hide what it names
+        return
+    left, top, right, bottom = font.getbbox(text)
+    pad = max(round(font.size / 4), 3)
+    tag_width, tag_height = right - left + 2 * pad, bottom - top + 2 * pad
+    x = min(max(box[0] - tag_width, 0), max(picture.width - tag_width, 0))
+    y = min(max(box[1] - tag_height, 0), max(picture.height - tag_height, 0))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((x, y, x + tag_width - 1, y + tag_height - 1), fill=_DARK, outline=_LIGHT)
+    draw.text((x + pad - left, y + pad - top), text, font=font, fill=_LIGHT)
+
+
+def _fit(picture: Image.Image, side: int) -> Image.Image:
+    """Scales a picture to fit a square, keeping its shape (at least one pixel each way)."""
+    scale = side / max(picture.size)
+    size = tuple(max(1, round(length * scale)) for length in picture.size)
+    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def _plain(text: str) -> str:
+    """The text in ASCII, which is what Pillow's bundled font has: accents dropped, signs spelt out, the rest "?"."""
+    text = unicodedata.normalize("NFKD", text.translate(_SPELT))
+    return "".join(sign if sign.isascii() else "?" for sign in text if not unicodedata.combining(sign))
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Breaks a text into lines of at most `width` pixels, at spaces where it has them (a long file name has none)."""
+    lines = []
+    for paragraph in _plain(text).splitlines():
+        while font.getlength(paragraph) > width:
+            fits = next(n for n in range(len(paragraph), 0, -1) if n == 1 or font.getlength(paragraph[:n]) <= width)
+            cut = paragraph.rfind(" ", 1, fits + 1)
+            cut = fits if cut < 0 else cut
+            lines.append(paragraph[:cut])
+            paragraph = paragraph[cut:].lstrip()
+        lines.append(paragraph)
+    return lines
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text on one line, its end replaced by an ellipsis where it would be wider than `width` pixels."""
+    text = " ".join(_plain(text).split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."

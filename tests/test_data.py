@@ -1,0 +1,459 @@
+"""Every layout with real files, and what goes wrong with the folders that people have."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusionad_hf.data import binary_mask, check_images, list_categories, load_category
+from tests.dataset_factory import (
+    SIZE,
+    make_dagm,
+    make_flat,
+    make_folder,
+    make_image,
+    make_mvtec,
+    make_visa,
+    write_image,
+)
+from tests.loopback_hub import LoopbackHub
+
+
+def counts(data):
+    """{split: {defect_type: images}}"""
+    return {
+        split: {name: list(table["defect_type"]).count(name) for name in sorted(set(table["defect_type"]))}
+        for split, table in data.items()
+    }
+
+
+LAYOUTS = {
+    "mvtec": (make_mvtec, ["widget"], {"train": {"good": 6}, "test": {"good": 3, "hole": 3, "scratch": 2}}),
+    "btad": (
+        lambda root: make_mvtec(root, "01", normal="ok", defects={"ko": 3}, mask_suffix="", image_format=".bmp"),
+        ["01"],
+        {"train": {"good": 6}, "test": {"good": 3, "ko": 3}},
+    ),
+    "visa converted": (
+        lambda root: make_mvtec(root, "candle", defects={"bad": 3}, mask_suffix="", image_format=".JPG"),
+        ["candle"],
+        {"train": {"good": 6}, "test": {"good": 3, "bad": 3}},
+    ),
+    "visa": (make_visa, ["candle", "pcb1"], {"train": {"good": 5}, "test": {"good": 2, "anomaly": 2}}),
+    "dagm": (make_dagm, ["Class1", "Class2"], {"train": {"good": 4}, "test": {"good": 4, "defect": 2}}),
+    "folder": (
+        lambda root: make_folder(root / "part", masks=True).parent,
+        ["part"],
+        {"train": {"good": 8}, "test": {"good": 2, "hole": 3, "scratch": 2}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_recognised_and_read(name, tmp_path):
+    make, categories, expected = LAYOUTS[name]
+    root = make(tmp_path)
+    assert list_categories(root) == categories
+    data = load_category(root, categories[0])
+    assert counts(data) == expected
+    for split, table in data.items():
+        assert table.column_names == ["image", "mask", "label", "defect_type", "split"]
+        for row in table:
+            assert row["split"] == split
+            assert row["label"] == (row["defect_type"] != "good")
+            assert row["image"].size == SIZE
+            assert (row["mask"] is None) == (row["label"] == 0)
+            if row["mask"] is not None:
+                # The factory's defects are the brightest pixels: image and mask belong together.
+                mask, image = binary_mask(row["mask"]), np.asarray(row["image"].convert("L"))
+                assert mask.shape == image.shape and 0 < mask.mean() < 0.5
+                assert image[mask].min() > image[~mask].mean() + 20
+
+
+def test_layouts_can_be_named_and_must_then_fit(tmp_path):
+    make_mvtec(tmp_path)
+    assert counts(load_category(tmp_path, layout="mvtec")) == counts(load_category(tmp_path))
+    with pytest.raises(ValueError, match="layout of .* is not recognised .*Expected visa: split_csv/1cls.csv"):
+        load_category(tmp_path, layout="visa")
+    with pytest.raises(ValueError, match="unknown layout 'mvtek': choose auto, visa, dagm, mvtec, folder, hub"):
+        load_category(tmp_path, layout="mvtek")
+
+
+def test_the_category_folder_itself_will_do(tmp_path, monkeypatch):
+    make_mvtec(tmp_path)
+    assert list_categories(tmp_path / "widget") == ["widget"]
+    monkeypatch.chdir(tmp_path / "widget")
+    assert len(load_category(".")["train"]) == 6
+    assert list_categories(".") == ["widget"]
+
+
+def test_images_are_paths_until_a_row_is_read(tmp_path):
+    root = make_mvtec(tmp_path, size=(600, 600), train=4, good=2, defects={"hole": 1})
+    data = load_category(root)
+    assert sum(table.data.nbytes for table in data.values()) < 4000
+    encoded = data["train"].cast_column("image", datasets.Image(decode=False))[0]["image"]
+    assert encoded["bytes"] is None and Path(encoded["path"]).is_file()
+
+
+def test_flat_normal_images_all_train(tmp_path):
+    data = load_category(make_flat(tmp_path / "bolts"), "bolts")
+    assert counts(data) == {"train": {"good": 6}, "test": {}}
+    assert data["test"].column_names == data["train"].column_names
+
+
+def test_held_out_normals_of_a_plain_folder_depend_on_names_alone(tmp_path):
+    def held_out(data):
+        table = data["test"].cast_column("image", datasets.Image(decode=False))
+        return {Path(row["image"]["path"]).name for row in table if row["label"] == 0}
+
+    one, two = make_folder(tmp_path / "one"), make_folder(tmp_path / "two", defects={"dent": 1})
+    assert held_out(load_category(one)) == held_out(load_category(two))
+    assert len(held_out(load_category(one))) == 2
+
+
+def test_files_that_are_no_images_are_passed_over(tmp_path):
+    root = make_mvtec(tmp_path)
+    for name in ("._000.png", ".DS_Store", "Thumbs.db", "notes.txt"):
+        (root / "widget" / "train" / "good" / name).write_bytes(b"x")
+        (root / "widget" / "test" / "hole" / name).write_bytes(b"x")
+    (root / "readme.txt").write_text("hello")
+    (root / "license").mkdir()
+    assert list_categories(root) == ["widget"]
+    assert counts(load_category(root)) == LAYOUTS["mvtec"][2]
+
+
+def test_without_any_masks_the_images_still_load(tmp_path):
+    root = make_mvtec(tmp_path)
+    shutil.rmtree(root / "widget" / "ground_truth")
+    data = load_category(root)
+    assert set(data["test"]["mask"]) == {None} and sum(data["test"]["label"]) == 5
+
+
+def test_masks_of_normal_images_are_passed_over(tmp_path):
+    root = make_mvtec(tmp_path)
+    write_image(root / "widget" / "ground_truth" / "good" / "000_mask.png")
+    assert counts(load_category(root)) == LAYOUTS["mvtec"][2]
+
+
+# -- Bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "empty"),
+    [
+        (make_mvtec, "widget/train/good"),
+        (make_folder, "good"),
+        (lambda root: make_dagm(root, ("Class1",), normal=0), None),
+    ],
+    ids=["mvtec", "folder", "dagm"],
+)
+def test_no_normal_images(make, empty, tmp_path):
+    root = make(tmp_path)
+    if empty:
+        shutil.rmtree(root / empty)
+        (root / empty).mkdir()
+    with pytest.raises(ValueError, match="has no normal images to train on"):
+        load_category(root)
+
+
+def test_no_normal_images_in_visa(tmp_path):
+    root = make_visa(tmp_path, train=0)
+    with pytest.raises(ValueError, match="'candle' .* has no normal images"):
+        load_category(root, "candle")
+
+
+@pytest.mark.parametrize(
+    ("make", "mask", "image", "category"),
+    [
+        (make_mvtec, "widget/ground_truth/hole/001_mask.png", "widget/test/hole/001.png", None),
+        (lambda root: make_folder(root, masks=True), "ground_truth/hole/001.png", "hole/001.png", None),
+        (make_visa, "candle/Data/Masks/Anomaly/001.png", "candle/Data/Images/Anomaly/001.JPG", "candle"),
+        (make_dagm, "Class1/Test/Label/0005_label.PNG", "Class1/Test/0005.PNG", "Class1"),
+    ],
+    ids=["mvtec", "folder", "visa", "dagm"],
+)
+def test_masks_and_images_that_miss_each_other_are_named(make, mask, image, category, tmp_path):
+    root = make(tmp_path / "a")
+    (root / mask).unlink()
+    with pytest.raises(ValueError, match=f"1 defective image.* without a mask: .*{Path(image).name}"):
+        load_category(root, category)
+    root = make(tmp_path / "b")
+    (root / image).unlink()
+    with pytest.raises(ValueError, match=f"(1 mask.* without an image|do not exist): .*{Path(image).stem}"):
+        load_category(root, category)
+
+
+def test_masks_of_a_defect_without_folder_are_named(tmp_path):
+    root = make_mvtec(tmp_path)
+    shutil.rmtree(root / "widget" / "test" / "hole")
+    with pytest.raises(ValueError, match=r"3 mask.* without an image: .*hole.000_mask.png"):
+        load_category(root)
+
+
+def test_a_mask_of_another_size_is_named_with_both_sizes(tmp_path):
+    root = make_mvtec(tmp_path)
+    Image.new("L", (32, 48)).save(root / "widget" / "ground_truth" / "hole" / "002_mask.png")
+    with pytest.raises(ValueError, match=r"002_mask.png is 32 x 48 pixels but its image .*002.png is 48 x 32"):
+        load_category(root)
+
+
+def test_sizes_are_compared_after_the_rotation_tag(tmp_path):
+    root = make_mvtec(tmp_path, defects={"hole": 1}, image_format=".jpg")
+    file = root / "widget" / "test" / "hole" / "000.jpg"
+    upright, _ = make_image("turned", defective=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to show": stored lying, shown upright, and the mask fits what is shown
+    upright.rotate(90, expand=True).save(file, exif=exif)
+    row = load_category(root)["test"][3]
+    assert row["image"].size == row["mask"].size == SIZE
+
+
+def test_unknown_and_missing_category(tmp_path):
+    root = make_visa(tmp_path)
+    with pytest.raises(ValueError, match="unknown category 'candel' in .*: it has candle, pcb1"):
+        load_category(root, "candel")
+    with pytest.raises(ValueError, match="name a category of .*: it has candle, pcb1"):
+        load_category(root)
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        load_category(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not recognised .it holds nothing"):
+        load_category(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="it holds notes.txt, photos.*mvtec: <category>/train/good"):
+        list_categories(tmp_path)
+
+
+def test_images_next_to_folders_of_images_are_ambiguous(tmp_path):
+    make_flat(tmp_path)
+    write_image(tmp_path / "scratched" / "a.png")
+    with pytest.raises(ValueError, match="move the normal ones to .*good"):
+        load_category(tmp_path)
+
+
+def test_defective_training_images_of_visa_are_left_out(tmp_path):
+    root = make_visa(tmp_path)
+    table = root / "split_csv" / "1cls.csv"
+    table.write_text(table.read_text().replace("candle,test,anomaly", "candle,train,anomaly", 1))
+    assert counts(load_category(root, "candle")) == {"train": {"good": 5}, "test": {"good": 2, "anomaly": 1}}
+
+
+def test_a_visa_table_that_is_not_visas(tmp_path):
+    root = make_visa(tmp_path)
+    (root / "split_csv" / "1cls.csv").write_text("object,image\ncandle,a.jpg\n")
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) label, mask, split"):
+        load_category(root, "candle")
+
+
+def test_corrupt_images_are_named_skipped_and_counted(tmp_path, caplog):
+    root = make_mvtec(tmp_path, train=40)
+    folder = root / "widget" / "train" / "good"
+    whole = (folder / "003.png").read_bytes()
+    (folder / "003.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "007.png").write_bytes(b"")
+    train = load_category(root)["train"]
+    with caplog.at_level(logging.WARNING):
+        usable, problems = check_images(train)
+    assert len(train) == 40 and len(usable) == 38
+    assert len(problems) == 2 and "003.png" in problems[0] and "007.png" in problems[1]
+    assert "2 of 40 images are left out" in caplog.text and "003.png" in caplog.text
+    assert all(row["image"].load() for row in usable)
+
+    (folder / "009.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="3 of 40 images are unusable, more than 5%: .*003.png.*009.png"):
+        check_images(load_category(root)["train"])
+
+
+def test_corrupt_masks_count_as_well(tmp_path):
+    root = make_mvtec(tmp_path, good=30)
+    (root / "widget" / "ground_truth" / "hole" / "001_mask.png").write_bytes(b"broken")
+    usable, problems = check_images(load_category(root)["test"])
+    assert len(usable) == 34 and "001_mask.png" in problems[0]
+
+
+def test_whole_images_all_pass(tmp_path):
+    test = load_category(make_mvtec(tmp_path))["test"]
+    usable, problems = check_images(test)
+    assert (len(usable), problems) == (8, [])
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (Image.fromarray(np.array([[0, 255], [128, 100]], np.uint8)), [[0, 1], [1, 0]]),  # blurred edges: half counts
+        (Image.fromarray(np.array([[0, 1], [3, 0]], np.uint8)), [[0, 1], [1, 0]]),  # VisA's class numbers
+        (Image.fromarray(np.array([[False, True]])), [[0, 1]]),
+        (Image.new("RGBA", (2, 1), (0, 0, 0, 255)), [[0, 0]]),  # opaque black is no defect
+        (Image.new("RGB", (2, 1), (255, 0, 0)), [[1, 1]]),  # painted in red
+        (np.array([[0.0, 1.0]]), [[0, 1]]),
+        (np.zeros((1, 2)), [[0, 0]]),
+    ],
+)
+def test_binary_mask(mask, expected):
+    found = binary_mask(mask)
+    assert found.dtype == bool and found.tolist() == np.array(expected, bool).tolist()
+
+
+def test_palette_masks_are_class_numbers():
+    mask = Image.fromarray(np.array([[0, 1]], np.uint8))
+    mask.putpalette([200, 200, 200, 0, 0, 0])  # the background's colour is the brighter one
+    assert mask.mode == "P" and binary_mask(mask).tolist() == [[False, True]]
+
+
+def test_without_datasets_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'this needs datasets: pip install "diffusionad-hf\[train\]"'):
+        load_category(make_flat(tmp_path))
+
+
+# -- The Hub: the same files that a dataset repository holds, read by the same library, from a local folder ---------
+
+
+def write_hub_dataset(folder, splits, **features):
+    """Parquet files as the Hub keeps them; `splits`: {split: rows}."""
+    folder.mkdir()
+    for split, rows in splits.items():
+        table = datasets.Dataset.from_list(rows)
+        for name, feature in features.items():
+            table = table.cast_column(name, feature)
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def picture(defective=False, name="a"):
+    return make_image(name, defective)[0]
+
+
+def test_hub_dataset_with_our_columns_comes_back_the_same(tmp_path):
+    data = load_category(make_mvtec(tmp_path / "local"))
+    rows = {split: list(table) for split, table in data.items()}
+    source = write_hub_dataset(tmp_path / "hub", rows, image=datasets.Image(), mask=datasets.Image())
+    loaded = load_category(source, layout="hub")
+    assert counts(loaded) == counts(data)
+    assert loaded["test"].features == data["test"].features
+    assert np.array_equal(loaded["test"][4]["mask"], data["test"][4]["mask"])
+    assert check_images(loaded["test"])[1] == []
+
+
+def test_hub_labels_by_class_name(tmp_path):
+    names = datasets.ClassLabel(names=["Crack", "Normal"])
+    rows = {
+        "train": [{"image": picture(), "label": i} for i in (1, 1, 0, 1)],
+        "test": [{"image": picture(), "label": i} for i in (0, 1)],
+        "validation": [{"image": picture(), "label": 1}],
+    }
+    source = write_hub_dataset(tmp_path / "hub", rows, image=datasets.Image(), label=names)
+    loaded = load_category(source, layout="hub")
+    # A defective image of the train split must not be trained on, nor an image of any third split.
+    assert counts(loaded) == {"train": {"good": 3}, "test": {"Crack": 1, "good": 1}}
+    assert set(loaded["test"]["mask"]) == {None}
+    assert list(loaded["test"]["label"]) == [1, 0]
+
+
+def test_hub_dataset_of_one_split_with_masks_only_and_categories(tmp_path):
+    rows = []
+    for category in ("bolt", "nut"):
+        for i in range(12):
+            image, mask = make_image(f"{category}{i}", defective=i >= 10)
+            rows.append({"image": image, "ground_truth": mask, "category": category})
+    source = write_hub_dataset(
+        tmp_path / "hub", {"train": rows}, image=datasets.Image(), ground_truth=datasets.Image()
+    )
+    assert list_categories(source, layout="hub") == ["bolt", "nut"]
+    loaded = load_category(source, "nut", layout="hub")
+    assert counts(loaded) == {"train": {"good": 8}, "test": {"good": 2, "defect": 2}}
+    assert np.array_equal(loaded["test"][-1]["image"], rows[-1]["image"])
+    with pytest.raises(ValueError, match="unknown category 'screw' in .*: it has bolt, nut"):
+        load_category(source, "screw", layout="hub")
+    with pytest.raises(ValueError, match="name a category of .*: it has bolt, nut"):
+        load_category(source, layout="hub")
+
+
+def test_hub_configurations_are_categories(tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for category, label in (("bolt", "good"), ("nut", "ok")):
+        write_hub_dataset(folder / category, {"train": [{"image": picture(), "label": label}]}, image=datasets.Image())
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("bolt", "nut"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert list_categories(str(folder), layout="hub") == ["bolt", "nut"]
+    assert counts(load_category(str(folder), "nut", layout="hub")) == {"train": {"good": 1}, "test": {}}
+    with pytest.raises(ValueError, match="unknown category 'screw' in .*: it has bolt, nut"):
+        load_category(str(folder), "screw", layout="hub")
+
+
+def test_hub_dataset_that_cannot_be_used(tmp_path):
+    source = write_hub_dataset(tmp_path / "a", {"train": [{"text": "x"}]})
+    with pytest.raises(ValueError, match="has no image column: it has text"):
+        load_category(source, layout="hub")
+    rows = [{"image": picture(), "label": "scratch"}, {"image": picture(), "label": "dent"}]
+    source = write_hub_dataset(tmp_path / "b", {"train": rows}, image=datasets.Image())
+    with pytest.raises(ValueError, match="marks no image as normal: its values are dent, scratch"):
+        load_category(source, layout="hub")
+
+
+def test_hub_by_id(tmp_path):
+    """In a process of its own: `datasets` reads where the Hub is when it is imported."""
+    data = load_category(make_mvtec(tmp_path / "local"))
+    files = {}
+    for split, table in data.items():
+        table.to_parquet(tmp_path / "table")
+        files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / "table").read_bytes()
+    code = """if True:
+        from diffusionad_hf.data import list_categories, load_category
+        print(list_categories("acme/widgets"), {name: len(table) for name, table in
+        load_category("acme/widgets").items()})
+        try:
+            load_category("acme/wigdets")
+        except FileNotFoundError as error:
+            print(error)
+        """
+    with LoopbackHub(tmp_path / "hub") as hub:
+        hub.add_repo("acme/widgets", files, repo_type="dataset")
+        command = [sys.executable, "-c", code]
+        environment = hub.environment(tmp_path / "home")
+        root = Path(__file__).resolve().parents[1]
+        output = subprocess.run(command, env=environment, cwd=root, check=True, capture_output=True, text=True).stdout
+    found, error = output.splitlines()
+    assert found == "['widgets'] {'train': 6, 'test': 8}"
+    assert error.startswith("dataset acme/wigdets cannot be read from the Hub (") and "Check its name" in error
+
+
+# -- The real thing -------------------------------------------------------------------------------------------------
+
+
+def test_mvtec_screw():
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("DIFFUSIONAD_DATA", default)) / "mvtec_ad"
+    if not (root / "screw").is_dir():
+        pytest.skip("MVTec AD's screw is not at hand")
+    data = load_category(root, "screw")
+    assert counts(data) == {
+        "train": {"good": 320},
+        "test": {
+            "good": 41,
+            "manipulated_front": 24,
+            "scratch_head": 24,
+            "scratch_neck": 25,
+            "thread_side": 23,
+            "thread_top": 23,
+        },
+    }
+    row = data["test"][-1]
+    assert binary_mask(row["mask"]).any() and row["image"].size == row["mask"].size

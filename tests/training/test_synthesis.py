@@ -1,0 +1,354 @@
+"""Synthetic anomalies: the stream, the shapes and the blend, against definitions written out slowly."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from training import synthesis
+from training.synthesis import AnomalySynthesizer, perlin_noise, shuffle_tiles
+
+SIZE = 48
+
+
+def make_bank(count=5, size=SIZE):
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+
+
+def make_synthesizer(bank=None, **options):
+    return AnomalySynthesizer(SimpleNamespace(bank=make_bank() if bank is None else bank), **options)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(40, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def foreground():
+    masks = torch.zeros(40, 1, SIZE, SIZE)
+    masks[:, :, 10:30, 5:40] = 1
+    return masks
+
+
+def batches_equal(a, b):
+    return torch.equal(a.images, b.images) and torch.equal(a.masks, b.masks) and torch.equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize("with_foreground", [True, False])
+def test_a_sample_is_the_same_alone_in_any_batch_and_in_any_order(images, foreground, with_foreground):
+    foreground = foreground if with_foreground else None
+    make = make_synthesizer(seed=3)
+    whole = make(images, range(100, 140), 2, foreground)
+    assert 0 < whole.labels.sum() < 40
+    for order in ([17], [3, 4, 5], list(range(39, -1, -1))):
+        part = make(
+            images[order], torch.tensor([100 + i for i in order]), 2, None if foreground is None else foreground[order]
+        )
+        expected = synthesis.SyntheticBatch(whole.images[order], whole.masks[order], whole.labels[order])
+        assert batches_equal(part, expected)
+
+
+def test_seed_epoch_and_index_each_change_the_sample_and_nothing_else_does(images):
+    torch.manual_seed(0)
+    first = make_synthesizer(seed=3)(images, range(40), 0)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert batches_equal(first, make_synthesizer(seed=3)(images, range(40), 0))
+    for other in (
+        make_synthesizer(seed=4)(images, range(40), 0),
+        make_synthesizer(seed=3)(images, range(40), 1),
+        make_synthesizer(seed=3)(images, range(40, 80), 0),
+    ):
+        assert not torch.equal(first.labels, other.labels)
+
+
+def test_an_unused_option_does_not_shift_the_stream(images, foreground):
+    masks = [
+        make_synthesizer(self_augmentation_probability=p)(images, range(40), 0, foreground).masks for p in (0.0, 1.0)
+    ]
+    assert torch.equal(*masks)
+
+
+def test_about_half_of_the_images_get_an_anomaly_and_the_others_are_untouched():
+    images = torch.rand(800, 3, 64, 64)
+    batch = make_synthesizer()(images, range(800), 0, torch.ones(800, 1, 64, 64))
+    assert 0.45 < batch.labels.float().mean() < 0.55
+    assert torch.equal(batch.labels, batch.masks.flatten(1).any(1).long())
+    normal = batch.labels == 0
+    assert torch.equal(batch.images[normal], images[normal])
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_probability_zero_and_one(images, probability):
+    batch = make_synthesizer(anomaly_probability=probability)(images, range(40), 0, torch.ones(40, 1, SIZE, SIZE))
+    assert batch.labels.float().mean() == pytest.approx(probability, abs=0.1)
+
+
+def test_masks_are_binary_inside_the_foreground_and_pixels_outside_keep_their_bits(images, foreground):
+    before = images.clone()
+    batch = make_synthesizer(anomaly_probability=1.0)(images, range(40), 0, foreground)
+    assert torch.equal(images, before), "the input was modified"
+    assert set(batch.masks.unique().tolist()) == {0.0, 1.0}
+    assert torch.all(batch.masks <= foreground)
+    assert torch.equal(batch.images * (1 - batch.masks), images * (1 - batch.masks))
+    assert batch.labels.sum() > 30
+    assert batch.images.min() >= 0 and batch.images.max() <= 1
+
+
+def test_blend_is_image_times_one_minus_opacity_plus_source_times_opacity(monkeypatch):
+    """With a black source the opacity can be read off."""
+    monkeypatch.setattr(synthesis, "OPERATIONS", (lambda x, u: x,) * 10)
+    images = torch.full((300, 3, 32, 32), 0.9)
+    bank = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    batch = make_synthesizer(bank, self_augmentation_probability=0.0)(images, range(300), 0)
+    opacities = []
+    for image, mask in zip(batch.images, batch.masks, strict=True):
+        if mask.any():
+            values = image[:, mask[0] > 0]
+            assert values.max() - values.min() < 1e-6, "one opacity for each image"
+            opacities.append(1 - values.mean().item() / 0.9)
+    assert 0.2 - 1e-6 <= min(opacities) < 0.25 and 0.75 < max(opacities) <= 0.8 + 1e-6
+    assert np.mean(opacities) == pytest.approx(0.5, abs=0.05)
+
+
+def test_anomalies_come_from_the_image_itself_or_from_a_texture_as_asked(monkeypatch):
+    monkeypatch.setattr(synthesis, "OPERATIONS", (lambda x, u: x,) * 10)
+    images = torch.full((40, 3, 32, 32), 0.5)  # its shuffled tiles look like itself
+    bank = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    own = make_synthesizer(bank, self_augmentation_probability=1.0)(images, range(40), 0)
+    foreign = make_synthesizer(bank, self_augmentation_probability=0.0)(images, range(40), 0)
+    assert own.labels.sum() > 10 and torch.allclose(own.images, images)
+    assert torch.all(foreign.images[foreign.masks.expand_as(images) > 0] < 0.41)
+
+
+def slow_perlin(angles, rows, columns, height, width):
+    """Perlin noise one pixel at a time: gradients at the four nodes around it, dotted with the way from them."""
+    noise = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            y, x = i * rows / height, j * columns / width
+            total = 0.0
+            for node_y in (math.floor(y), math.floor(y) + 1):
+                for node_x in (math.floor(x), math.floor(x) + 1):
+                    dy, dx = y - node_y, x - node_x
+                    angle = angles[node_y, node_x]
+                    s, t = 1 - abs(dy), 1 - abs(dx)
+                    weight = (6 * s**5 - 15 * s**4 + 10 * s**3) * (6 * t**5 - 15 * t**4 + 10 * t**3)
+                    total += weight * (dy * math.cos(angle) + dx * math.sin(angle))
+            noise[i, j] = math.sqrt(2) * total
+    return noise
+
+
+def test_perlin_noise_matches_a_per_pixel_definition():
+    rng = np.random.default_rng(0)
+    angles = rng.random((3, 9, 9)) * 2 * math.pi
+    cells = np.array([[1, 8], [4, 2], [3, 1]])  # 3 does not divide the height
+    fields = perlin_noise(torch.from_numpy(angles).float(), cells, 32, 24)
+    for field, angle, (rows, columns) in zip(fields, angles, cells, strict=True):
+        expected = slow_perlin(angle, rows, columns, 32, 24)
+        assert np.abs(expected).max() > 0.2
+        np.testing.assert_allclose(field.numpy(), expected, atol=1e-5)
+
+
+def test_a_higher_threshold_gives_a_smaller_mask(images):
+    ones = torch.ones(40, 1, SIZE, SIZE)
+    areas = [
+        make_synthesizer(threshold=t, perlin_scales=(2, 4))(images, range(40), 0, ones).masks.mean()
+        for t in (0.2, 0.5, 0.7)
+    ]
+    assert areas[0] > areas[1] > areas[2] > 0
+
+
+def test_a_foreground_that_is_empty_or_missed_leaves_the_image_normal(images):
+    nowhere = torch.zeros(40, 1, SIZE, SIZE)
+    batch = make_synthesizer(anomaly_probability=1.0)(images, range(40), 0, nowhere)
+    assert batch.labels.sum() == 0 and torch.equal(batch.images, images)
+    nowhere[:, :, 0, 0] = 1  # one pixel in the corner: out of reach of most rotated fields
+    batch = make_synthesizer(anomaly_probability=1.0)(images, range(40), 0, nowhere)
+    assert torch.equal(batch.labels, batch.masks.flatten(1).any(1).long())
+    normal = batch.labels == 0
+    assert normal.any() and torch.equal(batch.images[normal], images[normal])
+
+
+def test_textured_categories_get_a_random_part_of_the_image(images):
+    batch = make_synthesizer(anomaly_probability=1.0, threshold=-1.0)(images, range(40), 0)
+    sizes, corners = [], set()
+    for mask in batch.masks[:, 0]:
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        sizes.append((len(rows) * len(columns)) / SIZE**2)
+        corners.add((int(rows[0]), int(columns[0])))
+    assert min(sizes) < 0.3 and max(sizes) > 0.6 and len(corners) > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dtype_is_kept_and_normal_pixels_keep_their_bits(images, foreground, dtype):
+    batch = make_synthesizer()(images.to(dtype), range(40), 0, foreground)
+    assert batch.images.dtype == dtype and batch.masks.dtype == torch.float32 and batch.labels.dtype == torch.int64
+    outside = (1 - batch.masks).to(dtype)
+    assert torch.equal(batch.images * outside, images.to(dtype) * outside)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_same_anomalies_appear(images, foreground):
+    cpu = make_synthesizer()(images, range(40), 0, foreground)
+    gpu = make_synthesizer()(images.cuda(), range(40), 0, foreground)
+    assert gpu.images.is_cuda and gpu.masks.is_cuda and gpu.labels.is_cuda
+    assert torch.equal(cpu.labels, gpu.labels.cpu())
+    assert (cpu.masks != gpu.masks.cpu()).float().mean() < 1e-3
+    assert (cpu.images - gpu.images.cpu()).abs().mean() < 1e-3
+
+
+def test_textures_of_another_size_and_images_that_are_not_square():
+    images = torch.rand(12, 3, 40, 56)
+    batch = make_synthesizer(make_bank(size=20))(images, range(12), 0, torch.ones(12, 1, 40, 56))
+    assert batch.images.shape == images.shape and batch.labels.any()
+
+
+def test_tiles_are_shuffled_whole_and_none_is_lost():
+    image = torch.arange(64.0).view(1, 1, 8, 8).repeat_interleave(2, 2).repeat_interleave(2, 3).expand(1, 3, 16, 16)
+    rng = np.random.default_rng(0)
+    shuffled = shuffle_tiles(image, rng.random((1, 16)), rng.random((1, 16)))
+    tiles = shuffled[0, 0, ::2, ::2]
+    assert torch.equal(tiles.repeat_interleave(2, 0).repeat_interleave(2, 1), shuffled[0, 0])
+    assert sorted(tiles.flatten().tolist()) == list(range(64)) and not torch.equal(shuffled, image)
+    columns = (tiles[0] % 8).tolist()
+    assert all(c % 2 == 0 for c in columns[:4]) and all(c % 2 == 1 for c in columns[4:])
+
+
+def test_tiles_of_a_side_that_eight_does_not_divide():
+    image = torch.rand(2, 3, 23, 9)
+    rng = np.random.default_rng(0)
+    shuffled = shuffle_tiles(image, rng.random((2, 16)), rng.random((2, 16)))
+    assert torch.equal(shuffled.flatten(2).sort(2).values, image.flatten(2).sort(2).values)
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """A smooth colourful picture as `(1, 3, 32, 32)` in [0, 1] and as Pillow's."""
+    y, x = np.mgrid[:32, :32] / 31
+    levels = np.round(255 * np.stack([0.2 + 0.6 * x, 0.1 + 0.5 * y, 0.7 - 0.5 * x * y], axis=-1)).astype(np.uint8)
+    return torch.from_numpy(levels.transpose(2, 0, 1)[None].copy()).float() / 255, Image.fromarray(levels)
+
+
+def assert_like_pillow(result, expected, tolerance=1):
+    np.testing.assert_allclose(result[0].permute(1, 2, 0).numpy() * 255, np.asarray(expected), atol=tolerance)
+
+
+def test_colour_operations_agree_with_pillow(photo):
+    x, picture = photo
+    assert_like_pillow(synthesis._invert(x, np.zeros((1, 3))), ImageOps.invert(picture))
+    assert_like_pillow(synthesis._equalize(x, np.zeros((1, 3))), ImageOps.equalize(picture))
+    for u in (0.0, 0.3, 0.99):
+        numbers = np.full((1, 3), u)
+        assert_like_pillow(synthesis._autocontrast(x, numbers), ImageOps.autocontrast(picture, int(21 * u)), 1.5)
+        assert_like_pillow(synthesis._sharpness(x, numbers), ImageEnhance.Sharpness(picture).enhance(0.1 + 1.8 * u), 2)
+        solarized = synthesis._solarize(x, np.array([[0.4, u, 0.0]]))
+        assert_like_pillow(solarized, ImageOps.solarize(picture, math.floor(32 + 96 * u) + 1), 1e-3)
+    assert torch.equal(synthesis._solarize(x, np.array([[0.6, 0.1, 0.0]])), x)
+
+
+def test_hue_and_saturation_agree_with_colorsys(photo):
+    import colorsys
+
+    x, _ = photo
+    u = np.array([[0.9, 0.3, 0.0]])
+    result = synthesis._hue_saturation(x.clone(), u)
+    for i, j in ((0, 0), (5, 30), (31, 31), (16, 2)):
+        hue, saturation, value = colorsys.rgb_to_hsv(*x[0, :, i, j].tolist())
+        saturation = min(max(saturation + (-50 + 100 * 0.3) / 255, 0), 1)
+        expected = colorsys.hsv_to_rgb((hue + (-50 + 100 * 0.9) / 255) % 1, saturation, value)
+        np.testing.assert_allclose(result[0, :, i, j].numpy(), expected, atol=1e-5)
+
+
+def test_gamma_brightness_posterize_and_rotation(photo):
+    x, _ = photo
+    gamma = synthesis._gamma(x, np.array([[0.0, 1 / 3, 1.0]]))
+    torch.testing.assert_close(gamma, torch.stack([x[:, 0] ** 0.5, x[:, 1], x[:, 2] ** 2], dim=1))
+    luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    for order, expected in ((0.9, lambda y: (y + 15 / 255) * 1.1), (0.0, lambda y: y * 1.1 + 15 / 255)):
+        bright = synthesis._brightness(x, np.array([[0.75, 0.75, order]]))
+        torch.testing.assert_close((bright * luma).sum(1), expected((x * luma).sum(1)), atol=1e-5, rtol=0)
+    assert set((synthesis._posterize(x, np.zeros((1, 3))) * 255).round().unique().tolist()) == {64.0, 192.0}
+    torch.testing.assert_close(synthesis._rotate_source(x, np.full((1, 3), 0.5)), x)
+    turned = synthesis._rotate(x, np.array([90.0]))
+    assert torch.allclose(turned, x.rot90(1, (2, 3)), atol=1e-4) or torch.allclose(
+        turned, x.rot90(-1, (2, 3)), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_every_operation_stays_in_range_even_on_flat_black_and_white(number):
+    x = torch.stack(
+        [torch.zeros(3, 16, 16), torch.ones(3, 16, 16), torch.full((3, 16, 16), 0.5), torch.rand(3, 16, 16)]
+    )
+    for u in (0.0, 0.5, 0.999):
+        result = synthesis.OPERATIONS[number](x.clone(), np.full((4, 3), u))
+        assert result.shape == x.shape and torch.isfinite(result).all()
+        assert result.min() >= -1e-6 and result.max() <= 1 + 1e-6
+
+
+def test_each_source_gets_three_different_operations(monkeypatch):
+    calls = torch.zeros(200, 10)
+
+    def recorder(number):
+        def operation(x, u):
+            calls[x[:, 0, 0, 0].long(), number] += 1
+            return x
+
+        return operation
+
+    monkeypatch.setattr(synthesis, "OPERATIONS", tuple(recorder(i) for i in range(10)))
+    rng = np.random.default_rng(0)
+    ids = torch.arange(200.0)[:, None, None, None].expand(200, 3, 8, 8).clone()
+    synthesis.change_colors(ids, rng.random((200, 10)), rng.random((200, 9)))
+    assert torch.all(calls.sum(1) == 3) and calls.max() == 1
+    assert calls.sum(0).min() > 35  # 60 expected of each
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bank": torch.zeros(0, 3, 8, 8, dtype=torch.uint8)}, "textures.bank"),
+        ({"bank": torch.zeros(4, 3, 8, 8)}, "textures.bank"),
+        ({"bank": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, "textures.bank"),
+        ({"anomaly_probability": 1.5}, "anomaly_probability"),
+        ({"self_augmentation_probability": -0.1}, "self_augmentation_probability"),
+        ({"perlin_scales": (3, 3)}, "perlin_scales"),
+        ({"opacity": (0.8, 0.2)}, "opacity"),
+        ({"threshold": 1.0}, "threshold"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_synthesizer(**options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "indices", "epoch", "mask_shape", "message"),
+    [
+        ((2, 1, 16, 16), [0, 1], 0, None, "images must be"),
+        ((3, 16, 16), [0, 1], 0, None, "images must be"),
+        ((0, 3, 16, 16), [], 0, None, "at least one"),
+        ((1, 3, 4, 16), [0], 0, None, "8 pixels"),
+        ((2, 3, 16, 16), [0], 0, None, "indices must hold"),
+        ((2, 3, 16, 16), [0, -1], 0, None, "at least 0"),
+        ((2, 3, 16, 16), [0, 1], -1, None, "at least 0"),
+        ((2, 3, 16, 16), [0, 1], 0, (2, 1, 8, 8), "foreground"),
+        ((2, 3, 16, 16), [0, 1], 0, (2, 16, 16), "foreground"),
+        ((2, 3, 16, 16), [0, 1], 0, (1, 1, 16, 16), "foreground"),
+    ],
+)
+def test_bad_inputs_are_named(shape, indices, epoch, mask_shape, message):
+    foreground = None if mask_shape is None else torch.ones(mask_shape)
+    with pytest.raises(ValueError, match=message):
+        make_synthesizer()(torch.zeros(shape), indices, epoch, foreground)
+
+
+def test_integer_images_are_refused():
+    with pytest.raises(ValueError, match="floating point"):
+        make_synthesizer()(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), [0], 0)

@@ -1,0 +1,149 @@
+"""Command line and presets of the training."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusionad_hf import PRESETS as ARCHITECTURES
+from diffusionad_hf.modeling_anomaly_segmenter import AnomalySegmenter
+
+__all__ = ["parse_arguments", "load_preset"]
+
+_PRESET_FOLDER = Path(__file__).parent / "presets"
+_LR_SCHEDULES = ("constant", "cosine", "linear", "reference")
+_PRECISIONS = ("no", "bf16", "fp16")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """
+    Reads the command line; a preset gives the defaults of the flags that are not on it.
+
+    Raises:
+        SystemExit: With one line that names the argument, where a value makes no sense.
+    """
+    parser = _parser()
+    preset = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")] if argv is not None else None)[0].preset
+    try:
+        parser.set_defaults(**load_preset(preset, parser))
+    except ValueError as error:
+        parser.error(str(error))
+    args = parser.parse_args(argv)
+    _check(args, parser)
+    return args
+
+
+def load_preset(name: str, parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
+    """
+    Reads a preset.
+
+    Args:
+        name: A file of `training/presets` without its suffix, or the path of a JSON file.
+        parser: Whose options the keys must be.
+
+    Raises:
+        ValueError: If there is no such preset, or a key or value is unknown.
+    """
+    parser = parser or _parser()
+    path = Path(name) if name.endswith(".json") else _PRESET_FOLDER / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in _PRESET_FOLDER.glob("*.json")))
+        raise ValueError(f"--preset {name}: no such preset; choose one of {known}, or give a .json file.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--preset {path}: not valid JSON ({error}).") from error
+    options = {action.dest: action for action in parser._actions}
+    for key, value in values.items():
+        action = options.get(key)
+        if action is None or key in ("help", "preset"):
+            raise ValueError(f'--preset {path}: unknown key "{key}"; keys are the names of the options, see --help.')
+        if action.choices is not None and value not in action.choices:
+            raise ValueError(f'--preset {path}: {key} is "{value}", must be one of {", ".join(map(str, action.choices))}.')
+    return values
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Trains DiffusionAD on normal images of one product and writes a calibrated pipeline folder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--data_dir", required=True, help="Data set: MVTec AD, VisA, DAGM or plain folder layout, or a Hub dataset id.")
+    add("--category", default=None, help="Which category of the data set; may be left out where there is but one.")
+    add("--texture_dir", default=None, help="Folder of texture images (such as DTD) to make anomalies of; procedural textures without it.")
+    add("--foreground_dir", default=None, help="Folder of masks of the object, one per training image and named like it; estimated without it.")
+    add(
+        "--foreground",
+        default="auto",
+        choices=("auto", "object", "texture", "whole"),
+        help="Where anomalies may lie: on the object, on random parts of a texture, anywhere; or decide from the images.",
+    )
+    add("--holdout_fraction", type=float, default=0.15, help="Share of the normal images kept out, to choose and calibrate the model.")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--preset", default="small", help="Defaults for all of this: a name from training/presets or a JSON file of your own.")
+    add("--architecture", default="small", choices=tuple(ARCHITECTURES), help="Size of the networks.")
+    add("--resolution", type=int, default=256, help="Side length in px at which images are trained and inspected; a multiple of 32.")
+    add("--gradient_checkpointing", action="store_true", help="Trade time for memory in the UNet.")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--max_train_steps", type=int, default=10000, help="Optimiser steps.")
+    add("--train_batch_size", type=int, default=16, help="Images per process and forward pass.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Forward passes per optimiser step.")
+    add("--unet_learning_rate", type=float, default=1e-4, help="Adam's rate for the UNet.")
+    add("--segmenter_learning_rate", type=float, default=1e-4, help="Adam's rate for the segmentation network.")
+    add(
+        "--lr_schedule",
+        default="cosine",
+        choices=_LR_SCHEDULES,
+        help='"reference": constant for the UNet, a cosine that swings every 20 steps for the segmenter.',
+    )
+    add("--lr_warmup_steps", type=int, default=100, help="Steps over which both rates rise from zero.")
+    add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm; 0 turns it off.")
+    add("--ema_decay", type=float, default=0.999, help="Decay of the averaged weights, which are what is saved; 0 turns it off.")
+    add("--mixed_precision", default=None, choices=_PRECISIONS, help="As for accelerate, whose configuration decides without it.")
+    add("--seed", type=int, default=0, help="Fixes data order, anomalies, noise and initial weights.")
+
+    add = parser.add_argument_group("saving and watching").add_argument
+    add("--output_dir", required=True, help="The pipeline folder to write; checkpoints, curve and logs lie in it too.")
+    add("--save_dtype", default="float32", choices=("float32", "float16"), help="Type of the saved weights.")
+    add("--checkpointing_steps", type=int, default=500, help="A checkpoint to resume from every so many steps.")
+    add("--checkpoints_total_limit", type=int, default=2, help="Checkpoints to keep.")
+    add("--resume_from_checkpoint", default=None, help='A checkpoint folder, or "latest".')
+    add("--validation_steps", type=int, default=500, help="Validate on held-out normal images with synthetic defects every so many steps.")
+    add("--false_alarm_rate", type=float, default=0.05, help="What the calibrated threshold promises.")
+    add("--report_to", default="tensorboard", help='Trackers for accelerate: "tensorboard", "wandb", "all" or "none".')
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that decode images; 0 keeps small sets in memory.")
+    return parser
+
+
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    multiple = AnomalySegmenter.size_multiple
+    if args.resolution < multiple or args.resolution % multiple:
+        parser.error(f"--resolution {args.resolution}: the networks halve the image five times, so it must be a multiple of {multiple}.")
+    for name in (
+        "max_train_steps",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "validation_steps",
+    ):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1.")
+    for name in ("lr_warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} {getattr(args, name)}: must not be negative.")
+    for name in ("unet_learning_rate", "segmenter_learning_rate"):
+        if not 0 < getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must lie between 0 and 1.")
+    if not 0 <= args.ema_decay < 1:
+        parser.error(f"--ema_decay {args.ema_decay}: must lie in [0, 1).")
+    for name in ("holdout_fraction", "false_alarm_rate"):
+        if not 0 < getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must lie between 0 and 1.")
+    if args.foreground_dir is not None and args.foreground in ("texture", "whole"):
+        parser.error(f"--foreground_dir {args.foreground_dir}: contradicts --foreground {args.foreground}; give one of them.")

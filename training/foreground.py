@@ -1,0 +1,187 @@
+"""Where the product is in its pictures: from the user's masks, or estimated from several normal images.
+
+An anomaly belongs on the product, not on the table beside it. The reference needs a mask for every training image, made by
+a separate segmentation network; here the background is learnt from the images' borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+KINDS = ("auto", "object", "texture")
+EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")
+
+WORKING_SIDE = 256  # pixels of the longer side at which the background is modelled
+FRAME = 0.05  # width of the border that is taken for background, as a share of the shorter side
+MIN_THRESHOLD = 3.0  # standard deviations of the background by which an object must differ from it
+MIN_AREA = 0.005  # share of the images that an object must fill
+SNAPPING = ((8, 6), (5, 4), (3, 4))  # neighbourhood in working pixels, iterations
+
+
+def load_foregrounds(folder: str | Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Reads the user's masks, white on the product.
+
+    Args:
+        folder: holds one image for each name, with the same stem and any usual extension; `_mask` may follow the stem.
+        names: file names of the normal images.
+
+    Returns:
+        For each name an `(H, W)` bool mask: grey level above 127.
+
+    Raises:
+        FileNotFoundError: if the folder or a mask does not exist.
+        ValueError: if a mask cannot be read or is empty.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"foreground folder {folder} does not exist; leave it out to have foregrounds estimated"
+        )
+    masks = []
+    for name in names:
+        stem = Path(name).stem
+        candidates = [folder / f"{stem}{ending}{suffix}" for ending in ("", "_mask") for suffix in EXTENSIONS]
+        path = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"no foreground for image {name}: expected {candidates[0]}")
+        try:
+            with Image.open(path) as image:
+                mask = np.asarray(image.convert("L")) > 127
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"foreground {path} cannot be read: {error}") from error
+        if not mask.any():
+            raise ValueError(f"foreground {path} is empty: the product must be white (above 127) on black")
+        masks.append(mask)
+    return masks
+
+
+def estimate_foregrounds(images: Sequence[np.ndarray], kind: str = "auto") -> tuple[str, list[np.ndarray]]:
+    """Tells objects from textures and separates objects from their background.
+
+    The background is what the images' borders show: for each image a smooth surface of brightness and colour, for all
+    of them together the spread around it. A pixel's distance from its background, in standard deviations, is split by
+    Otsu's threshold over all images. They show an object if the threshold is far above the spread and what is beyond it
+    keeps away from the borders. An object's outline then snaps to the sharp edges near it, off its shadow.
+
+    Args:
+        images: normal images of one product, each `(H, W, 3)` uint8; more images make a better background model.
+        kind: "object" or "texture" where it is known.
+
+    Returns:
+        "object" or "texture", and for each image an `(H, W)` bool mask. The masks of a texture are True everywhere.
+
+    Raises:
+        ValueError: if there is no image, an image is of another shape or type, or the kind is unknown.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if len(images) == 0:
+        raise ValueError("foregrounds cannot be estimated without images")
+    for i, image in enumerate(images):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < 8:
+            raise ValueError(f"image {i} must be (H, W, 3) uint8 of at least 8 px, not {image.shape} {image.dtype}")
+    if kind != "texture":
+        distances = _background_distances(images)
+        threshold = _otsu(np.concatenate([distance.ravel() for distance in distances]))
+        coarse = [_clean(distance > threshold) for distance in distances]
+        if kind == "object" or (threshold > MIN_THRESHOLD and _is_inside(coarse)):
+            masks = [_snap(distance, mask) for distance, mask in zip(distances, coarse, strict=True)]
+            return "object", [_resize(mask, image.shape[:2]) for mask, image in zip(masks, images, strict=True)]
+    return "texture", [np.ones(image.shape[:2], bool) for image in images]
+
+
+def _background_distances(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """How far each pixel is from its image's background, in standard deviations of all backgrounds.
+
+    Returns arrays of the images' proportions, the longer side at most `WORKING_SIDE`.
+    """
+    deviations, noise = [], []
+    for image in images:
+        height, width = image.shape[:2]
+        scale = min(1.0, WORKING_SIDE / max(height, width))
+        size = max(8, round(width * scale)), max(8, round(height * scale))
+        small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX), dtype=np.float32) / 255
+        small = ndimage.gaussian_filter(small, (1, 1, 0)).reshape(-1, 3)
+        y, x = (axis.ravel() for axis in np.meshgrid(*(np.linspace(-1, 1, n) for n in size[::-1]), indexing="ij"))
+        terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+        frame = _frame(size[::-1]).ravel()
+        # Light falls off smoothly: a quadratic surface fitted to the frame, without what sticks out of it.
+        background = frame
+        for _ in range(4):
+            surface = terms @ np.linalg.lstsq(terms[background], small[background], rcond=None)[0]
+            size_of_deviation = np.abs(small - surface).max(axis=1)
+            limit = max(3 * 1.4826 * np.median(size_of_deviation[background]), 4 / 255)
+            background = frame & (size_of_deviation < limit)
+        deviations.append((small - surface).reshape(*size[::-1], 3))
+        noise.append((small - surface)[background])
+    # The camera's last bits keep the covariance of flat or grey backgrounds regular.
+    covariance = np.cov(np.concatenate(noise).T) + np.eye(3) * (2 / 255) ** 2
+    whiten = np.linalg.cholesky(np.linalg.inv(covariance)) / np.sqrt(3)
+    return [np.linalg.norm(deviation @ whiten, axis=-1).astype(np.float32) for deviation in deviations]
+
+
+def _frame(shape: tuple[int, int]) -> np.ndarray:
+    width = max(2, round(FRAME * min(shape)))
+    frame = np.ones(shape, bool)
+    frame[width:-width, width:-width] = False
+    return frame
+
+
+def _otsu(values: np.ndarray) -> float:
+    """The threshold with the greatest variance between the two classes it makes (Otsu 1979)."""
+    counts, edges = np.histogram(values, 512)
+    below, total = counts.cumsum()[:-1], counts.sum()
+    moment = (counts * (edges[:-1] + edges[1:]) / 2).cumsum()
+    variance = (moment[-1] * below - total * moment[:-1]) ** 2 / np.maximum(below * (total - below), 1)
+    return float(edges[1 + variance.argmax()])
+
+
+def _is_inside(masks: list[np.ndarray]) -> bool:
+    """True if the masks mark something that keeps away from the images' borders, as one product in view does."""
+    overall = np.mean([mask.mean() for mask in masks])
+    border = np.mean([mask[_frame(mask.shape)].mean() for mask in masks])
+    return bool(overall > MIN_AREA and border < overall / 2)
+
+
+def _clean(mask: np.ndarray) -> np.ndarray:
+    """Closes gaps of a pixel or two, fills holes, drops specks: what is below a tenth of the largest piece."""
+    mask = ndimage.binary_closing(np.pad(mask, 2), iterations=2)[2:-2, 2:-2]
+    mask = ndimage.binary_opening(ndimage.binary_fill_holes(mask))
+    labels, count = ndimage.label(mask)
+    if count == 0:
+        return mask
+    areas = ndimage.sum_labels(mask, labels, np.arange(1, count + 1))
+    return np.isin(labels, 1 + np.flatnonzero(areas >= areas.max() / 10))
+
+
+def _snap(distance: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Moves a mask's outline to the nearest sharp edges, off the soft ones of shadows.
+
+    Each pixel near the outline joins the side whose mean in its neighbourhood it resembles more (two-phase local region
+    competition after Chan & Vese 2001 and Lankton & Tannenbaum 2008); the neighbourhood shrinks in three stages.
+    """
+    for sigma, iterations in SNAPPING:
+        mean = ndimage.gaussian_filter(distance, sigma, truncate=2.5)
+        for _ in range(iterations):
+            share = ndimage.gaussian_filter(mask.astype(np.float32), sigma, truncate=2.5)
+            part = ndimage.gaussian_filter(distance * mask, sigma, truncate=2.5)
+            inside, outside = part / np.maximum(share, 1e-3), (mean - part) / np.maximum(1 - share, 1e-3)
+            near = ndimage.binary_dilation(mask, iterations=4)
+            near &= ~ndimage.binary_erosion(mask, iterations=4, border_value=1)
+            mask = np.where(near, 2 * distance > inside + outside, mask)
+            mask = ndimage.uniform_filter(mask.astype(np.float32), 3) > 0.5
+        mask = ndimage.binary_fill_holes(mask)
+    return _clean(mask)
+
+
+def _resize(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A mask at an image's own size; all of the image where the mask is empty, which keeps its anomalies possible."""
+    if not mask.any():
+        return np.ones(shape, bool)
+    grey = Image.fromarray(mask.astype(np.float32))
+    return np.asarray(grey.resize(shape[::-1], Image.Resampling.BILINEAR)) > 0.5

@@ -1,0 +1,470 @@
+"""Synthetic anomalies on normal images: Perlin-shaped patches of foreign texture, a batch at a time, on its device.
+
+The distributions are those of the reference (`data/dataset_beta_thresh.py`, `data/perlin.py`), which builds one image
+at a time with OpenCV and imgaug. Every random number of a sample comes from a counter-based stream keyed on (seed,
+epoch, index), so a sample is the same alone, in any batch, and with any number of workers or processes.
+
+Deviations from the reference, all small: colours are float32, not rounded to 8 bits between operations; brightness
+changes act on the luma alone, where imgaug draws one of several colour spaces; the object's foreground is binary,
+where the reference keeps the grey edge left by resizing it; the "random part" that textured categories take as
+foreground is a rectangle, where the reference downloads mask files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILES = 8  # strips per axis of the self-augmented source
+MAX_ATTEMPTS = 50  # Perlin fields tried before an image stays normal
+ATTEMPTS_AT_ONCE = 8  # bounds memory: this many fields an image are evaluated together
+OPERATIONS_PER_SOURCE = 3
+
+# Every sample draws this many uniform numbers, used or not, so that no option shifts the meaning of the others.
+_DRAWS = {
+    "anomalous": 1,
+    "cells": 2,
+    "opacity": 1,
+    "source": 1,
+    "texture": 1,
+    "operations": 10,
+    "parameters": 3 * OPERATIONS_PER_SOURCE,
+    "rows": 2 * TILES,
+    "columns": 2 * TILES,
+    "region": 4,
+    "rotations": MAX_ATTEMPTS,
+}
+
+
+class Textures(Protocol):
+    """Anything with a bank of textures, such as those of `training.textures`."""
+
+    bank: Tensor
+
+
+@dataclass(frozen=True)
+class SyntheticBatch:
+    """A batch of which some images carry a synthetic anomaly.
+
+    Attributes:
+        images: `(N, 3, H, W)`, dtype and device of the input. Equal to the input bit for bit wherever `masks` is 0.
+        masks: `(N, 1, H, W)` float32, 1 on the anomaly.
+        labels: `(N,)` int64, 1 where the mask is not empty.
+    """
+
+    images: Tensor
+    masks: Tensor
+    labels: Tensor
+
+
+class AnomalySynthesizer:
+    """Puts synthetic anomalies on normal images (paper, section 3.4; reference: `perlin_synthetic`).
+
+    Args:
+        textures: source of foreign texture; its `bank` is `(K, 3, S, S)` uint8, resized where S is not the image size.
+        seed: with the epoch and an image's index it fixes everything drawn for that image.
+        anomaly_probability: share of the images that get an anomaly.
+        self_augmentation_probability: share of the anomalies made from the image itself (colours changed, 8 x 8 tiles
+            shuffled) and not from a texture. The reference: 0.5 for objects, 0 for textured categories.
+        perlin_scales: `(low, high)`: the noise has `2^k` cells along an axis, k in [low, high), each axis on its own.
+        threshold: noise above it is anomalous; noise lies in [-1, 1].
+        opacity: bounds of the anomaly's opacity, drawn uniformly for each image.
+
+    Raises:
+        ValueError: if an argument is out of range or the bank is empty or of another shape or type.
+    """
+
+    def __init__(
+        self,
+        textures: Textures,
+        *,
+        seed: int = 0,
+        anomaly_probability: float = 0.5,
+        self_augmentation_probability: float = 0.5,
+        perlin_scales: tuple[int, int] = (0, 6),
+        threshold: float = 0.5,
+        opacity: tuple[float, float] = (0.2, 0.8),
+    ) -> None:
+        bank = textures.bank
+        if bank.dtype != torch.uint8 or bank.ndim != 4 or bank.shape[1] != 3 or bank.numel() == 0:
+            raise ValueError(f"textures.bank must be (K, 3, S, S) uint8, K > 0, not {tuple(bank.shape)} {bank.dtype}")
+        for name, value in (
+            ("anomaly_probability", anomaly_probability),
+            ("self_augmentation_probability", self_augmentation_probability),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], not {value}")
+        if not 0 <= perlin_scales[0] < perlin_scales[1] <= 10:
+            raise ValueError(f"perlin_scales must be (low, high) with 0 <= low < high <= 10, not {perlin_scales}")
+        if not 0 <= opacity[0] <= opacity[1] <= 1:
+            raise ValueError(f"opacity must be (low, high) with 0 <= low <= high <= 1, not {opacity}")
+        if not -1 <= threshold < 1:
+            raise ValueError(f"threshold must lie in [-1, 1), the range of Perlin noise, not {threshold}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must lie in [0, 2^64), not {seed}")
+        self.seed = seed
+        self.anomaly_probability = anomaly_probability
+        self.self_augmentation_probability = self_augmentation_probability
+        self.perlin_scales = perlin_scales
+        self.threshold = threshold
+        self.opacity = opacity
+        self._bank = bank
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Tensor, indices: Sequence[int] | Tensor, epoch: int, foreground: Tensor | None = None
+    ) -> SyntheticBatch:
+        """Returns the images, some of them with an anomaly.
+
+        Args:
+            images: `(N, 3, H, W)` floating point in [0, 1], on any device; not modified.
+            indices: N indices of the images in their data set, at least 0.
+            epoch: at least 0.
+            foreground: `(N, 1, H, W)`, above 0.5 where an anomaly may lie. None, for textured categories: a random
+                rectangle for each image.
+
+        Raises:
+            ValueError: if a shape, type or range is not as above.
+        """
+        indices = [int(index) for index in indices]
+        _check_inputs(images, indices, epoch, foreground)
+        height, width = images.shape[-2:]
+        masks = torch.zeros(len(images), 1, height, width, device=images.device)
+        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+
+        streams = [_stream(self.seed, epoch, index) for index in indices]
+        draws = _named(np.stack([stream.random(sum(_DRAWS.values())) for stream in streams]))
+        chosen = np.flatnonzero(draws["anomalous"][:, 0] < self.anomaly_probability)
+        result = images.clone()
+        # On a CPU one image at a time stays in the cache; a GPU wants them all at once. The outcome is the same.
+        step = max(len(chosen), 1) if images.is_cuda else 1
+        for rows in (chosen[i : i + step] for i in range(0, len(chosen), step)):
+            # A slice is a view; on a GPU the rows are copied.
+            where = torch.from_numpy(rows).to(images.device) if images.is_cuda else slice(rows[0], rows[0] + 1)
+            part = {name: values[rows] for name, values in draws.items()}
+            if foreground is None:
+                allowed = _rectangles(part["region"], height, width).to(images.device)
+            else:
+                allowed = (foreground[where].to(images.device, torch.float32) - 0.5).gt_(0)
+            mask = self._masks([streams[row] for row in rows], part, allowed)
+            normal = images[where].float()
+            source = self._sources(normal, part)
+            low, high = self.opacity
+            # The reference weighs the image, not the anomaly, with beta in U(0.2, 0.8): by symmetry the same.
+            opacity = _column(low + part["opacity"] * (high - low), normal)
+            blended = torch.addcmul(normal, mask * opacity, source.sub_(normal))  # outside: plus 0, the same bits
+            result[where] = blended.to(images.dtype)
+            masks[where] = mask
+            labels[where] = mask.flatten(1).amax(1).long()
+        return SyntheticBatch(result, masks, labels)
+
+    def _masks(self, streams: list[np.random.Generator], draws: dict[str, np.ndarray], allowed: Tensor) -> Tensor:
+        """Thresholded, rotated Perlin noise inside `allowed`, all `(n, 1, H, W)` of 0 and 1.
+
+        Like the reference, a field that marks nothing on the foreground is redrawn, up to 50 fields in all; then the
+        mask stays empty and the image normal.
+        """
+        low, high = self.perlin_scales
+        cells = 2 ** (low + (draws["cells"] * (high - low)).astype(np.int64))
+        nodes = 2 ** (high - 1) + 1
+        height, width = allowed.shape[-2:]
+        masks = torch.zeros_like(allowed)
+        pending = allowed.flatten(1).amax(1).cpu().numpy() > 0
+        first, count = 0, 1
+        while first < MAX_ATTEMPTS and pending.any():
+            count = min(count, MAX_ATTEMPTS - first)
+            left = np.flatnonzero(pending)
+            angles = np.zeros((len(left), count, nodes, nodes), dtype=np.float32)
+            for row, i in enumerate(left):
+                rows, columns = cells[i] + 1
+                angles[row, :, :rows, :columns] = streams[i].random((count, rows, columns)) * (2 * math.pi)
+            angles = torch.from_numpy(angles).to(allowed.device).flatten(0, 1)
+            noise = perlin_noise(angles, cells[left].repeat(count, 0), height, width)[:, None]
+            degrees = draws["rotations"][left, first : first + count].reshape(-1) * 180 - 90
+            rotated = _rotate(noise, degrees).unflatten(0, (len(left), count))
+            tried = rotated.sub_(self.threshold).gt_(0).mul_(_select(allowed, pending)[:, None])
+            hit = tried.flatten(2).amax(2).cpu().numpy() > 0
+            best = torch.from_numpy(np.arange(len(left)) * count + hit.argmax(1)).to(allowed.device)
+            masks = _replace(masks, pending, tried.flatten(0, 1).index_select(0, best))
+            pending[left] = ~hit.any(1)
+            # One field, then one, two, four ... more for the images still without a mask: few wasted, few rounds.
+            first, count = first + count, min(max(first, 1), ATTEMPTS_AT_ONCE)
+        return masks
+
+    def _sources(self, normal: Tensor, draws: dict[str, np.ndarray]) -> Tensor:
+        """What the anomalies are made of: `(n, 3, H, W)` float32 in [0, 1]."""
+        if self._bank.device != normal.device:
+            self._bank = self._bank.to(normal.device)
+        from_self = draws["source"][:, 0] < self.self_augmentation_probability
+        source = normal.clone()
+        if not from_self.all():
+            picked = (draws["texture"][~from_self, 0] * len(self._bank)).astype(np.int64)
+            textures = self._bank.index_select(0, torch.from_numpy(picked).to(normal.device)).float().div_(255)
+            if textures.shape[-2:] != normal.shape[-2:]:
+                textures = F.interpolate(textures, normal.shape[-2:], mode="bilinear", antialias=True)
+            source = _replace(source, ~from_self, textures)
+        source = change_colors(source, draws["operations"], draws["parameters"])
+        if from_self.any():
+            own = _select(source, from_self)
+            source = _replace(
+                source, from_self, shuffle_tiles(own, draws["rows"][from_self], draws["columns"][from_self])
+            )
+        return source
+
+
+def perlin_noise(angles: Tensor, cells: np.ndarray, height: int, width: int) -> Tensor:
+    """Perlin noise with a number of cells of its own for each field (reference: `rand_perlin_2d_np`).
+
+    Only indexing and element-wise arithmetic, no matrix product: a field's bits do not depend on the batch around it.
+
+    Args:
+        angles: `(B, G, G)` directions of the gradients in radians at nodes (row, column); a field with (r, c) cells
+            reads the first r + 1 rows and c + 1 columns.
+        cells: `(B, 2)` int, cells along height and width, below G.
+        height, width: of the result in pixels; pixel i lies at `i * cells / size` cells.
+
+    Returns:
+        `(B, height, width)` float32 in [-1, 1].
+    """
+    batch, nodes, _ = angles.shape
+
+    def positions(axis: int, size: int) -> list[Tensor]:
+        position = np.arange(size) * cells[:, axis, None] / size
+        cell = np.floor(position).astype(np.int64)
+        t = (position - cell).astype(np.float32)
+        fade = t * t * t * (t * (t * 6 - 15) + 10)
+        return [torch.from_numpy(x).to(angles.device) for x in (cell, t, fade)]
+
+    column, tx, fade_x = (x[:, None].expand(batch, nodes, width) for x in positions(1, width))
+    row, ty, fade_y = (x.reshape(-1, 1) for x in positions(0, height))
+    # A corner's ramp, dy cos + dx sin, is linear in dy: interpolate slope and offset along x in every row of nodes ...
+    slope, offset = angles.cos(), angles.sin()
+    slope = torch.lerp(slope.gather(2, column), slope.gather(2, column + 1), fade_x).flatten(0, 1)
+    offset = torch.lerp(offset.gather(2, column) * tx, offset.gather(2, column + 1) * (tx - 1), fade_x).flatten(0, 1)
+    # ... and then along y between the two rows of nodes around each pixel.
+    top = row.flatten() + torch.arange(batch, device=angles.device).repeat_interleave(height) * nodes
+    above = torch.addcmul(offset.index_select(0, top), slope.index_select(0, top), ty)
+    below = torch.addcmul(offset.index_select(0, top + 1), slope.index_select(0, top + 1), ty - 1)
+    return torch.lerp(above, below, fade_y).mul_(math.sqrt(2)).view(batch, height, width)
+
+
+def change_colors(images: Tensor, order: np.ndarray, parameters: np.ndarray) -> Tensor:
+    """Three different operations of ten on each image, in random order (reference: `randAugmenter`).
+
+    Args:
+        images: `(N, 3, H, W)` float32 in [0, 1]; may be overwritten.
+        order: `(N, 10)` uniform numbers; the operations with the three smallest are applied, the smallest first.
+        parameters: `(N, 9)` uniform numbers in [0, 1), three for each step.
+    """
+    selected = np.argsort(order, axis=1)[:, :OPERATIONS_PER_SOURCE]
+    for step in range(OPERATIONS_PER_SOURCE):
+        for number in np.unique(selected[:, step]):
+            rows = selected[:, step] == number
+            changed = OPERATIONS[number](_select(images, rows), parameters[rows, 3 * step : 3 * step + 3])
+            images = _replace(images, rows, changed)
+    return images
+
+
+def shuffle_tiles(images: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
+    """Shuffles the 8 x 8 tiles of `(N, 3, H, W)` images, one order for all rows and one for all columns (reference).
+
+    Rows of tiles take any order. Columns do so among the even ones, which go left, and the odd ones, which go right.
+    Sides that 8 does not divide have a shorter last strip.
+
+    Args:
+        rows, columns: `(N, 16)` uniform numbers, one a strip.
+    """
+    height, width = images.shape[-2:]
+    row, column = np.arange(height) // (height // TILES), np.arange(width) // (width // TILES)
+    # All pixels of a strip share its number, so a stable sort of the pixels moves whole strips.
+    row_order = np.argsort(rows[:, row], axis=1, kind="stable")
+    column_order = np.argsort(columns[:, column] + column % 2, axis=1, kind="stable")
+    row_order, column_order = (torch.from_numpy(x).to(images.device) for x in (row_order, column_order))
+    lines = torch.arange(images.shape[0] * 3, device=images.device).view(-1, 3, 1) * height + row_order[:, None]
+    images = images.reshape(-1, width).index_select(0, lines.flatten()).view_as(images)
+    return images.gather(3, column_order[:, None, None, :].expand_as(images))
+
+
+def _gamma(x: Tensor, u: np.ndarray) -> Tensor:
+    """Gamma of 0.5 to 2, each channel its own."""
+    return x.log2().mul_(torch.from_numpy(0.5 + 1.5 * u).to(x)[:, :, None, None]).exp2_()
+
+
+def _brightness(x: Tensor, u: np.ndarray) -> Tensor:
+    """Luma times 0.8 to 1.2 and plus -30 to 30 of 255, in either order, at constant chroma."""
+    scale, shift = 0.8 + 0.4 * u[:, :1], (60 * u[:, 1:2] - 30) / 255
+    shift = np.where(u[:, 2:] < 0.5, shift, shift * scale)  # shifting first scales the shift as well
+    luma = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+    return (x + (luma * _column(scale - 1, x) + _column(shift, x))).clamp_(0, 1)
+
+
+def _sharpness(x: Tensor, u: np.ndarray) -> Tensor:
+    """Blend of a smoothed copy (0) and the image (1) by 0.1 to 1.9, like Pillow's: the outermost pixels stay."""
+    strip = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+    smooth = (strip[..., :-2] + strip[..., 1:-1] + strip[..., 2:] + 4 * x[..., 1:-1, 1:-1]) / 13
+    sharp = x.clone()
+    sharp[..., 1:-1, 1:-1] = torch.lerp(smooth, x[..., 1:-1, 1:-1], _column(0.1 + 1.8 * u[:, :1], x)).clamp_(0, 1)
+    return sharp
+
+
+def _hue_saturation(x: Tensor, u: np.ndarray) -> Tensor:
+    """HSV hue plus -50 to 50 of a circle of 255, saturation plus -50 to 50 of 255."""
+    value, darkest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = value - darkest
+    # Channels above the darkest, in [0, 1]. In sixths of a circle the hue is 1 + green - red where blue is darkest ...
+    red, green, blue = ((x - darkest) / chroma.clamp_min(1e-8)).split(1, dim=1)
+    no_blue = 1 - blue.sign()
+    no_red = (1 - red.sign()) * (1 - no_blue)
+    no_green = 1 - no_blue - no_red
+    hue = no_blue * (1 + green - red) + no_red * (3 + blue - green) + no_green * (5 + red - blue)
+    hue = hue.add_(_column((100 * u[:, :1] - 50) * 6 / 255, x)).remainder_(6)
+    saturation = (chroma / value.clamp_min(1e-8)).add_(_column((100 * u[:, 1:2] - 50) / 255, x)).clamp_(0, 1)
+    # ... and back: the share of the chroma that a channel lacks grows with the distance from its own hue: 0, 2 or 4.
+    center, sign, start = x.new_tensor([[3, 2, 4], [-1, 1, 1], [2, -1, -1]]).view(3, 1, 3, 1, 1)
+    lacking = (hue - center).abs_().mul_(sign).add_(start).clamp_(0, 1)
+    return torch.addcmul(value, saturation.mul_(value), lacking, value=-1)
+
+
+def _solarize(x: Tensor, u: np.ndarray) -> Tensor:
+    """In half of the cases, inverts values above 32 to 128 of 255."""
+    threshold = _column(np.where(u[:, :1] < 0.5, (32 + 96 * u[:, 1:2]) / 255, 2.0), x)
+    return torch.addcmul(x, (x - threshold).gt_(0), 1 - 2 * x)
+
+
+def _posterize(x: Tensor, u: np.ndarray) -> Tensor:
+    """Keeps 1 to 8 bits of each 8-bit value and puts it at its bin's centre."""
+    size = _column(2.0 ** (7 - np.floor(8 * u[:, :1])), x)
+    return (x * (255 / size)).floor_().add_(0.5).mul_(size / 255).clamp_(0, 1)
+
+
+def _invert(x: Tensor, u: np.ndarray) -> Tensor:
+    return 1 - x
+
+
+def _autocontrast(x: Tensor, u: np.ndarray) -> Tensor:
+    """Stretches each channel to [0, 1] after cutting 0 to 20 % of the pixels at either end, like Pillow's."""
+    below = _histograms(_bins(x)).view(len(x), -1, 256).cumsum(2)  # pixels at most as bright as a level
+    total = below[..., -1:]
+    cut = total * torch.from_numpy(np.floor(21 * u[:, :1])).to(below)[:, :, None] // 100
+    low = (below <= cut).sum(2)[..., None, None] / 255
+    high = (below < total - cut).sum(2)[..., None, None] / 255
+    flat = high <= low  # stays as it is
+    return ((x - low.masked_fill(flat, 0)) / (high - low).masked_fill(flat, 1)).clamp_(0, 1)
+
+
+def _equalize(x: Tensor, u: np.ndarray) -> Tensor:
+    """Equalises each channel's histogram of 256 levels, like Pillow's."""
+    bins = _bins(x)
+    counts = _histograms(bins)
+    below = counts.cumsum(1)
+    brightest = (below < below[:, -1:]).sum(1, keepdim=True)
+    step = (below[:, -1:] - counts.gather(1, brightest)) // 255
+    table = ((below - counts + step // 2) // step.clamp_min(1)).clamp_(max=255)
+    table = torch.where(step > 0, table, torch.arange(256, device=x.device)) / 255
+    return table.flatten().index_select(0, bins.flatten()).view_as(x)
+
+
+def _rotate_source(x: Tensor, u: np.ndarray) -> Tensor:
+    """Rotation by -45 to 45 degrees about the centre; black where nothing was."""
+    return _rotate(x, 90 * u[:, 0] - 45)
+
+
+OPERATIONS: tuple[Callable[[Tensor, np.ndarray], Tensor], ...] = (
+    _gamma,
+    _brightness,
+    _sharpness,
+    _hue_saturation,
+    _solarize,
+    _posterize,
+    _invert,
+    _autocontrast,
+    _equalize,
+    _rotate_source,
+)
+
+
+def _bins(x: Tensor) -> Tensor:
+    """The 8-bit level of each value plus 256 times the number of its channel: `(N * C, H * W)` int32."""
+    channels = x.shape[0] * x.shape[1]
+    levels = (x * 255).add_(0.5).int().view(channels, -1)
+    return levels.add_(256 * torch.arange(channels, dtype=torch.int32, device=x.device)[:, None])
+
+
+def _histograms(bins: Tensor) -> Tensor:
+    """Pixels at each level: `(N * C, 256)` int64."""
+    return torch.bincount(bins.flatten(), minlength=256 * len(bins)).view(-1, 256)
+
+
+def _rotate(x: Tensor, degrees: np.ndarray) -> Tensor:
+    """Rotates `(N, C, H, W)` about the centre, bilinear, 0 outside."""
+    height, width = x.shape[-2:]
+    radians = np.deg2rad(degrees)
+    row = (np.arange(height) - (height - 1) / 2)[:, None]
+    column = (np.arange(width) - (width - 1) / 2)[:, None]
+    cos, sin = np.cos(radians)[:, None, None], np.sin(radians)[:, None, None]
+    # Complex numbers, because (x, y) pairs add much faster as these: real part x, imaginary part y, both in [-1, 1].
+    dx, dy = 2 / (width - 1), 2j / (height - 1)
+    along_rows, along_columns = row * (cos * dy - sin * dx), (column * (cos * dx + sin * dy)).transpose(0, 2, 1)
+    along_rows, along_columns = (
+        torch.from_numpy(part.astype(np.complex64)).to(x.device) for part in (along_rows, along_columns)
+    )
+    grid = torch.view_as_real(along_rows + along_columns)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def _rectangles(u: np.ndarray, height: int, width: int) -> Tensor:
+    """The random part of a textured image in which an anomaly may lie: sides of 0.3 to 1 of the image's, any place."""
+    inside = []
+    for axis, size in enumerate((height, width)):
+        length = (0.3 + 0.7 * u[:, axis : axis + 1]) * size
+        start = u[:, axis + 2 : axis + 3] * (size - length)
+        pixel = np.arange(size) + 0.5
+        inside.append((pixel >= start) & (pixel < start + length))
+    return torch.from_numpy((inside[0][:, :, None] & inside[1][:, None, :])[:, None].astype(np.float32))
+
+
+def _select(x: Tensor, rows: np.ndarray) -> Tensor:
+    """`x[rows]` for a mask of rows; `x` itself where that is all of them."""
+    return x if rows.all() else x.index_select(0, torch.from_numpy(np.flatnonzero(rows)).to(x.device))
+
+
+def _replace(x: Tensor, rows: np.ndarray, values: Tensor) -> Tensor:
+    """`x` with `values` in a mask of rows; `values` itself where that is all of them."""
+    return values if rows.all() else x.index_copy_(0, torch.from_numpy(np.flatnonzero(rows)).to(x.device), values)
+
+
+def _column(values: np.ndarray, like: Tensor) -> Tensor:
+    """`(N, 1)` numbers as `(N, 1, 1, 1)` of a tensor's dtype and device."""
+    return torch.from_numpy(values).to(like)[:, :, None, None]
+
+
+def _stream(seed: int, epoch: int, index: int) -> np.random.Generator:
+    key = np.array([seed, epoch], dtype=np.uint64)
+    counter = np.array([0, 0, 0, index], dtype=np.uint64)  # the highest word: streams of two indices never meet
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def _named(draws: np.ndarray) -> dict[str, np.ndarray]:
+    ends = np.cumsum(list(_DRAWS.values()))
+    return dict(zip(_DRAWS, np.split(draws, ends[:-1], axis=1), strict=True))
+
+
+def _check_inputs(images: Tensor, indices: list[int], epoch: int, foreground: Tensor | None) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"images must be (N, 3, H, W) floating point, not {tuple(images.shape)} {images.dtype}")
+    if len(images) == 0 or min(images.shape[-2:]) < TILES:
+        raise ValueError(f"images must be at least one and at least {TILES} pixels a side, not {tuple(images.shape)}")
+    if len(indices) != len(images):
+        raise ValueError(f"indices must hold one index for each of the {len(images)} images, not {len(indices)}")
+    if min(indices) < 0 or epoch < 0:
+        raise ValueError(f"indices and epoch must be at least 0, not {min(indices)} and {epoch}")
+    expected = (len(images), 1, *images.shape[-2:])
+    if foreground is not None and tuple(foreground.shape) != expected:
+        raise ValueError(f"foreground must be {expected} to match the images, not {tuple(foreground.shape)}")

@@ -1,0 +1,171 @@
+"""Foreign textures for synthetic anomalies: from a folder such as DTD's, or made up where no files are at hand."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from scipy import ndimage
+from scipy.spatial import KDTree
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+class FolderTextures:
+    """The images below a folder, decoded once.
+
+    Where there are more than `limit` images, evenly spaced ones of the sorted list are taken, so every subfolder of
+    DTD is represented. Each is scaled to cover a square and cropped at the centre; the reference squeezes it.
+
+    Args:
+        folder: searched recursively for images.
+        size: side of the textures in pixels.
+        limit: most images kept. The bank takes `3 * size^2` bytes for each: 0.4 GB for 2,000 of 256 px.
+
+    Attributes:
+        bank: `(K, 3, size, size)` uint8.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if no image in it can be read, or an argument is below 1.
+    """
+
+    def __init__(self, folder: str | Path, size: int, limit: int = 2000) -> None:
+        folder = Path(folder)
+        if size < 1 or limit < 1:
+            raise ValueError(f"size and limit must be at least 1, not {size} and {limit}")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"texture folder {folder} does not exist; without one, use ProceduralTextures")
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+        paths = [paths[i * len(paths) // limit] for i in range(limit)] if len(paths) > limit else paths
+        bank = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+        count = 0
+        for path in paths:
+            try:
+                with Image.open(path) as image:
+                    image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size
+                    bank[count] = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+                count += 1
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                logger.warning("texture %s skipped: %s", path, error)
+        if count == 0:
+            raise ValueError(
+                f"no readable image ({', '.join(sorted(EXTENSIONS))}) in texture folder {folder}: "
+                "name a folder of images, or use ProceduralTextures"
+            )
+        self.bank = torch.from_numpy(bank[:count].transpose(0, 3, 1, 2).copy())
+
+
+class ProceduralTextures:
+    """Made-up textures, for when no folder is at hand: six families in turn, each with random scale and colours.
+
+    Noise of several spectra, warped stripes, warped checkers, Voronoi cells, gradients and blotches. Texture i depends
+    on (size, seed, i) alone.
+
+    Args:
+        size: side of the textures in pixels.
+        count: number of textures.
+        seed: at least 0.
+
+    Attributes:
+        bank: `(count, 3, size, size)` uint8.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(self, size: int, count: int = 500, seed: int = 0) -> None:
+        if size < 8 or count < 1 or seed < 0:
+            raise ValueError(f"size must be at least 8, count 1 and seed 0, not {size}, {count} and {seed}")
+        bank = np.empty((count, 3, size, size), dtype=np.uint8)
+        for i in range(count):
+            rng = np.random.default_rng([seed, i])
+            bank[i] = _colored(_FAMILIES[i % len(_FAMILIES)](rng, size), rng)
+        self.bank = torch.from_numpy(bank)
+
+
+def _smooth_noise(rng: np.random.Generator, size: int, exponent: float) -> np.ndarray:
+    """`(size, size)` noise in [0, 1] whose amplitude falls with frequency^-exponent: 0 is white, 1 pink, 2 brown."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
+    frequency[0, 0] = 1 / size
+    noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) * frequency**-exponent, (size, size))
+    return _stretched(noise)
+
+
+def _stretched(field: np.ndarray) -> np.ndarray:
+    """`field` moved to [0, 1], its outermost 1 % of pixels clipped."""
+    low, high = np.percentile(field, (1, 99))
+    return np.clip((field - low) / max(high - low, 1e-8), 0, 1)
+
+
+def _axes(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two orthogonal coordinates in [-0.7, 0.7], turned by a random angle and bent a little."""
+    y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
+    angle, bend = rng.uniform(0, np.pi), rng.choice([0.0, 0.05, 0.15])
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    return u + bend * _smooth_noise(rng, size, 2), v + bend * _smooth_noise(rng, size, 2)
+
+
+def _wave(position: np.ndarray, hard: bool) -> np.ndarray:
+    wave = 0.5 + 0.5 * np.sin(2 * np.pi * position)
+    return (wave > 0.5).astype(float) if hard else wave
+
+
+def _noise(rng: np.random.Generator, size: int) -> np.ndarray:
+    return _smooth_noise(rng, size, rng.uniform(0, 2))
+
+
+def _stripes(rng: np.random.Generator, size: int) -> np.ndarray:
+    return _wave(_axes(rng, size)[0] * rng.uniform(2, size / 6), rng.random() < 0.5)
+
+
+def _checkers(rng: np.random.Generator, size: int) -> np.ndarray:
+    u, v = _axes(rng, size)
+    frequency, hard = rng.uniform(2, size / 12), rng.random() < 0.5
+    a, b = _wave(u * frequency, hard), _wave(v * frequency * rng.uniform(0.5, 2), hard)
+    return rng.choice([np.abs(a - b), a * b, np.maximum(a, b)])
+
+
+def _cells(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Voronoi cells: a level for each, or the distance to the point, or to the border, or the borders alone."""
+    points = rng.random((int(np.exp(rng.uniform(np.log(8), np.log(400)))), 2)) * size
+    pixels = np.mgrid[:size, :size].reshape(2, -1).T
+    distances, nearest = KDTree(points).query(pixels, k=2)
+    border = distances[:, 1] - distances[:, 0]
+    kind = rng.integers(4)
+    if kind == 0:
+        return rng.random(len(points))[nearest[:, 0]].reshape(size, size)
+    field = (distances[:, 0], border, np.minimum(border, size / 100))[kind - 1]
+    return _stretched(field.reshape(size, size))
+
+
+def _gradient(rng: np.random.Generator, size: int) -> np.ndarray:
+    u, v = _axes(rng, size)
+    return _stretched(u if rng.random() < 0.5 else np.hypot(u - rng.uniform(-0.5, 0.5), v - rng.uniform(-0.5, 0.5)))
+
+
+def _blotches(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Smooth noise cut into two to four levels, with soft edges."""
+    noise = _smooth_noise(rng, size, rng.uniform(1.2, 2.5))
+    levels = rng.integers(2, 5)
+    return ndimage.gaussian_filter(
+        np.minimum(np.floor(noise * levels), levels - 1) / (levels - 1), rng.uniform(0, 1.5)
+    )
+
+
+_FAMILIES = (_noise, _stripes, _checkers, _cells, _gradient, _blotches)
+
+
+def _colored(field: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """`(3, S, S)` uint8: a field in [0, 1] through a ramp of two to four colours, a quarter of them grey, grained."""
+    colors = rng.random((rng.integers(2, 5), 3))
+    colors = np.repeat(colors[:, :1], 3, axis=1) if rng.random() < 0.25 else colors
+    stops = np.linspace(0, 1, len(colors))
+    image = np.stack([np.interp(field, stops, colors[:, channel]) for channel in range(3)])
+    image += rng.choice([0.0, 0.02, 0.06]) * rng.standard_normal(field.shape)
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
