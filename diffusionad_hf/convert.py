@@ -207,7 +207,8 @@ def _read(path: Path) -> dict:
             f"{path}: refused, because it holds more than tensors and plain values and loading it could run code. "
             "Only convert checkpoints written by the reference's train.py."
         ) from error
-    except (EOFError, RuntimeError, OSError, ValueError) as error:
+    # The unpickler stumbles over other kinds of file in every way there is: KeyError, EOFError, RuntimeError, ...
+    except Exception as error:
         raise ValueError(f"{path}: not a readable PyTorch checkpoint (truncated, or another kind of file).") from error
     missing = [k for k in ("unet_model_state_dict", "seg_model_state_dict") if not _is_weights(state, k)]
     if missing:

@@ -1,5 +1,6 @@
 """`DiffusionADPipeline`: from images to anomaly maps, scores and calibrated verdicts."""
 
+import importlib
 import inspect
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +183,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
         maps, scores, reconstructions, kept = [], [], [], []
         starts = range(0, len(images), batch_size)
-        with self.progress_bar(total=len(starts)) as progress:
-            progress.disable = progress.disable or len(starts) == 1
+        with self.progress_bar(total=len(starts)) if len(starts) > 1 else nullcontext() as progress:
             for start in starts:
                 # 1. Decode and resize: (B, 3, S, S) in [0, 1], and each image's own size.
                 batch = images[start : start + batch_size]
@@ -212,7 +213,8 @@ class DiffusionADPipeline(DiffusionPipeline):
                     reconstructions.append(self._postprocess(reconstruction[i].clamp(0, 1), size, output_type))
                 if return_intermediates:
                     kept.append({name: tensor.cpu() for name, tensor in step.items()})
-                progress.update()
+                if progress is not None:
+                    progress.update()
         self.maybe_free_model_hooks()
 
         # 4. Verdicts.
@@ -378,6 +380,8 @@ class DiffusionADPipeline(DiffusionPipeline):
                 continue
             if value[1] in _COMPONENT_MODULES:
                 value[0] = f"{_package()}.{_COMPONENT_MODULES[value[1]]}"
+                # Diffusers takes classes of other packages from modules that are imported already, and from nowhere else.
+                importlib.import_module(value[0])
             elif value[0] != "diffusers":
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: component '{name}' is a {value[0]}.{value[1]}, which is neither of this "

@@ -1,0 +1,276 @@
+"""Inspection of many files: one bad file never stops the others, and nothing already done is lost."""
+
+import csv
+import glob
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .pipeline_diffusionad import DiffusionADPipeline, InvalidImageError, load_image
+from .visualization import find_regions, location_words, mask_image, overlay, region_threshold, save_image
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Failure",
+    "Inspection",
+    "find_images",
+    "format_table",
+    "inspect_files",
+    "read_images",
+    "write_csv",
+    "write_json",
+]
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """
+    What was found on one image.
+
+    Args:
+        file: The image.
+        score: Its anomaly score.
+        threshold: Scores above it are anomalous; `None` without one.
+        verdict: `"anomalous"`, `"normal"`, or `None` without a threshold.
+        p_value: Probability of such a score on a normal image; `None` where the model is not calibrated.
+        seconds: Time of the pipeline for this image, its share of the batch's.
+        where: The regions in words, strongest first.
+        regions: Boxes `(x0, y0, x1, y1)` in px of the image, half open, with area and peak.
+        pictures: Files that were written, by kind: overlay, mask, reconstruction.
+    """
+
+    file: str
+    score: float
+    threshold: float | None
+    verdict: str | None
+    p_value: float | None
+    seconds: float
+    where: list[str]
+    regions: list[dict[str, Any]]
+    pictures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A file that could not be inspected, and why, in one line."""
+
+    file: str
+    error: str
+
+
+def find_images(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], list[Failure]]:
+    """
+    The image files that files, folders (with all below them) and glob patterns name, in order and each once.
+
+    Returns:
+        `tuple[list[Path], list[Failure]]`: The files, and the inputs that name none.
+    """
+    files: dict[Path, None] = {}
+    failures = []
+    for item in inputs:
+        name = os.fspath(item)
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            reason = "no images in this folder"
+        elif path.is_file():
+            found, reason = [path], ""
+        elif glob.has_magic(name):
+            found = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())
+            reason = "no file matches this pattern"
+        else:
+            found, reason = [], "no such file or folder"
+        if not found:
+            failures.append(Failure(name, f"{name}: {reason}."))
+        files.update(dict.fromkeys(found))
+    return list(files), failures
+
+
+def read_images(files: Iterable[Path]) -> Iterator[tuple[Path, torch.Tensor | Failure]]:
+    """Decodes files one by one; those that cannot be read come as a [`Failure`]."""
+    for file in files:
+        try:
+            yield file, load_image(file)
+        except (InvalidImageError, OSError) as error:
+            yield file, Failure(str(file), str(error))
+
+
+def inspect_files(
+    pipe: DiffusionADPipeline,
+    files: Sequence[Path],
+    output_dir: Path | None = None,
+    *,
+    batch_size: int = 4,
+) -> Iterator[Inspection | Failure]:
+    """
+    Inspects files batch by batch and writes their pictures as it goes.
+
+    Args:
+        pipe: The pipeline.
+        files: Image files.
+        output_dir: Folder for the overlay, mask and reconstruction of every image; none are written without it.
+        batch_size: Images per pass.
+
+    Yields:
+        [`Inspection`] or [`Failure`]: One per file, in order.
+
+    Raises:
+        OSError: If a picture cannot be written.
+    """
+    names = _picture_names(files)
+    batch: list[tuple[Path, torch.Tensor | Failure]] = []
+    for item in read_images(files):
+        batch.append(item)
+        if sum(isinstance(image, torch.Tensor) for _, image in batch) == batch_size:
+            yield from _inspect_batch(pipe, batch, names, output_dir)
+            batch = []
+    yield from _inspect_batch(pipe, batch, names, output_dir)
+
+
+def _inspect_batch(
+    pipe: DiffusionADPipeline,
+    batch: list[tuple[Path, torch.Tensor | Failure]],
+    names: dict[Path, str],
+    output_dir: Path | None,
+) -> Iterator[Inspection | Failure]:
+    images = [image for _, image in batch if isinstance(image, torch.Tensor)]
+    started = time.perf_counter()
+    output = pipe(images, batch_size=len(images)) if images else None
+    seconds = (time.perf_counter() - started) / max(len(images), 1)
+    threshold = pipe.threshold
+    drawn = region_threshold(threshold)
+    row = 0
+    for file, image in batch:
+        if isinstance(image, Failure):
+            yield image
+            continue
+        anomaly_map, score = output.anomaly_map[row], float(output.anomaly_score[row])
+        verdict = None if threshold is None else ("anomalous" if output.is_anomalous[row] else "normal")
+        # A normal image has no regions to show, whatever single pixels of its map say.
+        regions = [] if verdict == "normal" else find_regions(anomaly_map, drawn)
+        pictures = {}
+        if output_dir is not None:
+            photo = Image.fromarray(_eight_bit(image.permute(1, 2, 0).numpy()))
+            drawings = {
+                "overlay": overlay(photo, anomaly_map, threshold=drawn, contour=verdict != "normal"),
+                "mask": mask_image(anomaly_map, drawn),
+                "reconstruction": Image.fromarray(_eight_bit(output.reconstruction[row])),
+            }
+            for kind, drawing in drawings.items():
+                pictures[kind] = str(save_image(drawing, output_dir / f"{names[file]}_{kind}.png"))
+        yield Inspection(
+            file=str(file),
+            score=score,
+            threshold=threshold,
+            verdict=verdict,
+            p_value=None if output.p_value is None else float(output.p_value[row]),
+            seconds=seconds,
+            where=[location_words(region, anomaly_map.shape[::-1]) for region in regions],
+            regions=[asdict(region) for region in regions],
+            pictures=pictures,
+        )
+        row += 1
+
+
+def _picture_names(files: Sequence[Path]) -> dict[Path, str]:
+    """A name for each file's pictures: its own, with as much of its path as it takes to tell it from the others."""
+    if len(files) < 2 or len({file.parent for file in files}) == 1:
+        root = files[0].parent if files else Path()
+    else:
+        root = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    names: dict[Path, str] = {}
+    taken = set()
+    for file in files:
+        relative = file.absolute().relative_to(root.absolute()).with_suffix("")
+        name = str(relative)
+        if name in taken:  # the same stem with another suffix
+            name = f"{name}_{file.suffix[1:]}"
+        taken.add(name)
+        names[file] = name
+    return names
+
+
+def _eight_bit(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8)
+
+
+def format_table(results: Sequence[Inspection | Failure]) -> str:
+    """The results as a plain-text table."""
+    header = ("file", "score", "threshold", "p-value", "verdict", "seconds", "where")
+    rows = [header]
+    for result in results:
+        if isinstance(result, Failure):
+            rows.append((result.file, "", "", "", "not read", "", ""))
+            continue
+        rows.append(
+            (
+                result.file,
+                f"{result.score:.4f}",
+                "-" if result.threshold is None else f"{result.threshold:.4f}",
+                "-" if result.p_value is None else f"{result.p_value:.3f}",
+                result.verdict or "-",
+                f"{result.seconds:.2f}",
+                ", ".join(dict.fromkeys(result.where[:3])),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def write_json(path: Path, model: str, results: Sequence[Inspection | Failure]) -> None:
+    """Writes all results as one JSON file."""
+    content = {
+        "model": model,
+        "images": [asdict(result) for result in results if isinstance(result, Inspection)],
+        "failures": [asdict(result) for result in results if isinstance(result, Failure)],
+    }
+    _write_whole(path, json.dumps(_finite(content), indent=2) + "\n")
+
+
+def write_csv(path: Path, results: Sequence[Inspection | Failure]) -> None:
+    """Writes a row per image; files that could not be read have their reason in the last column."""
+    columns = ["file", "score", "threshold", "verdict", "p_value", "seconds", "regions", "largest_box", "where", "error"]
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=columns, restval="")
+        writer.writeheader()
+        for result in results:
+            if isinstance(result, Failure):
+                writer.writerow(asdict(result))
+                continue
+            row = {name: getattr(result, name) for name in columns[:6]}
+            largest = max(result.regions, key=lambda region: region["area_px"], default=None)
+            row["regions"] = len(result.regions)
+            row["largest_box"] = "" if largest is None else " ".join(map(str, largest["box"]))
+            row["where"] = "; ".join(result.where)
+            writer.writerow({name: "" if value is None else value for name, value in row.items()})
+    partial.replace(path)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a threshold that no score exceeds is written as null."""
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

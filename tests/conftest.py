@@ -1,0 +1,55 @@
+"""Fixtures that every test may use."""
+
+import os
+
+# Before anything imports huggingface_hub: no test reaches for the real Hub.
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "0")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from diffusionad_hf import DiffusionADPipeline, build_pipeline  # noqa: E402
+from tests import loopback_hub  # noqa: E402
+
+hub = loopback_hub.hub
+
+
+def make_pipeline(resolution: int = 32) -> DiffusionADPipeline:
+    """A small pipeline whose output depends on its input: fresh networks would give zeros."""
+    torch.manual_seed(0)
+    pipe = build_pipeline("tiny", resolution)
+    with torch.no_grad():
+        for parameter in [*pipe.unet.parameters(), *pipe.segmenter.parameters()]:
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def pipe() -> DiffusionADPipeline:
+    """Not calibrated; do not change its configuration."""
+    return make_pipeline()
+
+
+@pytest.fixture(scope="session")
+def photo() -> np.ndarray:
+    """`(48, 40, 3)` uint8, smooth enough to survive resizing."""
+    y, x = np.mgrid[:48, :40]
+    channels = [np.sin(x / 7) + np.cos(y / 9), np.sin((x + y) / 11), np.cos(x / 5 - y / 13)]
+    image = np.stack(channels, axis=-1)
+    return ((image - image.min()) / np.ptp(image) * 255).round().astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> str:
+    """A saved, calibrated pipeline with both float32 weights and the fp16 variant; do not change it."""
+    folder = tmp_path_factory.mktemp("model") / "pipeline"
+    pipe = make_pipeline()
+    scores = pipe([np.full((32, 32, 3), value, np.uint8) for value in range(0, 250, 10)]).anomaly_score
+    pipe.register_to_config(calibration_scores=[float(s) for s in scores])
+    pipe.save_pretrained(folder)
+    pipe.to(dtype=torch.float16).save_pretrained(folder, variant="fp16")
+    return str(folder)

@@ -1,0 +1,91 @@
+"""The networks: sizes, structure, and that they can be told apart by what goes in."""
+
+import pytest
+import torch
+
+from diffusionad_hf import PRESETS, AnomalySegmenter, NormGuidedUNet2DModel, build_pipeline
+from diffusionad_hf.convert import convert_unet_weights
+from tests.reference import reference_weights
+
+
+def millions(module):
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+@pytest.mark.parametrize(
+    "preset, unet, segmenter", [("paper", 131.65, 28.37), ("small", 8.26, 1.78), ("tiny", 2.05, 1.78)]
+)
+def test_presets_have_the_published_sizes(preset, unet, segmenter):
+    with torch.device("meta"):
+        pipe = build_pipeline(preset, 256)
+    assert millions(pipe.unet) == pytest.approx(unet, abs=0.02)
+    assert millions(pipe.segmenter) == pytest.approx(segmenter, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "preset, resolution", [*((name, 32) for name in PRESETS), *(("tiny", size) for size in (64, 96, 128, 224))]
+)
+def test_every_preset_takes_every_multiple_of_32(preset, resolution):
+    pipe = build_pipeline(preset, resolution)
+    x = torch.rand(1, 3, resolution, resolution)
+    assert pipe.unet(x, torch.tensor([7])).sample.shape == x.shape
+    assert pipe.segmenter(torch.cat([x, x], 1)).shape == (1, 1, resolution, resolution)
+
+
+@pytest.mark.parametrize("resolution", [0, -32, 100, 255])
+def test_a_resolution_that_the_networks_cannot_take_is_named(resolution):
+    with pytest.raises(ValueError, match=f"resolution={resolution}.*multiple of 32"):
+        build_pipeline("tiny", resolution)
+
+
+def test_an_unknown_preset_names_those_there_are():
+    with pytest.raises(ValueError, match="huge.*paper, small, tiny"):
+        build_pipeline("huge")
+
+
+def test_every_attention_level_has_the_same_number_of_heads():
+    unet = NormGuidedUNet2DModel(**NormGuidedUNet2DModel.size_config(32, 64))
+    heads = {m.heads for m in unet.modules() if hasattr(m, "heads")}
+    widths = {m.inner_dim for m in unet.modules() if hasattr(m, "heads")}
+    assert heads == {4} and len(widths) > 1
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(ValueError, match="num_attention_heads=5.*64"):
+        NormGuidedUNet2DModel(**NormGuidedUNet2DModel.size_config(32, 64), num_attention_heads=5)
+
+
+def test_the_number_of_heads_changes_the_output_and_survives_saving(tmp_path):
+    weights = reference_weights("px64", "unet")
+    x = torch.rand(1, 3, 64, 64)
+    outputs = {}
+    for heads in (1, 4):
+        unet = NormGuidedUNet2DModel(**NormGuidedUNet2DModel.size_config(32, 64), num_attention_heads=heads).eval()
+        unet.load_state_dict(convert_unet_weights(weights, unet))
+        unet.save_pretrained(tmp_path / str(heads))
+        loaded = NormGuidedUNet2DModel.from_pretrained(tmp_path / str(heads))
+        with torch.no_grad():
+            outputs[heads] = loaded(x, 200).sample
+            torch.testing.assert_close(outputs[heads], unet(x, 200).sample, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(outputs[1], outputs[4], atol=1e-3)
+
+
+def test_an_untrained_unet_predicts_zero_as_the_reference_does():
+    unet = build_pipeline("tiny", 32).unet
+    assert not unet(torch.rand(1, 3, 32, 32), 5).sample.any()
+
+
+def test_the_segmenter_sees_the_reconstruction():
+    torch.manual_seed(0)
+    segmenter = AnomalySegmenter(base_channels=4).eval()
+    image, other = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.allclose(segmenter(torch.cat([image, image], 1)), segmenter(torch.cat([image, other], 1)))
+
+
+def test_the_segmenter_returns_logits():
+    torch.manual_seed(0)
+    segmenter = AnomalySegmenter(base_channels=4).eval()
+    with torch.no_grad():
+        segmenter.conv_out.bias.fill_(50)
+        assert segmenter(torch.rand(1, 6, 32, 32)).min() > 10

@@ -1,0 +1,232 @@
+"""Saving and loading in every mode that people use."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusionad_hf import DiffusionADPipeline, NormGuidedUNet2DModel
+from tests.conftest import make_pipeline
+
+IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+REPO = "org/diffusionad-test"
+
+# Runs where this package cannot be imported, with nothing but diffusers.
+STRANGER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "diffusionad_hf":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+sys.meta_path.insert(0, Blocker())
+import torch
+from diffusers import DiffusionPipeline
+kwargs = eval(sys.argv[3])
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True, **kwargs)
+pipe.set_progress_bar_config(disable=True)
+image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+print("score", repr(float(pipe(image).anomaly_score[0])), pipe(image).is_anomalous[0])
+pipe.save_pretrained(sys.argv[2])
+again = DiffusionPipeline.from_pretrained(sys.argv[2], trust_remote_code=True)
+print("again", repr(float(again(image).anomaly_score[0])))
+try:
+    import diffusionad_hf
+except ModuleNotFoundError:
+    print("the package was not there")
+"""
+
+
+def stranger(model, save_to, environment, kwargs="{}"):
+    """What `STRANGER` printed, a dictionary by first word."""
+    command = [sys.executable, "-c", STRANGER, str(model), str(save_to), kwargs]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(save_to).parent)
+    assert done.returncode == 0, done.stderr
+    assert "the package was not there" in done.stdout
+    return {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.startswith(("score", "again"))}
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def score(model_dir):
+    return DiffusionADPipeline.from_pretrained(model_dir)(IMAGE).anomaly_score[0]
+
+
+# ---- folders ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_pipeline_comes_back_whole(tmp_path):
+    pipe = make_pipeline()
+    pipe.scheduler.register_to_config(small_timestep=150, guidance_weight=0.5)
+    pipe.register_to_config(calibration_scores=[0.25, 0.5], top_k=7, seed=3, false_alarm_rate=0.4)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionADPipeline.from_pretrained(tmp_path)
+    first, second = pipe(IMAGE), loaded(IMAGE)
+    np.testing.assert_array_equal(first.anomaly_map[0], second.anomaly_map[0])
+    assert first.p_value == second.p_value and pipe.threshold == loaded.threshold == 0.5
+    assert type(loaded.unet) is NormGuidedUNet2DModel and type(loaded.scheduler) is type(pipe.scheduler)
+
+
+def test_loading_is_silent(model_dir):
+    command = f"from diffusionad_hf import DiffusionADPipeline; DiffusionADPipeline.from_pretrained({model_dir!r})"
+    done = subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line and "Loading pipeline" not in line]
+    assert lines == []
+
+
+def test_saved_files_tell_nothing_of_this_machine(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "first")
+    DiffusionADPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for name, content in files_of(tmp_path / "second").items():
+        assert str(tmp_path).encode() not in content, name
+    assert files_of(tmp_path / "first").keys() == files_of(tmp_path / "second").keys()
+    assert (tmp_path / "first/model_index.json").read_text() == (tmp_path / "second/model_index.json").read_text()
+
+
+def test_weights_are_safetensors_only(model_dir):
+    suffixes = {Path(name).suffix for name in files_of(model_dir)}
+    assert suffixes == {".json", ".py", ".safetensors"}
+
+
+def test_the_fp16_variant(model_dir, score):
+    half = DiffusionADPipeline.from_pretrained(model_dir, variant="fp16", dtype=torch.float32)
+    assert half(IMAGE).anomaly_score[0] == pytest.approx(score, abs=1e-2)
+    weights = [DiffusionADPipeline.from_pretrained(model_dir, **k).unet.conv_in.weight for k in ({}, {"variant": "fp16"})]
+    assert not torch.equal(*(w.float() for w in weights))
+    assert torch.equal(weights[0].half(), weights[1].half())
+
+
+def test_dtype_is_taken(model_dir):
+    pipe = DiffusionADPipeline.from_pretrained(model_dir, dtype=torch.bfloat16)
+    assert pipe.unet.dtype == pipe.segmenter.dtype == torch.bfloat16
+
+
+def test_half_precision_weights_compute_in_float32_by_default(tmp_path):
+    pipe = make_pipeline()
+    pipe.to(dtype=torch.float16).save_pretrained(tmp_path)
+    assert DiffusionADPipeline.from_pretrained(tmp_path).unet.dtype == torch.float32
+
+
+def test_vanilla_diffusers_loads_a_folder_without_the_package(model_dir, score, tmp_path):
+    result = stranger(model_dir, tmp_path / "resaved", dict(os.environ, HF_HOME=str(tmp_path / "home")))
+    assert float(result["score"]) == pytest.approx(score, abs=1e-6)
+    assert float(result["again"]) == pytest.approx(score, abs=1e-6)
+    # What was saved after a remote load is again a folder for everyone.
+    assert DiffusionADPipeline.from_pretrained(tmp_path / "resaved")(IMAGE).anomaly_score[0] == pytest.approx(score, abs=1e-6)
+    index = [(f / "model_index.json").read_text() for f in (tmp_path / "resaved", Path(model_dir))]
+    assert index[0] == index[1]
+
+
+# ---- the Hub ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repo(hub, model_dir):
+    hub.add_repo(REPO, files_of(model_dir))
+    return hub
+
+
+def test_a_hub_id_loads_and_then_loads_offline(repo, monkeypatch, tmp_path, score):
+    repo.adopt_client(monkeypatch, tmp_path)
+    pipe = DiffusionADPipeline.from_pretrained(REPO, cache_dir=tmp_path / "cache")
+    assert pipe(IMAGE).anomaly_score[0] == pytest.approx(score, abs=1e-6)
+    before = len(repo.requests)
+    cached = DiffusionADPipeline.from_pretrained(REPO, cache_dir=tmp_path / "cache", local_files_only=True)
+    assert cached(IMAGE).anomaly_score[0] == pytest.approx(score, abs=1e-6)
+    assert len(repo.requests) == before
+
+
+def test_the_fp16_variant_of_a_hub_id(repo, monkeypatch, tmp_path, score):
+    repo.adopt_client(monkeypatch, tmp_path)
+    pipe = DiffusionADPipeline.from_pretrained(REPO, variant="fp16", dtype=torch.float32, cache_dir=tmp_path / "cache")
+    assert pipe(IMAGE).anomaly_score[0] == pytest.approx(score, abs=1e-2)
+    downloaded = [p.name for p in (tmp_path / "cache").rglob("*.safetensors")]
+    assert downloaded and all("fp16" in name for name in downloaded)
+
+
+def test_vanilla_diffusers_loads_a_hub_id_without_the_package(repo, score, tmp_path):
+    result = stranger(REPO, tmp_path / "resaved", dict(os.environ, **repo.environment(tmp_path / "home")))
+    assert float(result["score"]) == pytest.approx(score, abs=1e-6)
+    assert float(result["again"]) == pytest.approx(score, abs=1e-6)
+
+
+def test_vanilla_diffusers_loads_the_variant_of_a_hub_id(repo, score, tmp_path):
+    environment = dict(os.environ, **repo.environment(tmp_path / "home"))
+    result = stranger(REPO, tmp_path / "resaved", environment, "dict(variant='fp16', dtype=torch.float32)")
+    assert float(result["score"]) == pytest.approx(score, abs=1e-2)
+
+
+def test_code_that_someone_put_into_a_repo_is_never_run(hub, model_dir, monkeypatch, tmp_path):
+    proof = tmp_path / "executed"
+    files = files_of(model_dir)
+    for name in files:
+        if name.endswith(".py"):
+            files[name] = f"open({str(proof)!r}, 'w')\n".encode()
+    hub.add_repo(REPO, files)
+    hub.adopt_client(monkeypatch, tmp_path)
+    DiffusionADPipeline.from_pretrained(REPO, cache_dir=tmp_path / "cache")(IMAGE)
+    assert not proof.exists()
+
+
+# ---- models that are not whole ------------------------------------------------------------------------------------------------------
+
+
+def broken(model_dir, tmp_path, kind):
+    folder = tmp_path / "broken"
+    if kind == "missing folder":
+        return folder
+    if kind == "empty folder":
+        folder.mkdir()
+        return folder
+    shutil.copytree(model_dir, folder)
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    if kind == "no weights":
+        weights.unlink()
+    elif kind == "pickled weights":
+        torch.save({"conv_in.weight": torch.zeros(1)}, weights.with_name("diffusion_pytorch_model.bin"))
+        weights.unlink()
+    elif kind == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif kind == "wrong shape":
+        config = folder / "segmenter/config.json"
+        config.write_text(config.read_text().replace('"base_channels": 16', '"base_channels": 8'))
+    elif kind == "no component config":
+        (folder / "segmenter/config.json").unlink()
+    elif kind == "index is no JSON":
+        (folder / "model_index.json").write_text("{")
+    elif kind == "foreign component":
+        index = json.loads((folder / "model_index.json").read_text())
+        index["segmenter"] = ["os", "system"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "missing folder",
+        "empty folder",
+        "no weights",
+        "pickled weights",
+        "truncated weights",
+        "wrong shape",
+        "no component config",
+        "index is no JSON",
+        "foreign component",
+    ],
+)
+def test_a_model_that_is_not_whole_is_named_in_one_line(model_dir, tmp_path, kind):
+    folder = broken(model_dir, tmp_path, kind)
+    with pytest.raises(OSError) as error:
+        DiffusionADPipeline.from_pretrained(folder)
+    message = str(error.value)
+    assert str(folder) in message and "\n" not in message and len(message) < 600
