@@ -25,7 +25,18 @@ _MODULES = {
     "build_pipeline": "presets",
 }
 
-__all__ = ["__version__", *_MODULES]
+__all__ = [  # noqa: F822 (`__getattr__` defines them)
+    "AnomalySegmenter",
+    "DiffusionADPipeline",
+    "DiffusionADPipelineOutput",
+    "InvalidImageError",
+    "NormGuidedScheduler",
+    "NormGuidedSchedulerOutput",
+    "NormGuidedUNet2DModel",
+    "PRESETS",
+    "__version__",
+    "build_pipeline",
+]
 
 
 def __getattr__(name: str) -> Any:

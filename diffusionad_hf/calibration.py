@@ -24,10 +24,11 @@ def calibrate(
     batch_size: int | None = None,
 ) -> list[float]:
     """
-    Sets the pipeline's threshold and p-values from normal images that it was not trained on (split conformal prediction).
+    Sets the pipeline's threshold and p-values from normal images that it was not trained on (split conformal
+    prediction).
 
-    A false-alarm rate alpha holds on average over calibrations, for images of the same kind; with n images, the rate of one calibration
-    varies around it with a standard deviation of about `sqrt(alpha (1 - alpha) / n)`.
+    A false-alarm rate alpha holds on average over calibrations, for images of the same kind; with n images, the rate
+    of one calibration varies around it with a standard deviation of about `sqrt(alpha (1 - alpha) / n)`.
 
     Args:
         pipe: Its configuration is changed; `save_pretrained` keeps it.
@@ -47,7 +48,8 @@ def calibrate(
         raise ValueError(f"false_alarm_rate={rate}: must lie between 0 and 1, such as 0.05.")
     if len(images) < images_needed(rate):
         logger.warning(
-            f"{len(images)} normal images cannot promise a false-alarm rate of {rate:.1%}: no image will be called anomalous. "
+            f"{len(images)} normal images cannot promise a false-alarm rate of {rate:.1%}: no image will be "
+            "called anomalous. "
             f"Give {images_needed(rate)} or more, or allow a higher rate."
         )
     scores = sorted(float(s) for s in pipe(images, batch_size=batch_size).anomaly_score)

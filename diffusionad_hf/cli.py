@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .version import __version__
 
-# Torch and diffusers take seconds to import: every command imports what it needs when it runs, so that --help answers at once.
+# Torch and diffusers take seconds to import: every command imports what it needs when it runs, so that --help answers
+# at once.
 
 __all__ = ["main"]
 
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="diffusionad", description="Finds defects on product images with norm-guided one-step denoising diffusion."
+        prog="diffusionad",
+        description="Finds defects on product images with norm-guided one-step denoising diffusion.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -57,9 +59,15 @@ def _add_command(commands, name: str, help: str, epilog: str, run) -> argparse.A
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="M", help="a pipeline folder, or a Hub id such as org/name")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--variant", metavar="V", help='weights of another type where the model has them, such as "fp16"')
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps ...; the GPU, if there is one, by default")
-    parser.add_argument("--batch-size", type=positive_integer, default=4, metavar="N", help="images per pass (default: 4)")
+    parser.add_argument(
+        "--variant", metavar="V", help='weights of another type where the model has them, such as "fp16"'
+    )
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1, mps ...; the GPU, if there is one, by default"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_integer, default=4, metavar="N", help="images per pass (default: 4)"
+    )
 
 
 def positive_integer(text: str) -> int:
@@ -96,7 +104,7 @@ def _load_pipeline(args: argparse.Namespace, **kwargs):
     return pipe
 
 
-# ---- inspect ------------------------------------------------------------------------------------------------------------------------
+# ---- inspect --------------------------------------------------------------------------------------------------------
 
 
 def _add_inspect(commands) -> None:
@@ -104,19 +112,36 @@ def _add_inspect(commands) -> None:
         commands,
         "inspect",
         "Inspect images: score, verdict, and where the defects are.",
-        "exit code: 0 when all images were inspected, 2 when some could not be read (the others are done and the failures listed)\n\n"
-        "example: diffusionad inspect photos/ --model org/diffusionad-mvtec-screw --output-dir report --json report.json",
+        "exit code: 0 when all images were inspected, 2 when some could not be read (the others are done "
+        "and the failures listed)\n\n"
+        "example: diffusionad inspect photos/ --model org/diffusionad-mvtec-screw --output-dir report "
+        "--json report.json",
         _inspect,
     )
-    parser.add_argument("input", nargs="+", metavar="INPUT", help="image files, folders (with all below them) or glob patterns")
+    parser.add_argument(
+        "input", nargs="+", metavar="INPUT", help="image files, folders (with all below them) or glob patterns"
+    )
     _add_model_options(parser)
-    parser.add_argument("--output-dir", metavar="DIR", type=Path, help="write an overlay, a mask and the reconstruction of each image here")
+    parser.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        type=Path,
+        help="write an overlay, a mask and the reconstruction of each image here",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all results, with every region, as JSON")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write a row per image as CSV")
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--threshold", type=float, metavar="T", help="call scores above T anomalous, instead of the calibrated threshold")
     chosen.add_argument(
-        "--false-alarm-rate", type=rate, metavar="A", help="use the threshold that a calibrated model promises this rate with"
+        "--threshold",
+        type=float,
+        metavar="T",
+        help="call scores above T anomalous, instead of the calibrated threshold",
+    )
+    chosen.add_argument(
+        "--false-alarm-rate",
+        type=rate,
+        metavar="A",
+        help="use the threshold that a calibrated model promises this rate with",
     )
 
 
@@ -147,7 +172,10 @@ def _inspect(args: argparse.Namespace) -> int:
             write_csv(args.csv, results)
     print(format_table(results))
     if pipe.threshold is None:
-        print("No verdicts: the model is not calibrated. Run `diffusionad calibrate` with normal images, or give --threshold.")
+        print(
+            "No verdicts: the model is not calibrated. Run `diffusionad calibrate` with normal images, or "
+            "give --threshold."
+        )
     failures = [result for result in results if isinstance(result, Failure)]
     if args.output_dir is not None:
         print(f"Pictures in {args.output_dir}.")
@@ -169,7 +197,7 @@ def _require_writable(folder: Path) -> None:
         raise OSError(f"{folder}: cannot write there ({error.strerror}); choose another folder.") from error
 
 
-# ---- calibrate ----------------------------------------------------------------------------------------------------------------------
+# ---- calibrate ------------------------------------------------------------------------------------------------------
 
 
 def _add_calibrate(commands) -> None:
@@ -182,8 +210,16 @@ def _add_calibrate(commands) -> None:
     )
     parser.add_argument("input", nargs="+", metavar="INPUT", help="normal images: files, folders or glob patterns")
     _add_model_options(parser)
-    parser.add_argument("--false-alarm-rate", type=rate, default=0.05, metavar="A", help="share of normal images that may be called anomalous (default: 0.05)")
-    parser.add_argument("--output-dir", metavar="DIR", type=Path, help="save the calibrated model here instead of into its own folder")
+    parser.add_argument(
+        "--false-alarm-rate",
+        type=rate,
+        default=0.05,
+        metavar="A",
+        help="share of normal images that may be called anomalous (default: 0.05)",
+    )
+    parser.add_argument(
+        "--output-dir", metavar="DIR", type=Path, help="save the calibrated model here instead of into its own folder"
+    )
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -195,7 +231,9 @@ def _calibrate(args: argparse.Namespace) -> int:
     from .pipeline_diffusionad import resize_image
 
     if args.output_dir is None and not Path(args.model).is_dir():
-        raise ValueError(f"--model {args.model}: comes from the Hub; give --output-dir to say where to save it calibrated.")
+        raise ValueError(
+            f"--model {args.model}: comes from the Hub; give --output-dir to say where to save it calibrated."
+        )
     files, failures = find_images(args.input)
     if not files:
         raise ValueError(" ".join(failure.error for failure in failures))
@@ -218,7 +256,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     else:
         pipe.save_config(args.model)
     print(
-        f"{target}: threshold {pipe.threshold:.4f} at a false-alarm rate of {args.false_alarm_rate:.1%}, from {len(scores)} normal "
+        f"{target}: threshold {pipe.threshold:.4f} at a false-alarm rate of {args.false_alarm_rate:.1%}, "
+        f"from {len(scores)} normal "
         f"images (scores {scores[0]:.4f} to {scores[-1]:.4f})."
     )
     for failure in failures:
@@ -226,22 +265,33 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 2 if failures else 0
 
 
-# ---- evaluate -----------------------------------------------------------------------------------------------------------------------
+# ---- evaluate -------------------------------------------------------------------------------------------------------
 
 
 def _add_evaluate(commands) -> None:
     parser = _add_command(
         commands,
         "evaluate",
-        "Measure a model on a labelled test set: image and pixel AUROC, AP, exact AUPRO, error rates at the threshold.",
+        "Measure a model on a labelled test set: image and pixel AUROC, AP, exact AUPRO, error rates at the "
+        "threshold.",
         "example: diffusionad evaluate --model my_model --data-dir mvtec_ad --category screw --json evaluation.json",
         _evaluate,
     )
     _add_model_options(parser)
-    parser.add_argument("--data-dir", required=True, metavar="D", help="data set: MVTec AD, VisA, DAGM or plain folder layout, or a Hub dataset id")
+    parser.add_argument(
+        "--data-dir",
+        required=True,
+        metavar="D",
+        help="data set: MVTec AD, VisA, DAGM or plain folder layout, or a Hub dataset id",
+    )
     parser.add_argument("--category", metavar="C", help="which category; may be left out where there is but one")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all metrics as JSON")
-    parser.add_argument("--plots", metavar="DIR", type=Path, help="write the ROC curve, score histograms and the worst misses as pictures")
+    parser.add_argument(
+        "--plots",
+        metavar="DIR",
+        type=Path,
+        help="write the ROC curve, score histograms and the worst misses as pictures",
+    )
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -275,7 +325,10 @@ def _format_metrics(metrics: dict) -> str:
             lines.append(f"{name:<24} {metrics[key]:.4f}{interval}")
     for key, name in {"false_alarm_rate": "false-alarm rate", "miss_rate": "miss rate"}.items():
         if key in metrics:
-            lines.append(f"{name:<24} {metrics[key]:.1%}  at the threshold" + (f" {metrics['threshold']:.4f}" if "threshold" in metrics else ""))
+            lines.append(
+                f"{name:<24} {metrics[key]:.1%}  at the threshold"
+                + (f" {metrics['threshold']:.4f}" if "threshold" in metrics else "")
+            )
     lines.append(f"{'seconds per image':<24} {metrics['seconds_per_image']:.3f}")
     for kind, values in metrics.get("defect_types", {}).items():
         found = ", ".join(f"{METRIC_NAMES[k]} {values[k]:.4f}" for k in ("image_auroc", "aupro_30") if k in values)
@@ -283,7 +336,7 @@ def _format_metrics(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-# ---- convert ------------------------------------------------------------------------------------------------------------------------
+# ---- convert --------------------------------------------------------------------------------------------------------
 
 
 def _add_convert(commands) -> None:
@@ -305,7 +358,10 @@ def _convert(args: argparse.Namespace) -> int:
     _require_writable(args.output_dir)
     pipe.save_pretrained(args.output_dir)
     size = pipe.config.image_size
-    print(f"Wrote {args.output_dir}: {size} x {size} px, not calibrated; run `diffusionad calibrate` with normal images next.")
+    print(
+        f"Wrote {args.output_dir}: {size} x {size} px, not calibrated; run `diffusionad calibrate` with "
+        "normal images next."
+    )
     return 0
 
 

@@ -76,8 +76,8 @@ def pipeline_from_checkpoint(checkpoint: str | Path) -> DiffusionADPipeline:
 
 def convert_unet_weights(weights: Mapping[str, torch.Tensor], unet: NormGuidedUNet2DModel) -> dict[str, torch.Tensor]:
     """
-    Renames the reference's UNet weights: its flat `down`, `middle` and `up` lists walk the residual blocks, attentions and samplers
-    of diffusers' blocks in the same order.
+    Renames the reference's UNet weights: its flat `down`, `middle` and `up` lists walk the residual blocks,
+    attentions and samplers of diffusers' blocks in the same order.
 
     Args:
         weights: State dict of the reference's `UNetModel`.
@@ -108,8 +108,8 @@ def convert_unet_weights(weights: Mapping[str, torch.Tensor], unet: NormGuidedUN
     position = 0
     for i, block in enumerate(unet.up_blocks):
         attentions = getattr(block, "attentions", None)
-        # The reference upsamples inside the list entry of a level's last residual block; diffusers' attention blocks call
-        # their resnet upsampler `upsamplers` or `resnet_up`, depending on the block.
+        # The reference upsamples inside the list entry of a level's last residual block; diffusers' attention blocks
+        # call their resnet upsampler `upsamplers` or `resnet_up`, depending on the block.
         upsampler = "upsamplers.0" if getattr(block, "upsamplers", None) is not None else "resnet_up"
         for j in range(len(block.resnets)):
             modules[f"up.{position}.0"] = f"up_blocks.{i}.resnets.{j}"
@@ -171,9 +171,10 @@ def convert_segmenter_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def _unet_config(weights: Mapping[str, torch.Tensor], args: Mapping) -> dict:
-    """The network's configuration: from the shapes of its weights where they tell, else from the arguments of the training."""
+    """The network's configuration: from its weights' shapes where they tell, else from the training's arguments."""
     entries = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("down."))
-    # Every level but one ends with an upsampler, the only residual block in an entry of the up list that is not its first.
+    # Every level but one ends with an upsampler, the only residual block in an entry of the up list that is not its
+    # first.
     upsamplers = {name.split(".")[1] for name in weights if re.match(r"up\.\d+\.[12]\.in_layers", name)}
     per_level = entries // (len(upsamplers) + 1)
     firsts = range(1, entries, per_level)
@@ -181,7 +182,9 @@ def _unet_config(weights: Mapping[str, torch.Tensor], args: Mapping) -> dict:
     size = args.get("img_size", 256)
     head_width = int(args.get("num_head_channels") or -1)
     if head_width != -1:
-        raise ValueError(f"checkpoints with a fixed attention head width (num_head_channels={head_width}) are not supported")
+        raise ValueError(
+            f"checkpoints with a fixed attention head width (num_head_channels={head_width}) are not supported"
+        )
     return {
         "sample_size": int(size[0] if isinstance(size, (list, tuple)) else size),
         "in_channels": weights["down.0.0.weight"].shape[1],
@@ -217,7 +220,8 @@ def _read(path: Path) -> dict:
 
 
 def _plain_dict(*_: object) -> dict:
-    """Stands in for `collections.defaultdict(str)`, in which the reference saves its `args` and which the safe unpickler refuses to fill."""
+    """Stands in for `collections.defaultdict(str)`, in which the reference saves its `args` and which the safe
+    unpickler refuses to fill."""
     return {}
 
 

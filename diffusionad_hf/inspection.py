@@ -224,7 +224,9 @@ def format_table(results: Sequence[Inspection | Failure]) -> str:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def write_json(path: Path, model: str, results: Sequence[Inspection | Failure]) -> None:
@@ -239,7 +241,18 @@ def write_json(path: Path, model: str, results: Sequence[Inspection | Failure]) 
 
 def write_csv(path: Path, results: Sequence[Inspection | Failure]) -> None:
     """Writes a row per image; files that could not be read have their reason in the last column."""
-    columns = ["file", "score", "threshold", "verdict", "p_value", "seconds", "regions", "largest_box", "where", "error"]
+    columns = [
+        "file",
+        "score",
+        "threshold",
+        "verdict",
+        "p_value",
+        "seconds",
+        "regions",
+        "largest_box",
+        "where",
+        "error",
+    ]
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("w", newline="", encoding="utf-8") as file:

@@ -23,8 +23,8 @@ class AnomalySegmenter(ModelMixin, ConfigMixin):
     r"""
     A six-level UNet of (convolution, batch norm, ReLU) pairs with bilinear upsampling.
 
-    Source: `models/Seg_subnetwork.py` of the reference, without its final sigmoid: logits keep the losses and half precision
-    exact.
+    Source: `models/Seg_subnetwork.py` of the reference, without its final sigmoid: logits keep the losses and half
+    precision exact.
 
     Args:
         in_channels (`int`): Channels of image and reconstruction together.
@@ -58,8 +58,8 @@ class AnomalySegmenter(ModelMixin, ConfigMixin):
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            sample (`torch.Tensor` of shape `(N, in_channels, H, W)`): Image and reconstruction, concatenated; H and W multiples
-                of 32.
+            sample (`torch.Tensor` of shape `(N, in_channels, H, W)`): Image and reconstruction, concatenated; H and W
+                multiples of 32.
 
         Returns:
             `torch.Tensor` of shape `(N, out_channels, H, W)`: Logits of a pixel being anomalous.

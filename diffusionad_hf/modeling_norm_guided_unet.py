@@ -7,8 +7,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-# Files saved with a model travel to the Hub beside its weights and are imported there on their own: this module imports
-# nothing of this package, and the name `ModelMixin` has to stand in its namespace for diffusers to recognise it.
+# Files saved with a model travel to the Hub beside its weights and are imported there on their own: this module
+# imports nothing of this package, and the name `ModelMixin` has to stand in its namespace for diffusers to recognise
+# it.
 __all__ = ["ModelMixin", "NormGuidedUNet2DModel"]
 
 # Feature maps of fewer px a side get no self-attention (args1.json: "attention_resolutions": "32,16,8").
@@ -17,8 +18,9 @@ _SMALLEST_ATTENTION_MAP = 8
 
 class NormGuidedUNet2DModel(UNet2DModel):
     r"""
-    Predicts the noise in a noised image; stock [`UNet2DModel`] plus the one thing its configuration cannot say, the number of
-    attention heads per level (`attention_head_dim` fixes their width instead, so the number would grow with the channels).
+    Predicts the noise in a noised image; stock [`UNet2DModel`] plus the one thing its configuration cannot say, the
+    number of attention heads per level (`attention_head_dim` fixes their width instead, so the number would grow with
+    the channels).
 
     Weights of the paper's own UNet fit one to one (`models/Recon_subnetwork.py` of the reference). As there, the last
     convolution of every residual block, of every attention block and of the network starts at zero.
@@ -98,7 +100,8 @@ class NormGuidedUNet2DModel(UNet2DModel):
             if isinstance(module, Attention):
                 if module.inner_dim % num_attention_heads:
                     raise ValueError(
-                        f"num_attention_heads={num_attention_heads} does not divide an attention block's {module.inner_dim} "
+                        f"num_attention_heads={num_attention_heads} does not divide an attention block's "
+                        f"{module.inner_dim} "
                         "channels: choose another number or other block_out_channels."
                     )
                 module.heads = num_attention_heads

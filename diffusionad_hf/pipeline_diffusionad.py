@@ -56,16 +56,19 @@ class DiffusionADPipelineOutput(BaseOutput):
     What the pipeline found, one entry per image and in the order of the input.
 
     Args:
-        anomaly_map (`list`): Per image, the probability of each pixel being anomalous, in [0, 1], at the image's own size: arrays of
-            shape `(H, W)` and type float32 (`output_type="np"`), tensors (`"pt"`) or 8-bit greyscale images (`"pil"`).
-        anomaly_score (`np.ndarray` of shape `(N,)`): Mean of the `top_k` largest values of each map at the model's resolution.
-        reconstruction (`list`): Per image, what it would look like without a defect, at the image's own size: arrays of shape
-            `(H, W, 3)` in [0, 1], tensors of shape `(3, H, W)` (`"pt"`) or RGB images (`"pil"`).
-        is_anomalous (`np.ndarray` of shape `(N,)`, *optional*): Whether the score exceeds the threshold; `None` without one.
-        p_value (`np.ndarray` of shape `(N,)`, *optional*): Probability of a score at least as high on a normal image; `None` where
-            the model is not calibrated.
-        intermediates (`dict[str, torch.Tensor]`, *optional*): Everything on the way, at the model's resolution, of shape
-            `(N, C, H, W)`; only where asked for.
+        anomaly_map (`list`): Per image, the probability of each pixel being anomalous, in [0, 1], at the image's own
+            size: arrays of shape `(H, W)` and type float32 (`output_type="np"`), tensors (`"pt"`) or 8-bit greyscale
+            images (`"pil"`).
+        anomaly_score (`np.ndarray` of shape `(N,)`): Mean of the `top_k` largest values of each map at the model's
+            resolution.
+        reconstruction (`list`): Per image, what it would look like without a defect, at the image's own size: arrays
+            of shape `(H, W, 3)` in [0, 1], tensors of shape `(3, H, W)` (`"pt"`) or RGB images (`"pil"`).
+        is_anomalous (`np.ndarray` of shape `(N,)`, *optional*): Whether the score exceeds the threshold; `None`
+            without one.
+        p_value (`np.ndarray` of shape `(N,)`, *optional*): Probability of a score at least as high on a normal image;
+            `None` where the model is not calibrated.
+        intermediates (`dict[str, torch.Tensor]`, *optional*): Everything on the way, at the model's resolution, of
+            shape `(N, C, H, W)`; only where asked for.
     """
 
     anomaly_map: list
@@ -80,16 +83,18 @@ class DiffusionADPipeline(DiffusionPipeline):
     r"""
     Anomaly detection by norm-guided one-step denoising (DiffusionAD, arXiv 2303.08730).
 
-    An image is noised at two scales; one UNet pass each gives back what it would look like without a defect, the big scale
-    guiding the small one; a segmentation network reads the anomaly off image and reconstruction.
+    An image is noised at two scales; one UNet pass each gives back what it would look like without a defect, the big
+    scale guiding the small one; a segmentation network reads the anomaly off image and reconstruction.
 
     Args:
         unet ([`UNet2DModel`]): Predicts the noise in a noised image.
         segmenter ([`ModelMixin`]): Turns image and reconstruction, `(N, 6, H, W)`, into logits, `(N, 1, H, W)`.
         scheduler ([`DDPMScheduler`]): A `NormGuidedScheduler`, which owns timesteps and guidance weight.
-        image_size (`int`, *optional*): Side length in px at which images are inspected; the UNet's `sample_size` when `None`.
+        image_size (`int`, *optional*): Side length in px at which images are inspected; the UNet's `sample_size` when
+            `None`.
         top_k (`int`): How many of the largest map values the score averages.
-        seed (`int`): Seed of the noise, which is the same for every image: scores are repeatable and independent of batching.
+        seed (`int`): Seed of the noise, which is the same for every image: scores are repeatable and independent of
+            batching.
         calibration_scores (`list[float]`, *optional*): Scores of held-out normal images; see `diffusionad calibrate`.
         false_alarm_rate (`float`): The share of normal images that the calibrated threshold may call anomalous.
         threshold (`float`, *optional*): A threshold of your own, which then replaces the calibrated one.
@@ -120,18 +125,18 @@ class DiffusionADPipeline(DiffusionPipeline):
             threshold=threshold,
         )
 
-    # ---- verdicts ---------------------------------------------------------------------------------------------------------------
+    # ---- verdicts ---------------------------------------------------------------------------------------------------
 
     @property
     def threshold(self) -> float | None:
-        """Scores above it are anomalous: one's own threshold if set, else the calibrated one; `None` without either."""
+        """Scores above it are anomalous: one's own if set, else the calibrated one; `None` without either."""
         if self.config.threshold is not None:
             return self.config.threshold
         if self.config.calibration_scores is None:
             return None
         return conformal_threshold(self.config.calibration_scores, self.config.false_alarm_rate)
 
-    # ---- the call ---------------------------------------------------------------------------------------------------------------
+    # ---- the call ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -153,13 +158,17 @@ class DiffusionADPipeline(DiffusionPipeline):
         Inspects one image or many.
 
         Args:
-            image: A PIL image, a path, a numpy array `(H, W)`, `(H, W, C)` or a batch `(N, H, W, C)`, a tensor `(C, H, W)` or a batch
-                `(N, C, H, W)`, or a list of them, sizes mixed. Integers are scaled by their type's range, floats lie in [0, 1].
-            batch_size (`int`, *optional*): Images per pass; 4 on a CPU and 16 elsewhere when `None`. Does not change the result.
-            generator (`torch.Generator`, *optional*): Draws the noise, image after image, instead of the configured seed.
+            image: A PIL image, a path, a numpy array `(H, W)`, `(H, W, C)` or a batch `(N, H, W, C)`, a tensor `(C, H,
+                W)` or a batch `(N, C, H, W)`, or a list of them, sizes mixed. Integers are scaled by their type's
+                range, floats lie in [0, 1].
+            batch_size (`int`, *optional*): Images per pass; 4 on a CPU and 16 elsewhere when `None`. Does not change
+                the result.
+            generator (`torch.Generator`, *optional*): Draws the noise, image after image, instead of the configured
+                seed.
             noise (`torch.Tensor` of shape `(2, N, C, H, W)`, *optional*): The noise itself, small scale first.
             num_noises (`int`): Average the maps of so many noise draws: a little more accurate, so many times slower.
-            small_timestep, big_timestep (`int`, *optional*), guidance_weight (`float`, *optional*): Replace the scheduler's values.
+            small_timestep, big_timestep (`int`, *optional*), guidance_weight (`float`, *optional*): Replace the
+                scheduler's values.
             output_type (`str`): `"np"`, `"pt"` or `"pil"`.
             return_intermediates (`bool`): Also return every tensor on the way.
             return_dict (`bool`): Return a [`DiffusionADPipelineOutput`], else a plain tuple.
@@ -255,7 +264,8 @@ class DiffusionADPipeline(DiffusionPipeline):
         for item in images:
             if not isinstance(item, ImageInput):
                 raise InvalidImageError(
-                    f"image: cannot inspect a {type(item).__name__}; give PIL images, paths, numpy arrays or torch tensors."
+                    f"image: cannot inspect a {type(item).__name__}; give PIL images, paths, numpy arrays "
+                    "or torch tensors."
                 )
             if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
                 raise FileNotFoundError(f"{item}: no such image file.")
@@ -265,7 +275,8 @@ class DiffusionADPipeline(DiffusionPipeline):
         last = self.scheduler.config.num_train_timesteps
         if not 0 <= small_timestep < big_timestep < last:
             raise ValueError(
-                f"small_timestep={small_timestep}, big_timestep={big_timestep}: must satisfy 0 <= small < big < {last}."
+                f"small_timestep={small_timestep}, big_timestep={big_timestep}: must satisfy 0 <= small < "
+                f"big < {last}."
             )
         if output_type not in ("np", "pt", "pil"):
             raise ValueError(f'output_type="{output_type}": must be "np", "pt" or "pil".')
@@ -313,7 +324,9 @@ class DiffusionADPipeline(DiffusionPipeline):
     def _draw(self, generator: torch.Generator) -> torch.Tensor:
         """The noise of one image at both scales, `(2, C, S, S)`."""
         size = self.config.image_size
-        return randn_tensor((2, self.unet.config.in_channels, size, size), generator=generator, device=generator.device)
+        return randn_tensor(
+            (2, self.unet.config.in_channels, size, size), generator=generator, device=generator.device
+        )
 
     def _seeded_noise(self, count: int) -> list[torch.Tensor]:
         # Drawn on the CPU, whatever the device, so that a score does not depend on the machine.
@@ -337,14 +350,14 @@ class DiffusionADPipeline(DiffusionPipeline):
         array = array[0] if len(array) == 1 else array.transpose(1, 2, 0)
         return array if output_type == "np" else Image.fromarray((array * 255).round().astype(np.uint8))
 
-    # ---- saving and loading -----------------------------------------------------------------------------------------------------
+    # ---- saving and loading -----------------------------------------------------------------------------------------
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
         Writes `model_index.json` and, beside it and in the components' folders, the modules of our classes.
 
-        With them, a plain `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the folder where this package is
-        not installed.
+        With them, a plain `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the folder where this
+        package is not installed.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
@@ -380,11 +393,13 @@ class DiffusionADPipeline(DiffusionPipeline):
                 continue
             if value[1] in _COMPONENT_MODULES:
                 value[0] = f"{_package()}.{_COMPONENT_MODULES[value[1]]}"
-                # Diffusers takes classes of other packages from modules that are imported already, and from nowhere else.
+                # Diffusers takes classes of other packages from modules that are imported already, and from nowhere
+                # else.
                 importlib.import_module(value[0])
             elif value[0] != "diffusers":
                 raise ValueError(
-                    f"{pretrained_model_name_or_path}: component '{name}' is a {value[0]}.{value[1]}, which is neither of this "
+                    f"{pretrained_model_name_or_path}: component '{name}' is a {value[0]}.{value[1]}, which "
+                    "is neither of this "
                     "package nor of diffusers and is not run."
                 )
         return loaded
@@ -395,7 +410,8 @@ class DiffusionADPipeline(DiffusionPipeline):
         Loads a pipeline from a folder or from the Hub; safetensors only, and no code of the repo is run.
 
         Args:
-            pretrained_model_name_or_path: A folder written by `save_pretrained`, or a Hub id such as `"org/diffusionad-mvtec-screw"`.
+            pretrained_model_name_or_path: A folder written by `save_pretrained`, or a Hub id such as
+                `"org/diffusionad-mvtec-screw"`.
             kwargs: As for [`DiffusionPipeline.from_pretrained`]: `dtype`, `variant`, `revision`, `token`, `cache_dir`,
                 `local_files_only`, ...; and any configuration value of this class, such as `threshold`.
 
@@ -416,12 +432,13 @@ class DiffusionADPipeline(DiffusionPipeline):
             raise OSError(f"{name}: the model could not be loaded: {reason}") from error
 
 
-# ---- conformal calibration ----------------------------------------------------------------------------------------------------------
+# ---- conformal calibration ------------------------------------------------------------------------------------------
 
 
 def conformal_p_value(calibration_scores: Sequence[float], score: np.ndarray | float) -> np.ndarray:
     """
-    Probability that a normal image scores at least as high: `(1 + #{scores >= s}) / (n + 1)` (split conformal prediction).
+    Probability that a normal image scores at least as high: `(1 + #{scores >= s}) / (n + 1)` (split conformal
+    prediction).
 
     Args:
         calibration_scores: Scores of n held-out normal images.
@@ -437,7 +454,8 @@ def conformal_p_value(calibration_scores: Sequence[float], score: np.ndarray | f
 
 def conformal_threshold(calibration_scores: Sequence[float], false_alarm_rate: float) -> float:
     """
-    The lowest threshold that keeps the stated false-alarm rate: `score > threshold` holds just where the p-value is at most the rate.
+    The lowest threshold that keeps the stated false-alarm rate: `score > threshold` holds just where the p-value is at
+    most the rate.
 
     Args:
         calibration_scores: Scores of n held-out normal images.
@@ -447,31 +465,33 @@ def conformal_threshold(calibration_scores: Sequence[float], false_alarm_rate: f
         `float`: The k-th largest score, k = floor(rate (n + 1)); infinity where n is too small to promise that rate.
     """
     ordered = np.sort(np.asarray(calibration_scores, dtype=np.float64))
-    # 0.05 * 20 is 1.0000000000000002 in floats, and 0.07 * 100 is 7.000000000000001: a hair of slack keeps both counts right.
+    # 0.05 * 20 is 1.0000000000000002 in floats, and 0.07 * 100 is 7.000000000000001: a hair of slack keeps both counts
+    # right.
     k = int(np.floor(false_alarm_rate * (len(ordered) + 1) + 1e-9))
     return float(ordered[-k]) if k else float("inf")
 
 
-# ---- images -------------------------------------------------------------------------------------------------------------------------
+# ---- images ---------------------------------------------------------------------------------------------------------
 
 
 def load_image(image: ImageInput, name: str = "image") -> torch.Tensor:
     """
     Reads any kind of image as RGB.
 
-    Rotation tags are applied, transparency is composited on white, greyscale is repeated, 16-bit values keep their precision, and of
-    an animation the first frame is taken (and said so).
+    Rotation tags are applied, transparency is composited on white, greyscale is repeated, 16-bit values keep their
+    precision, and of an animation the first frame is taken (and said so).
 
     Args:
-        image: A PIL image, a path, an array `(H, W)` or `(H, W, C)`, or a tensor `(H, W)` or `(C, H, W)`, with 1 to 4 channels.
-            Integer arrays are scaled by their type's range; float arrays lie in [0, 1].
+        image: A PIL image, a path, an array `(H, W)` or `(H, W, C)`, or a tensor `(H, W)` or `(C, H, W)`, with 1 to 4
+            channels. Integer arrays are scaled by their type's range; float arrays lie in [0, 1].
         name: What to call the image in an error; a path is called by itself.
 
     Returns:
         `torch.Tensor` of shape `(3, H, W)`: uint8, or float32 in [0, 1] where 8 bits would lose something.
 
     Raises:
-        InvalidImageError: If it cannot be read, has a side under 8 px, or holds values that are not finite or out of range.
+        InvalidImageError: If it cannot be read, has a side under 8 px, or holds values that are not finite or out of
+            range.
         FileNotFoundError: If the path does not exist.
     """
     if isinstance(image, (str, os.PathLike)):
@@ -488,14 +508,16 @@ def load_image(image: ImageInput, name: str = "image") -> torch.Tensor:
         raise InvalidImageError(f"{name}: cannot inspect a {type(image).__name__}.")
     height, width = tensor.shape[-2:]
     if min(height, width) < _SMALLEST_SIDE:
-        raise InvalidImageError(f"{name}: {width} x {height} px is too small; both sides need {_SMALLEST_SIDE} px or more.")
+        raise InvalidImageError(
+            f"{name}: {width} x {height} px is too small; both sides need {_SMALLEST_SIDE} px or more."
+        )
     return tensor
 
 
 def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:
     """
-    Brings an image of [`load_image`] to the model's square resolution: bilinear, antialiased, the aspect ratio given up as in the
-    reference.
+    Brings an image of [`load_image`] to the model's square resolution: bilinear, antialiased, the aspect ratio given
+    up as in the reference.
 
     Args:
         image: `(3, H, W)`, uint8 or float in [0, 1].
@@ -544,7 +566,9 @@ def _from_pil(image: Image.Image, name: str) -> torch.Tensor:
         smallest = 65535.0 if image.mode.startswith("I;16") else 1.0
         full = next((r for r in (1.0, 255.0, 65535.0) if r >= smallest and values.max(initial=0) <= r), None)
         if full is None or values.min(initial=0) < 0:
-            raise InvalidImageError(f"{name}: values from {values.min():g} to {values.max():g} are no image; scale them to [0, 1].")
+            raise InvalidImageError(
+                f"{name}: values from {values.min():g} to {values.max():g} are no image; scale them to [0, 1]."
+            )
         return _from_values(torch.from_numpy(values / full), name)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -570,7 +594,8 @@ def _from_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
         tensor = tensor[None]
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 2, 3, 4) or 0 in tensor.shape:
         raise InvalidImageError(
-            f"{name}: has shape {tuple(tensor.shape)} (channels first); an image has two axes, or three with 1 to 4 channels."
+            f"{name}: has shape {tuple(tensor.shape)} (channels first); an image has two axes, or three "
+            "with 1 to 4 channels."
         )
     if tensor.dtype != torch.uint8:
         if tensor.is_floating_point():
@@ -582,7 +607,8 @@ def _from_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
         low, high = float(tensor.min()), float(tensor.max())
         if low < 0 or high > 1:
             raise InvalidImageError(
-                f"{name}: values from {low:g} to {high:g}; floats must lie in [0, 1] (divide 8-bit values by 255), integers must not be negative."
+                f"{name}: values from {low:g} to {high:g}; floats must lie in [0, 1] (divide 8-bit values "
+                "by 255), integers must not be negative."
             )
     if tensor.shape[0] in (2, 4):
         full = 255 if tensor.dtype == torch.uint8 else 1
@@ -591,7 +617,7 @@ def _from_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return tensor.expand(3, -1, -1)
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def _package() -> str:
@@ -607,7 +633,7 @@ def _copy_module(cls: type, folder: Path) -> None:
 
 
 def _drop_local_path(folder: Path) -> None:
-    """Where a component was loaded from is no business of those who get it (diffusers writes it into every component's config)."""
+    """Drops where a component was loaded from, which diffusers writes into its config: no business of its users."""
     for file in folder.glob("*config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:

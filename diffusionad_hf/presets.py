@@ -7,7 +7,8 @@ from .scheduling_norm_guided import NormGuidedScheduler
 
 __all__ = ["PRESETS", "build_pipeline"]
 
-# `paper` is the size of the published models. `tiny` attends from 16 px down: on a CPU, half of its time went into the 32 px maps.
+# `paper` is the size of the published models. `tiny` attends from 16 px down: on a CPU, half of its time went into the
+# 32 px maps.
 PRESETS = {
     "paper": {"base_channels": 128, "segmenter_base_channels": 64},
     "small": {"base_channels": 32, "segmenter_base_channels": 16},
@@ -30,7 +31,10 @@ def build_pipeline(preset: str = "small", resolution: int = 256) -> DiffusionADP
         raise ValueError(f'preset="{preset}": must be one of {", ".join(PRESETS)}.')
     multiple = AnomalySegmenter.size_multiple
     if resolution < multiple or resolution % multiple:
-        raise ValueError(f"resolution={resolution}: the networks halve the image five times, so it must be a multiple of {multiple}.")
+        raise ValueError(
+            f"resolution={resolution}: the networks halve the image five times, so it must be a multiple of "
+            f"{multiple}."
+        )
     unet_sizes = dict(PRESETS[preset])
     segmenter_base_channels = unet_sizes.pop("segmenter_base_channels")
     return DiffusionADPipeline(

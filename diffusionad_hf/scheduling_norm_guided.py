@@ -30,9 +30,9 @@ class NormGuidedSchedulerOutput(BaseOutput):
 
 class NormGuidedScheduler(DDPMScheduler):
     r"""
-    A [`DDPMScheduler`] that also knows the norm-guided one-step denoising of DiffusionAD (arXiv 2303.08730, section III;
-    `models/DDPM.py` of the reference). Timesteps are given per sample. Pipeline and training both call it, so that the
-    formulas stand once.
+    A [`DDPMScheduler`] that also knows the norm-guided one-step denoising of DiffusionAD (arXiv 2303.08730, section
+    III; `models/DDPM.py` of the reference). Timesteps are given per sample. Pipeline and training both call it, so
+    that the formulas stand once.
 
     Args:
         small_timestep (`int`): Timestep of the small noise scale at inference (keeps detail, may keep the defect).
@@ -82,14 +82,13 @@ class NormGuidedScheduler(DDPMScheduler):
             steps_offset=steps_offset,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
-        # In float64 until the last cast, as the reference: 1 - a(0) = 1e-4 loses three digits in float32, and gradients with it.
+        # In float64 until the last cast, as the reference: 1 - a(0) = 1e-4 loses three digits in float32, and
+        # gradients with it.
         alphas_cumprod = torch.cumprod(1 - self.betas.double(), dim=0)
         self._signal_scale = alphas_cumprod.sqrt().float()
         self._noise_scale = (1 - alphas_cumprod).sqrt().float()
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """
         Noises images (paper, eq. 4): `x_t = sqrt(a) x_0 + sqrt(1 - a) eps`.
 

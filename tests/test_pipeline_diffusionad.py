@@ -17,10 +17,13 @@ def images(count, seed=0):
     rng = np.random.default_rng(seed)
     sizes = rng.integers(20, 70, (count, 2))
     small = [rng.integers(0, 256, (5, 5, 3), dtype=np.uint8) for _ in range(count)]
-    return [Image.fromarray(s).resize(tuple(int(v) for v in size), Image.BICUBIC) for s, size in zip(small, sizes, strict=True)]
+    return [
+        Image.fromarray(s).resize(tuple(int(v) for v in size), Image.BICUBIC)
+        for s, size in zip(small, sizes, strict=True)
+    ]
 
 
-# ---- repeatability ------------------------------------------------------------------------------------------------------------------
+# ---- repeatability --------------------------------------------------------------------------------------------------
 
 
 def test_scores_do_not_depend_on_batching_order_or_company(pipe):
@@ -53,7 +56,9 @@ def test_the_seed_is_configuration():
 def test_a_generator_draws_image_after_image(pipe):
     batch = images(3)
     first = pipe(batch, generator=torch.Generator().manual_seed(4), batch_size=3).anomaly_score
-    np.testing.assert_allclose(pipe(batch, generator=torch.Generator().manual_seed(4), batch_size=1).anomaly_score, first, atol=1e-6)
+    np.testing.assert_allclose(
+        pipe(batch, generator=torch.Generator().manual_seed(4), batch_size=1).anomaly_score, first, atol=1e-6
+    )
     assert (pipe(batch, generator=torch.Generator().manual_seed(5)).anomaly_score != first).all()
 
 
@@ -67,7 +72,9 @@ def test_given_noise_is_used_small_scale_first(pipe):
     x, noise = torch.rand(2, 3, 32, 32), torch.randn(2, 2, 3, 32, 32)
     steps = pipe(x, noise=noise, return_intermediates=True).intermediates
     for i, (scale, t) in enumerate((("small", 200), ("big", 400))):
-        torch.testing.assert_close(steps[f"noised_{scale}"], pipe.scheduler.add_noise(x, noise[i], torch.full((2,), t)))
+        torch.testing.assert_close(
+            steps[f"noised_{scale}"], pipe.scheduler.add_noise(x, noise[i], torch.full((2,), t))
+        )
 
 
 def test_noise_averaging_is_the_mean_of_single_draws(pipe):
@@ -80,7 +87,7 @@ def test_noise_averaging_is_the_mean_of_single_draws(pipe):
     np.testing.assert_allclose(averaged, np.mean(singles, axis=0), atol=1e-5)
 
 
-# ---- output -------------------------------------------------------------------------------------------------------------------------
+# ---- output ---------------------------------------------------------------------------------------------------------
 
 
 def test_maps_and_reconstructions_have_each_images_own_size(pipe):
@@ -145,7 +152,7 @@ def test_a_progress_bar_over_batches_only(capsys):
     assert "3/3" in capsys.readouterr().err
 
 
-# ---- arguments ----------------------------------------------------------------------------------------------------------------------
+# ---- arguments ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,7 +184,7 @@ def test_timesteps_and_guidance_of_a_call_replace_the_configured_ones():
     assert called == pipe(image).anomaly_score
 
 
-# ---- verdicts -----------------------------------------------------------------------------------------------------------------------
+# ---- verdicts -------------------------------------------------------------------------------------------------------
 
 
 def test_without_calibration_there_is_no_verdict(pipe):
@@ -229,7 +236,7 @@ def test_a_threshold_of_ones_own_replaces_the_calibrated_one(model_dir):
     assert pipe.threshold == 0.0 and output.is_anomalous.all() and output.p_value is not None
 
 
-# ---- types and devices --------------------------------------------------------------------------------------------------------------
+# ---- types and devices ----------------------------------------------------------------------------------------------
 
 
 def test_bfloat16_gives_nearly_the_same_scores(pipe):

@@ -48,7 +48,9 @@ def stranger(model, save_to, environment, kwargs="{}"):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(save_to).parent)
     assert done.returncode == 0, done.stderr
     assert "the package was not there" in done.stdout
-    return {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.startswith(("score", "again"))}
+    return {
+        line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.startswith(("score", "again"))
+    }
 
 
 def files_of(folder):
@@ -60,7 +62,7 @@ def score(model_dir):
     return DiffusionADPipeline.from_pretrained(model_dir)(IMAGE).anomaly_score[0]
 
 
-# ---- folders ------------------------------------------------------------------------------------------------------------------------
+# ---- folders --------------------------------------------------------------------------------------------------------
 
 
 def test_a_saved_pipeline_comes_back_whole(tmp_path):
@@ -77,7 +79,9 @@ def test_a_saved_pipeline_comes_back_whole(tmp_path):
 
 def test_loading_is_silent(model_dir):
     command = f"from diffusionad_hf import DiffusionADPipeline; DiffusionADPipeline.from_pretrained({model_dir!r})"
-    done = subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", command], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-c", command], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line and "Loading pipeline" not in line]
     assert lines == []
@@ -100,7 +104,9 @@ def test_weights_are_safetensors_only(model_dir):
 def test_the_fp16_variant(model_dir, score):
     half = DiffusionADPipeline.from_pretrained(model_dir, variant="fp16", dtype=torch.float32)
     assert half(IMAGE).anomaly_score[0] == pytest.approx(score, abs=1e-2)
-    weights = [DiffusionADPipeline.from_pretrained(model_dir, **k).unet.conv_in.weight for k in ({}, {"variant": "fp16"})]
+    weights = [
+        DiffusionADPipeline.from_pretrained(model_dir, **k).unet.conv_in.weight for k in ({}, {"variant": "fp16"})
+    ]
     assert not torch.equal(*(w.float() for w in weights))
     assert torch.equal(weights[0].half(), weights[1].half())
 
@@ -121,12 +127,14 @@ def test_vanilla_diffusers_loads_a_folder_without_the_package(model_dir, score, 
     assert float(result["score"]) == pytest.approx(score, abs=1e-6)
     assert float(result["again"]) == pytest.approx(score, abs=1e-6)
     # What was saved after a remote load is again a folder for everyone.
-    assert DiffusionADPipeline.from_pretrained(tmp_path / "resaved")(IMAGE).anomaly_score[0] == pytest.approx(score, abs=1e-6)
+    assert DiffusionADPipeline.from_pretrained(tmp_path / "resaved")(IMAGE).anomaly_score[0] == pytest.approx(
+        score, abs=1e-6
+    )
     index = [(f / "model_index.json").read_text() for f in (tmp_path / "resaved", Path(model_dir))]
     assert index[0] == index[1]
 
 
-# ---- the Hub ------------------------------------------------------------------------------------------------------------------------
+# ---- the Hub --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -177,7 +185,7 @@ def test_code_that_someone_put_into_a_repo_is_never_run(hub, model_dir, monkeypa
     assert not proof.exists()
 
 
-# ---- models that are not whole ------------------------------------------------------------------------------------------------------
+# ---- models that are not whole --------------------------------------------------------------------------------------
 
 
 def broken(model_dir, tmp_path, kind):

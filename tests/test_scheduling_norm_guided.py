@@ -38,12 +38,16 @@ def test_timesteps_are_per_sample(scheduler):
     x, noise = torch.rand(SHAPE), torch.randn(SHAPE)
     together = scheduler.add_noise(x, noise, torch.tensor([0, 500, 999]))
     for i, t in enumerate([0, 500, 999]):
-        torch.testing.assert_close(together[i : i + 1], scheduler.add_noise(x[i : i + 1], noise[i : i + 1], torch.tensor([t])))
+        torch.testing.assert_close(
+            together[i : i + 1], scheduler.add_noise(x[i : i + 1], noise[i : i + 1], torch.tensor([t]))
+        )
 
 
 def test_one_step_with_the_true_noise_gives_the_image_back(scheduler):
     x, noise, t = torch.rand(SHAPE), torch.randn(SHAPE), torch.tensor([0, 200, 700])
-    torch.testing.assert_close(scheduler.predict_original(noise, scheduler.add_noise(x, noise, t), t), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        scheduler.predict_original(noise, scheduler.add_noise(x, noise, t), t), x, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_predictions_are_clamped(scheduler):

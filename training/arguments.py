@@ -23,7 +23,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         SystemExit: With one line that names the argument, where a value makes no sense.
     """
     parser = _parser()
-    preset = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")] if argv is not None else None)[0].preset
+    # On its own and first, as its values are the defaults that --help shows.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=parser.get_default("preset"))
+    preset = first.parse_known_args(argv)[0].preset
     try:
         parser.set_defaults(**load_preset(preset, parser))
     except ValueError as error:
@@ -59,7 +62,9 @@ def load_preset(name: str, parser: argparse.ArgumentParser | None = None) -> dic
         if action is None or key in ("help", "preset"):
             raise ValueError(f'--preset {path}: unknown key "{key}"; keys are the names of the options, see --help.')
         if action.choices is not None and value not in action.choices:
-            raise ValueError(f'--preset {path}: {key} is "{value}", must be one of {", ".join(map(str, action.choices))}.')
+            raise ValueError(
+                f'--preset {path}: {key} is "{value}", must be one of {", ".join(map(str, action.choices))}.'
+            )
     return values
 
 
@@ -71,22 +76,47 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
-    add("--data_dir", required=True, help="Data set: MVTec AD, VisA, DAGM or plain folder layout, or a Hub dataset id.")
+    add(
+        "--data_dir", required=True, help="Data set: MVTec AD, VisA, DAGM or plain folder layout, or a Hub dataset id."
+    )
     add("--category", default=None, help="Which category of the data set; may be left out where there is but one.")
-    add("--texture_dir", default=None, help="Folder of texture images (such as DTD) to make anomalies of; procedural textures without it.")
-    add("--foreground_dir", default=None, help="Folder of masks of the object, one per training image and named like it; estimated without it.")
+    add(
+        "--texture_dir",
+        default=None,
+        help="Folder of texture images (such as DTD) to make anomalies of; procedural textures without it.",
+    )
+    add(
+        "--foreground_dir",
+        default=None,
+        help="Folder of masks of the object, one per training image and named like it; estimated without it.",
+    )
     add(
         "--foreground",
         default="auto",
         choices=("auto", "object", "texture", "whole"),
-        help="Where anomalies may lie: on the object, on random parts of a texture, anywhere; or decide from the images.",
+        help="Where anomalies may lie: on the object, on random parts of a texture, anywhere; or decide from "
+        "the images.",
     )
-    add("--holdout_fraction", type=float, default=0.15, help="Share of the normal images kept out, to choose and calibrate the model.")
+    add(
+        "--holdout_fraction",
+        type=float,
+        default=0.15,
+        help="Share of the normal images kept out, to choose and calibrate the model.",
+    )
 
     add = parser.add_argument_group("model").add_argument
-    add("--preset", default="small", help="Defaults for all of this: a name from training/presets or a JSON file of your own.")
+    add(
+        "--preset",
+        default="small",
+        help="Defaults for all of this: a name from training/presets or a JSON file of your own.",
+    )
     add("--architecture", default="small", choices=tuple(ARCHITECTURES), help="Size of the networks.")
-    add("--resolution", type=int, default=256, help="Side length in px at which images are trained and inspected; a multiple of 32.")
+    add(
+        "--resolution",
+        type=int,
+        default=256,
+        help="Side length in px at which images are trained and inspected; a multiple of 32.",
+    )
     add("--gradient_checkpointing", action="store_true", help="Trade time for memory in the UNet.")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -103,8 +133,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--lr_warmup_steps", type=int, default=100, help="Steps over which both rates rise from zero.")
     add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm; 0 turns it off.")
-    add("--ema_decay", type=float, default=0.999, help="Decay of the averaged weights, which are what is saved; 0 turns it off.")
-    add("--mixed_precision", default=None, choices=_PRECISIONS, help="As for accelerate, whose configuration decides without it.")
+    add(
+        "--ema_decay",
+        type=float,
+        default=0.999,
+        help="Decay of the averaged weights, which are what is saved; 0 turns it off.",
+    )
+    add(
+        "--mixed_precision",
+        default=None,
+        choices=_PRECISIONS,
+        help="As for accelerate, whose configuration decides without it.",
+    )
     add("--seed", type=int, default=0, help="Fixes data order, anomalies, noise and initial weights.")
 
     add = parser.add_argument_group("saving and watching").add_argument
@@ -113,17 +153,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpointing_steps", type=int, default=500, help="A checkpoint to resume from every so many steps.")
     add("--checkpoints_total_limit", type=int, default=2, help="Checkpoints to keep.")
     add("--resume_from_checkpoint", default=None, help='A checkpoint folder, or "latest".')
-    add("--validation_steps", type=int, default=500, help="Validate on held-out normal images with synthetic defects every so many steps.")
+    add(
+        "--validation_steps",
+        type=int,
+        default=500,
+        help="Validate on held-out normal images with synthetic defects every so many steps.",
+    )
     add("--false_alarm_rate", type=float, default=0.05, help="What the calibrated threshold promises.")
     add("--report_to", default="tensorboard", help='Trackers for accelerate: "tensorboard", "wandb", "all" or "none".')
-    add("--dataloader_num_workers", type=int, default=0, help="Processes that decode images; 0 keeps small sets in memory.")
+    add(
+        "--dataloader_num_workers",
+        type=int,
+        default=0,
+        help="Processes that decode images; 0 keeps small sets in memory.",
+    )
     return parser
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     multiple = AnomalySegmenter.size_multiple
     if args.resolution < multiple or args.resolution % multiple:
-        parser.error(f"--resolution {args.resolution}: the networks halve the image five times, so it must be a multiple of {multiple}.")
+        parser.error(
+            f"--resolution {args.resolution}: the networks halve the image five times, so it must be a "
+            f"multiple of {multiple}."
+        )
     for name in (
         "max_train_steps",
         "train_batch_size",
@@ -146,4 +199,6 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         if not 0 < getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must lie between 0 and 1.")
     if args.foreground_dir is not None and args.foreground in ("texture", "whole"):
-        parser.error(f"--foreground_dir {args.foreground_dir}: contradicts --foreground {args.foreground}; give one of them.")
+        parser.error(
+            f"--foreground_dir {args.foreground_dir}: contradicts --foreground {args.foreground}; give one of them."
+        )

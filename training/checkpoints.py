@@ -1,4 +1,5 @@
-"""Checkpoints: written whole or not at all, a limited number of them, resumed only into the training they came from."""
+"""Checkpoints: written whole or not at all, a limited number of them, resumed only into the training they came
+from."""
 
 import json
 import shutil
@@ -49,7 +50,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict[str,
         accelerator.save_state(str(partial))
         if accelerator.is_main_process:
             (partial / _STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    except (OSError, RuntimeError) as error:
+    # Torch, safetensors and the system each have their own error for a disk that is full.
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         former = _checkpoints(output_dir)
         kept = f"{former[-1]} is whole; resume from it" if former else "there is no earlier one"
@@ -115,5 +117,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, arguments: dict[str,
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    folders = [f for f in output_dir.glob("checkpoint-*") if f.name.split("-")[1].isdigit() and (f / _STATE_FILE).is_file()]
+    folders = [
+        f for f in output_dir.glob("checkpoint-*") if f.name.split("-")[1].isdigit() and (f / _STATE_FILE).is_file()
+    ]
     return sorted(folders, key=lambda f: int(f.name.split("-")[1]))

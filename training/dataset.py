@@ -18,11 +18,13 @@ class NormalImages(Dataset):
     """
     Normal images at the model's resolution, with the object's foreground.
 
-    Items are asked for as `(epoch, index)` and come as a dictionary of `image` `(3, S, S)` float32 in [0, 1], `foreground`
-    `(1, S, S)`, `epoch` and `index`. Resized images are kept in memory up to 1 GiB in all, and decoded when asked for beyond.
+    Items are asked for as `(epoch, index)` and come as a dictionary of `image` `(3, S, S)` float32 in [0, 1],
+    `foreground` `(1, S, S)`, `epoch` and `index`. Resized images are kept in memory up to 1 GiB in all, and decoded
+    when asked for beyond.
 
     Args:
-        images: Images or paths, as [`~diffusionad_hf.pipeline_diffusionad.load_image`] takes them; indexing may decode.
+        images: Images or paths, as [`~diffusionad_hf.pipeline_diffusionad.load_image`] takes them; indexing may
+            decode.
         resolution: Side length S in px.
         foregrounds: `(N, 1, S, S)`, or `None` for none.
     """
@@ -60,8 +62,8 @@ class StepSampler(Sampler):
     """
     Batches of `(epoch, index)`, a pure function of the seed and the step.
 
-    The epochs' permutations of the images form one endless row, of which every step takes its turn and every process its part of it:
-    the order does not depend on the number of processes, and a resumed run needs nothing but its step.
+    The epochs' permutations of the images form one endless row, of which every step takes its turn and every process
+    its part of it: the order does not depend on the number of processes, and a resumed run needs nothing but its step.
 
     Args:
         length: Number of images.

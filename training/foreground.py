@@ -1,7 +1,7 @@
 """Where the product is in its pictures: from the user's masks, or estimated from several normal images.
 
-An anomaly belongs on the product, not on the table beside it. The reference needs a mask for every training image, made by
-a separate segmentation network; here the background is learnt from the images' borders.
+An anomaly belongs on the product, not on the table beside it. The reference needs a mask for every training image,
+made by a separate segmentation network; here the background is learnt from the images' borders.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")
 
 WORKING_SIDE = 256  # pixels of the longer side at which the background is modelled
 FRAME = 0.05  # width of the border that is taken for background, as a share of the shorter side
-MIN_THRESHOLD = 3.0  # standard deviations of the background by which an object must differ from it
+MIN_THRESHOLD = 3.0**0.75  # an object must differ from its background by at least 3 standard deviations of that
 MIN_AREA = 0.005  # share of the images that an object must fill
-SNAPPING = ((8, 6), (5, 4), (3, 4))  # neighbourhood in working pixels, iterations
+SNAPPING = ((12, 20), (6, 8), (3, 4))  # neighbourhood in working pixels, most iterations
 
 
 def load_foregrounds(folder: str | Path, names: Sequence[str]) -> list[np.ndarray]:
@@ -65,8 +65,9 @@ def estimate_foregrounds(images: Sequence[np.ndarray], kind: str = "auto") -> tu
 
     The background is what the images' borders show: for each image a smooth surface of brightness and colour, for all
     of them together the spread around it. A pixel's distance from its background, in standard deviations, is split by
-    Otsu's threshold over all images. They show an object if the threshold is far above the spread and what is beyond it
-    keeps away from the borders. An object's outline then snaps to the sharp edges near it, off its shadow.
+    Otsu's threshold over all images. They show an object if that threshold is far above the spread and what is beyond
+    it keeps away from the borders. An object's outline then snaps to the sharp edges near it, off its shadow. Holes in
+    an object count as its own.
 
     Args:
         images: normal images of one product, each `(H, W, 3)` uint8; more images make a better background model.
@@ -87,7 +88,8 @@ def estimate_foregrounds(images: Sequence[np.ndarray], kind: str = "auto") -> tu
             raise ValueError(f"image {i} must be (H, W, 3) uint8 of at least 8 px, not {image.shape} {image.dtype}")
     if kind != "texture":
         distances = _background_distances(images)
-        threshold = _otsu(np.concatenate([distance.ravel() for distance in distances]))
+        # Below one standard deviation there is nothing to split but noise.
+        threshold = max(_otsu(np.concatenate([distance.ravel() for distance in distances])), 1.0)
         coarse = [_clean(distance > threshold) for distance in distances]
         if kind == "object" or (threshold > MIN_THRESHOLD and _is_inside(coarse)):
             masks = [_snap(distance, mask) for distance, mask in zip(distances, coarse, strict=True)]
@@ -96,7 +98,7 @@ def estimate_foregrounds(images: Sequence[np.ndarray], kind: str = "auto") -> tu
 
 
 def _background_distances(images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """How far each pixel is from its image's background, in standard deviations of all backgrounds.
+    """How far each pixel is from its image's background: to the power 0.75, in standard deviations of all backgrounds.
 
     Returns arrays of the images' proportions, the longer side at most `WORKING_SIDE`.
     """
@@ -122,7 +124,8 @@ def _background_distances(images: Sequence[np.ndarray]) -> list[np.ndarray]:
     # The camera's last bits keep the covariance of flat or grey backgrounds regular.
     covariance = np.cov(np.concatenate(noise).T) + np.eye(3) * (2 / 255) ** 2
     whiten = np.linalg.cholesky(np.linalg.inv(covariance)) / np.sqrt(3)
-    return [np.linalg.norm(deviation @ whiten, axis=-1).astype(np.float32) for deviation in deviations]
+    # The power keeps the brightest parts of an object from hiding its dull ones; a lower one would let shadows in.
+    return [np.linalg.norm(deviation @ whiten, axis=-1).astype(np.float32) ** 0.75 for deviation in deviations]
 
 
 def _frame(shape: tuple[int, int]) -> np.ndarray:
@@ -162,8 +165,8 @@ def _clean(mask: np.ndarray) -> np.ndarray:
 def _snap(distance: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Moves a mask's outline to the nearest sharp edges, off the soft ones of shadows.
 
-    Each pixel near the outline joins the side whose mean in its neighbourhood it resembles more (two-phase local region
-    competition after Chan & Vese 2001 and Lankton & Tannenbaum 2008); the neighbourhood shrinks in three stages.
+    Each pixel near the outline joins the side whose mean in its neighbourhood it resembles more (local competition of
+    two regions: Chan and Vese 2001, Lankton and Tannenbaum 2008); the neighbourhood shrinks in three stages.
     """
     for sigma, iterations in SNAPPING:
         mean = ndimage.gaussian_filter(distance, sigma, truncate=2.5)
@@ -173,8 +176,10 @@ def _snap(distance: np.ndarray, mask: np.ndarray) -> np.ndarray:
             inside, outside = part / np.maximum(share, 1e-3), (mean - part) / np.maximum(1 - share, 1e-3)
             near = ndimage.binary_dilation(mask, iterations=4)
             near &= ~ndimage.binary_erosion(mask, iterations=4, border_value=1)
-            mask = np.where(near, 2 * distance > inside + outside, mask)
+            former, mask = mask, np.where(near, 2 * distance > inside + outside, mask)
             mask = ndimage.uniform_filter(mask.astype(np.float32), 3) > 0.5
+            if np.array_equal(mask, former):
+                break
         mask = ndimage.binary_fill_holes(mask)
     return _clean(mask)
 

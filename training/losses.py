@@ -12,9 +12,12 @@ __all__ = ["FOCAL_WEIGHT", "DiffusionADObjective", "binary_focal_loss", "noise_l
 FOCAL_WEIGHT = 5.0
 
 
-def binary_focal_loss(logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.5, gamma: float = 4.0) -> torch.Tensor:
+def binary_focal_loss(
+    logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.5, gamma: float = 4.0
+) -> torch.Tensor:
     """
-    Mean of `alpha (1 - p_t)^gamma CE` (`BinaryFocalLoss` of the reference's train.py; alpha weighs both classes alike there).
+    Mean of `alpha (1 - p_t)^gamma CE` (`BinaryFocalLoss` of the reference's train.py; alpha weighs both classes alike
+    there).
 
     Args:
         logits: Of any shape.
@@ -74,12 +77,14 @@ class DiffusionADObjective(nn.Module):
             timesteps_small, timesteps_big: `(N,)`.
 
         Returns:
-            `dict[str, torch.Tensor]`: The scalars `loss` (what to minimise), `noise`, `focal`, `smooth_l1`; and `logits`
-            `(N, 1, H, W)` and `reconstruction` `(N, 3, H, W)`.
+            `dict[str, torch.Tensor]`: The scalars `loss` (what to minimise), `noise`, `focal`, `smooth_l1`; and
+            `logits` `(N, 1, H, W)` and `reconstruction` `(N, 3, H, W)`.
         """
         noised_small = self.scheduler.add_noise(images, noise[0], timesteps_small)
         noised_big = self.scheduler.add_noise(images, noise[1], timesteps_big)
-        noise_pred = self.unet(torch.cat([noised_small, noised_big]), torch.cat([timesteps_small, timesteps_big])).sample
+        noise_pred = self.unet(
+            torch.cat([noised_small, noised_big]), torch.cat([timesteps_small, timesteps_big])
+        ).sample
         noise_pred_small, noise_pred_big = noise_pred.float().chunk(2)
         reconstruction = self.scheduler.norm_guided_step(
             noise_pred_small, noise_pred_big, noised_small, noised_big, timesteps_small, timesteps_big

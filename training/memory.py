@@ -12,8 +12,9 @@ def keep_freed_memory() -> bool:
     """
     Tells glibc to keep freed memory instead of giving it back to the system, step after step.
 
-    A training step allocates and frees the same large blocks over and over; fetching their pages anew took more than half of the
-    time of a step on 2 cores. The same as the environment's `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=... MALLOC_TOP_PAD_=...`.
+    A training step allocates and frees the same large blocks over and over; fetching their pages anew took more than
+    half of the time of a step on 2 cores. The same as the environment's `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=...
+    MALLOC_TOP_PAD_=...`.
 
     Returns:
         `bool`: Whether the allocator took the settings; False elsewhere than on Linux with glibc.
@@ -25,4 +26,6 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 2**30}
-    return all([mallopt(option, value) for option, value in settings.items()])
+    # Every one, also when an earlier one was refused.
+    results = [mallopt(option, value) for option, value in settings.items()]
+    return all(results)

@@ -25,6 +25,7 @@ from torch import Tensor
 TILES = 8  # strips per axis of the self-augmented source
 MAX_ATTEMPTS = 50  # Perlin fields tried before an image stays normal
 ATTEMPTS_AT_ONCE = 8  # bounds memory: this many fields an image are evaluated together
+IMAGES_AT_ONCE = 1  # on a CPU, where one image stays in the cache; a GPU takes the batch whole, with the same outcome
 OPERATIONS_PER_SOURCE = 3
 
 # Every sample draws this many uniform numbers, used or not, so that no option shifts the meaning of the others.
@@ -143,19 +144,18 @@ class AnomalySynthesizer:
         draws = _named(np.stack([stream.random(sum(_DRAWS.values())) for stream in streams]))
         chosen = np.flatnonzero(draws["anomalous"][:, 0] < self.anomaly_probability)
         result = images.clone()
-        # On a CPU one image at a time stays in the cache; a GPU wants them all at once. The outcome is the same.
-        step = max(len(chosen), 1) if images.is_cuda else 1
+        step = max(len(chosen), 1) if images.is_cuda else IMAGES_AT_ONCE
         for rows in (chosen[i : i + step] for i in range(0, len(chosen), step)):
-            # A slice is a view; on a GPU the rows are copied.
-            where = torch.from_numpy(rows).to(images.device) if images.is_cuda else slice(rows[0], rows[0] + 1)
+            # A slice is a view, which spares a copy of the one image.
+            where = slice(rows[0], rows[0] + 1) if len(rows) == 1 else torch.from_numpy(rows).to(images.device)
             part = {name: values[rows] for name, values in draws.items()}
             if foreground is None:
                 allowed = _rectangles(part["region"], height, width).to(images.device)
             else:
-                allowed = (foreground[where].to(images.device, torch.float32) - 0.5).gt_(0)
+                allowed = (foreground.to(images.device)[where].float() - 0.5).gt_(0)
             mask = self._masks([streams[row] for row in rows], part, allowed)
-            normal = images[where].float()
-            source = self._sources(normal, part)
+            normal = images[where].to(torch.promote_types(images.dtype, torch.float32))
+            source = self._sources(normal.float(), part).to(normal.dtype)
             low, high = self.opacity
             # The reference weighs the image, not the anomaly, with beta in U(0.2, 0.8): by symmetry the same.
             opacity = _column(low + part["opacity"] * (high - low), normal)

@@ -1,4 +1,7 @@
-"""Trains DiffusionAD on one category: `accelerate launch training/train.py --data_dir D --category C --output_dir O`."""
+"""Trains DiffusionAD on one category.
+
+accelerate launch training/train.py --data_dir D --category C --output_dir O
+"""
 
 import copy
 import csv
@@ -138,7 +141,9 @@ def train(args, output_dir: Path) -> int:
         with accelerator.accumulate(objective):
             for group, base in zip(optimizer.param_groups, _rates(args, state["step"]), strict=True):
                 group["lr"] = base
-            losses = objective(**prepare_batch(batch, batch_number, synthesizer, pipe.scheduler, accelerator, args.seed))
+            losses = objective(
+                **prepare_batch(batch, batch_number, synthesizer, pipe.scheduler, accelerator, args.seed)
+            )
             accelerator.backward(losses["loss"])
             if args.max_grad_norm and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(objective.parameters(), args.max_grad_norm)
@@ -189,7 +194,8 @@ def train(args, output_dir: Path) -> int:
 
 def load_images(args) -> tuple[list[str], str, torch.Tensor | None]:
     """
-    The category's normal images (paths, or images where a data set holds no files), whether they show objects or a texture, and
+    The category's normal images (paths, or images where a data set holds no files), whether they show objects or a
+    texture, and
     where anomalies may lie: `(N, 1, S, S)`, or `None` for random parts of a texture.
     """
     data = load_category(args.data_dir, args.category)["train"]
@@ -225,7 +231,8 @@ def prepare_batch(batch, batch_number: int, synthesizer, scheduler, accelerator,
     """
     Synthesises the anomalies of a batch and draws its noise and timesteps.
 
-    Everything random is a function of the seed, the batch and the process, so a resumed training needs no state of any generator.
+    Everything random is a function of the seed, the batch and the process, so a resumed training needs no state of any
+    generator.
     """
     device = accelerator.device
     foreground = batch.get("foreground")
@@ -288,7 +295,9 @@ def finish(args, output_dir: Path, held_out: list) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     calibrate(pipe.to(device), held_out, false_alarm_rate=args.false_alarm_rate)
     pipe.save_config(output_dir)
-    recorded = {name: value for name, value in vars(args).items() if name not in ("data_dir", "texture_dir", "output_dir")}
+    recorded = {
+        name: value for name, value in vars(args).items() if name not in ("data_dir", "texture_dir", "output_dir")
+    }
     (output_dir / "training_arguments.json").write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
     logger.info(
         f"Wrote {output_dir}: threshold {pipe.threshold:.4f} at a false-alarm rate of {args.false_alarm_rate:.1%}, "
@@ -339,7 +348,8 @@ def _rates(args, step: int) -> Iterator[float]:
     warmup = min(1.0, (step + 1) / args.lr_warmup_steps) if args.lr_warmup_steps else 1.0
     progress = step / args.max_train_steps
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    # The reference steps a cosine of T_max = 10 once a batch and never restarts it, so that the rate swings with a period of 20.
+    # The reference steps a cosine of T_max = 10 once a batch and never restarts it, so that the rate swings with a
+    # period of 20.
     swing = 0.5 * (1 + math.cos(math.pi * step / 10))
     unet, segmenter = {
         "constant": (1.0, 1.0),

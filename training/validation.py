@@ -37,13 +37,16 @@ class Validation:
         Measures a pipeline.
 
         Returns:
-            `dict[str, float]`: `image_auroc`, `pixel_auroc`, `pixel_ap`, `aupro_30`, and `score`, the mean of image AUROC and pixel AP,
+            `dict[str, float]`: `image_auroc`, `pixel_auroc`, `pixel_ap`, `aupro_30`, and `score`, the mean of image
+            AUROC and pixel AP,
             by which models are chosen: the one saturates early, the other tells good from better.
         """
         output = pipe(self.images)
         metrics = image_metrics(output.anomaly_score, self.labels.numpy())
         metrics.update(pixel_metrics(output.anomaly_map, list(self.masks[:, 0].numpy())))
-        chosen = {name: metrics[name] for name in ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30") if name in metrics}
+        chosen = {
+            name: metrics[name] for name in ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30") if name in metrics
+        }
         # Held-out images on which not one defect could be synthesised leave nothing to choose by.
         chosen["score"] = (chosen.get("image_auroc", 0.0) + chosen.get("pixel_ap", 0.0)) / 2
         return chosen

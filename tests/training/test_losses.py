@@ -13,7 +13,9 @@ from training.losses import DiffusionADObjective, binary_focal_loss, noise_loss
 
 @pytest.fixture(scope="module")
 def golden_step(tmp_path_factory):
-    pipe = pipeline_from_checkpoint(write_reference_checkpoint(tmp_path_factory.mktemp("golden") / "params.pt", "px64"))
+    pipe = pipeline_from_checkpoint(
+        write_reference_checkpoint(tmp_path_factory.mktemp("golden") / "params.pt", "px64")
+    )
     rng = np.random.default_rng(11)
     x = rng.random((4, 3, 64, 64), dtype=np.float32)
     noise = np.stack([rng.standard_normal((4, 3, 64, 64), dtype=np.float32) for _ in range(2)])
@@ -41,7 +43,8 @@ def test_losses_agree_with_the_reference(golden_step):
 def test_reconstruction_and_probabilities_agree_with_the_reference(golden_step):
     _, result, _ = golden_step
     golden = np.load(FIXTURES / "official_training_step_guided.npz")
-    np.testing.assert_allclose(result["reconstruction"].detach().numpy(), golden["guided"], atol=1e-4)
+    # One sample is at timestep 999, where a rounding error of the predicted noise is divided by sqrt(a) = 0.006.
+    np.testing.assert_allclose(result["reconstruction"].detach().numpy(), golden["guided"], atol=5e-4)
     np.testing.assert_allclose(result["logits"].detach().sigmoid().numpy(), golden["prob"], atol=1e-4)
 
 
@@ -67,8 +70,8 @@ def test_gradients_agree_with_the_reference(golden_step):
     shapes = json.loads((FIXTURES / "official_state_dict_shapes.json").read_text())["px64"]
     unet = objective.unet
     check(unet, shapes["unet"], lambda w: convert_unet_weights(w, unet), golden["unet_grad"], 1e-3)
-    # Single tensors of the segmenter have small gradients behind max pools and ReLUs, which rounding tips over: the same step in
-    # float64 differs from the golden float32 values by up to 5e-3 there.
+    # Single tensors of the segmenter have small gradients behind max pools and ReLUs, which rounding tips over: the
+    # same step in float64 differs from the golden float32 values by up to 5e-3 there.
     check(objective.segmenter, shapes["seg"], convert_segmenter_weights, golden["seg_grad"], 1e-2)
 
 

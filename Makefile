@@ -1,0 +1,40 @@
+# The README's commands. Each does its own set-up: Python 3.10 or newer and make are all that has to be there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test style quality space clean
+
+demo: $(VENV)/.core  ## Inspect the bundled examples with the embedded model.
+	HF_HUB_OFFLINE=1 $(BIN)/diffusionad inspect space/examples --model space/checkpoints/demo-part --output-dir outputs/demo
+
+test: $(VENV)/.all  ## Run all tests.
+	$(BIN)/python -m pytest
+
+style: $(VENV)/.all  ## Format the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(VENV)/.all  ## Check style and formatting.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+space: $(VENV)/.all  ## Serve the web demo.
+	$(BIN)/python space/app.py
+
+clean:
+	rm -rf $(VENV) outputs
+
+# Torch goes first and pinned: whatever is installed after it finds it there and leaves it alone.
+$(VENV)/.core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.all: $(VENV)/.core
+	$(INSTALL) --editable ".[train,space,dev]"
+	touch $@
