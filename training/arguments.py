@@ -117,7 +117,25 @@ def _parser() -> argparse.ArgumentParser:
         default=256,
         help="Side length in px at which images are trained and inspected; a multiple of 32.",
     )
+    add(
+        "--init_from", default=None, help="Start from the weights of this pipeline folder or Hub id, of the same size."
+    )
     add("--gradient_checkpointing", action="store_true", help="Trade time for memory in the UNet.")
+
+    add = parser.add_argument_group("anomalies").add_argument
+    add(
+        "--line_probability",
+        type=float,
+        default=0.0,
+        help="Share of the synthetic anomalies that are thin lines, for scratches and cracks; not in the paper.",
+    )
+    add(
+        "--displaced_probability",
+        type=float,
+        default=0.0,
+        help="Share of the synthetic anomalies made of other places of the image, for features that are missing or "
+        "out of place; not in the paper.",
+    )
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--max_train_steps", type=int, default=10000, help="Optimiser steps.")
@@ -195,6 +213,9 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error(f"--{name} {getattr(args, name)}: must lie between 0 and 1.")
     if not 0 <= args.ema_decay < 1:
         parser.error(f"--ema_decay {args.ema_decay}: must lie in [0, 1).")
+    for name in ("line_probability", "displaced_probability"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} {getattr(args, name)}: must lie in [0, 1].")
     for name in ("holdout_fraction", "false_alarm_rate"):
         if not 0 < getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must lie between 0 and 1.")

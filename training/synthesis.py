@@ -41,6 +41,8 @@ _DRAWS = {
     "columns": 2 * TILES,
     "region": 4,
     "rotations": MAX_ATTEMPTS,
+    "line": 2,
+    "displaced": 3,
 }
 
 
@@ -77,6 +79,10 @@ class AnomalySynthesizer:
         perlin_scales: `(low, high)`: the noise has `2^k` cells along an axis, k in [low, high), each axis on its own.
         threshold: noise above it is anomalous; noise lies in [-1, 1].
         opacity: bounds of the anomaly's opacity, drawn uniformly for each image.
+        line_probability: share of the anomalies that are thin lines, where the noise crosses 0 in a random part of the
+            image, and not blobs. Not in the reference, whose anomalies teach little about scratches and cracks.
+        displaced_probability: share of the anomalies made from the image itself, moved by 0.1 to 0.4 of its size and
+            fully opaque, where that shows: a feature that is missing or out of place. Not in the reference either.
 
     Raises:
         ValueError: if an argument is out of range or the bank is empty or of another shape or type.
@@ -92,6 +98,8 @@ class AnomalySynthesizer:
         perlin_scales: tuple[int, int] = (0, 6),
         threshold: float = 0.5,
         opacity: tuple[float, float] = (0.2, 0.8),
+        line_probability: float = 0.0,
+        displaced_probability: float = 0.0,
     ) -> None:
         bank = textures.bank
         if bank.dtype != torch.uint8 or bank.ndim != 4 or bank.shape[1] != 3 or bank.numel() == 0:
@@ -99,6 +107,8 @@ class AnomalySynthesizer:
         for name, value in (
             ("anomaly_probability", anomaly_probability),
             ("self_augmentation_probability", self_augmentation_probability),
+            ("line_probability", line_probability),
+            ("displaced_probability", displaced_probability),
         ):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {value}")
@@ -116,6 +126,8 @@ class AnomalySynthesizer:
         self.perlin_scales = perlin_scales
         self.threshold = threshold
         self.opacity = opacity
+        self.line_probability = line_probability
+        self.displaced_probability = displaced_probability
         self._bank = bank
 
     @torch.no_grad()
@@ -158,7 +170,15 @@ class AnomalySynthesizer:
             source = self._sources(normal.float(), part).to(normal.dtype)
             low, high = self.opacity
             # The reference weighs the image, not the anomaly, with beta in U(0.2, 0.8): by symmetry the same.
-            opacity = _column(low + part["opacity"] * (high - low), normal)
+            opacity = low + part["opacity"] * (high - low)
+            displaced = part["displaced"][:, 0] < self.displaced_probability
+            if displaced.any():
+                own = _select(normal, displaced)
+                moved = _move(own, part["displaced"][displaced, 1:])
+                mask = _replace(mask, displaced, _select(mask, displaced) * _differs(own, moved))
+                source = _replace(source, displaced, moved)
+                opacity[displaced] = 1
+            opacity = _column(opacity, normal)
             blended = torch.addcmul(normal, mask * opacity, source.sub_(normal))  # outside: plus 0, the same bits
             result[where] = blended.to(images.dtype)
             masks[where] = mask
@@ -173,6 +193,10 @@ class AnomalySynthesizer:
         """
         low, high = self.perlin_scales
         cells = 2 ** (low + (draws["cells"] * (high - low)).astype(np.int64))
+        lines = draws["line"][:, 0] < self.line_probability
+        displaced = draws["displaced"][:, 0] < self.displaced_probability
+        # Many cells make a thicket of lines, and pieces too small to cover a feature.
+        cells[lines | displaced] = np.minimum(cells[lines | displaced], 4)
         nodes = 2 ** (high - 1) + 1
         height, width = allowed.shape[-2:]
         masks = torch.zeros_like(allowed)
@@ -189,7 +213,13 @@ class AnomalySynthesizer:
             noise = perlin_noise(angles, cells[left].repeat(count, 0), height, width)[:, None]
             degrees = draws["rotations"][left, first : first + count].reshape(-1) * 180 - 90
             rotated = _rotate(noise, degrees).unflatten(0, (len(left), count))
-            tried = rotated.sub_(self.threshold).gt_(0).mul_(_select(allowed, pending)[:, None])
+            shapes = rotated.sub(self.threshold).gt_(0)
+            if lines[left].any():
+                these = left[lines[left]]
+                drawn = _lines(_select(rotated, lines[left]), cells[these], draws["line"][these, 1])
+                drawn *= _rectangles(draws["region"][these], height, width).to(drawn)[:, None]
+                shapes = _replace(shapes, lines[left], drawn)
+            tried = shapes.mul_(_select(allowed, pending)[:, None])
             hit = tried.flatten(2).amax(2).cpu().numpy() > 0
             best = torch.from_numpy(np.arange(len(left)) * count + hit.argmax(1)).to(allowed.device)
             masks = _replace(masks, pending, tried.flatten(0, 1).index_select(0, best))
@@ -417,6 +447,34 @@ def _rotate(x: Tensor, degrees: np.ndarray) -> Tensor:
     )
     grid = torch.view_as_real(along_rows + along_columns)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def _lines(noise: Tensor, cells: np.ndarray, u: np.ndarray) -> Tensor:
+    """Where the noise `(n, count, 1, H, W)` crosses 0: lines of about 1 to 2 px in 128, `u` `(n,)` says how wide."""
+    height, width = noise.shape[-2:]
+    # Across a zero the noise changes by about 1.2 a cell, so this many px around the crossing lie below the bound.
+    bound = (0.3 + 0.7 * u) * max(height, width) / 128 * 1.2 * (cells / (height, width)).max(axis=1)
+    bound = torch.from_numpy(bound).to(noise)[:, None, None, None, None]
+    # Rotation leaves exact zeros in the corners, which are no crossings.
+    return (noise.abs() < bound).logical_and_(noise != 0).to(noise.dtype)
+
+
+def _move(images: Tensor, u: np.ndarray) -> Tensor:
+    """Moves each image by 0.1 to 0.4 of its size in its own direction; what leaves at one side enters at the other."""
+    height, width = images.shape[-2:]
+    angle, distance = 2 * np.pi * u[:, 0], 0.1 + 0.3 * u[:, 1]
+    down = np.rint(np.sin(angle) * distance * height).astype(np.int64)[:, None]
+    right = np.rint(np.cos(angle) * distance * width).astype(np.int64)[:, None]
+    rows = torch.from_numpy((np.arange(height) - down) % height).to(images.device)
+    columns = torch.from_numpy((np.arange(width) - right) % width).to(images.device)
+    moved = images.gather(2, rows[:, None, :, None].expand_as(images))
+    return moved.gather(3, columns[:, None, None, :].expand_as(images))
+
+
+def _differs(images: Tensor, others: Tensor) -> Tensor:
+    """1 where two images differ visibly, `(N, 1, H, W)`: by 0.06 and more on average over 3 x 3 px."""
+    difference = (images - others).abs().amax(1, keepdim=True)
+    return F.avg_pool2d(difference, 3, 1, 1, count_include_pad=False).sub_(0.06).gt_(0)
 
 
 def _rectangles(u: np.ndarray, height: int, width: int) -> Tensor:

@@ -82,19 +82,24 @@ def train(args, output_dir: Path) -> int:
     train_set = NormalImages([images[i] for i in train_rows], args.resolution, _rows(foregrounds, train_rows))
     held_out = NormalImages([images[i] for i in held_out_rows], args.resolution)
     textures = load_textures(args)
-    self_augmentation = 0.5 if kind == "object" else 0.0
-    synthesizer = AnomalySynthesizer(textures, seed=args.seed, self_augmentation_probability=self_augmentation)
+    anomalies = {
+        "seed": args.seed,
+        "self_augmentation_probability": 0.5 if kind == "object" else 0.0,
+        "line_probability": args.line_probability,
+        "displaced_probability": args.displaced_probability,
+    }
+    synthesizer = AnomalySynthesizer(textures, **anomalies)
     validation = Validation(
         torch.stack([held_out.pixels(i) for i in range(len(held_out))]),
         _rows(foregrounds, held_out_rows),
-        AnomalySynthesizer(
-            textures, seed=args.seed, anomaly_probability=1.0, self_augmentation_probability=self_augmentation
-        ),
+        AnomalySynthesizer(textures, anomaly_probability=1.0, **anomalies),
     )
     logger.info(f"{len(train_set)} normal images to train on, {len(held_out)} held out, taken for images of {kind}s.")
 
     # 2. Networks, optimiser, averaged weights.
     pipe = build_pipeline(args.architecture, args.resolution)
+    if args.init_from is not None:
+        start_from(args.init_from, pipe)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     objective = DiffusionADObjective(pipe.unet, pipe.segmenter, pipe.scheduler).train()
@@ -190,6 +195,19 @@ def train(args, output_dir: Path) -> int:
         finish(args, output_dir, [images[i] for i in held_out_rows])
     accelerator.end_training()
     return 0
+
+
+def start_from(model: str, pipe: DiffusionADPipeline) -> None:
+    """Takes the weights of another pipeline; raises `ValueError` where its networks are of another size."""
+    source = DiffusionADPipeline.from_pretrained(model, dtype=torch.float32)
+    for name in ("unet", "segmenter"):
+        try:
+            getattr(pipe, name).load_state_dict(getattr(source, name).state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"--init_from {model}: its {name} is of another size; give the --architecture and --resolution "
+                "that it was trained with."
+            ) from error
 
 
 def load_images(args) -> tuple[list[str], str, torch.Tensor | None]:

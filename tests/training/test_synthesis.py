@@ -361,3 +361,74 @@ def test_bad_inputs_are_named(shape, indices, epoch, mask_shape, message):
 def test_integer_images_are_refused():
     with pytest.raises(ValueError, match="floating point"):
         make_synthesizer()(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), [0], 0)
+
+
+OURS = {"line_probability": 0.5, "displaced_probability": 0.5}
+
+
+def test_lines_and_displaced_pieces_keep_the_promises_of_the_stream(images, foreground):
+    make = make_synthesizer(seed=3, **OURS)
+    whole = make(images, range(100, 140), 2, foreground)
+    part = make(images[[7, 3]], [107, 103], 2, foreground[[7, 3]])
+    expected = synthesis.SyntheticBatch(whole.images[[7, 3]], whole.masks[[7, 3]], whole.labels[[7, 3]])
+    assert batches_equal(part, expected)
+    assert not (whole.masks * (1 - foreground)).any()
+    outside = (whole.masks == 0).expand_as(images)
+    assert torch.equal(whole.images[outside], images[outside])
+    assert torch.equal(whole.labels == 1, whole.masks.flatten(1).any(1))
+
+
+def test_normal_images_are_the_same_whatever_the_anomalies_look_like(images):
+    plain = make_synthesizer(seed=3)(images, range(40), 0)
+    ours = make_synthesizer(seed=3, **OURS)(images, range(40), 0)
+    assert not ours.labels[plain.labels == 0].any()
+
+
+def test_lines_are_thin():
+    images = torch.rand(40, 3, 128, 128)
+    everywhere = torch.ones(40, 1, 128, 128)
+
+    def width(**options):
+        make = make_synthesizer(make_bank(size=128), anomaly_probability=1.0, **options)
+        masks = make(images, range(40), 0, everywhere).masks[:, 0].numpy().astype(bool)
+        # Area over perimeter: half the width of a long line, and far more for a blob of the same size.
+        inner = (
+            masks[:, 1:-1, 1:-1] & masks[:, :-2, 1:-1] & masks[:, 2:, 1:-1] & masks[:, 1:-1, :-2] & masks[:, 1:-1, 2:]
+        )
+        kept = masks.any((1, 2))
+        return float(np.median(inner.sum((1, 2))[kept] / masks.sum((1, 2))[kept])), masks.mean()
+
+    lines, area = width(line_probability=1.0)
+    blobs, _ = width(perlin_scales=(0, 3))
+    assert lines < 0.35 < blobs
+    assert 0.005 < area < 0.1
+
+
+def test_displaced_pieces_are_pixels_of_the_image_from_elsewhere():
+    # Every pixel of an image has a colour of its own, which tells where it came from.
+    size = 64
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    image = torch.stack([y / 100, x / 100, torch.zeros(size, size)])[None].repeat(20, 1, 1, 1)
+    make = make_synthesizer(make_bank(size=size), anomaly_probability=1.0, displaced_probability=1.0)
+    made = make(image, range(20), 0, torch.ones(20, 1, size, size))
+    assert made.labels.sum() > 10
+    for i in made.labels.nonzero()[:, 0]:
+        rows, columns = made.masks[i, 0].nonzero(as_tuple=True)
+        from_row, from_column = (made.images[i, :2, rows, columns] * 100).round().long()
+        down, right = (rows - from_row) % size, (columns - from_column) % size
+        assert down.unique().numel() == right.unique().numel() == 1  # one move for the whole piece
+        distance = math.hypot(*(min(int(d[0]), size - int(d[0])) / size for d in (down, right)))
+        assert 0.08 < distance < 0.42
+
+
+def test_displaced_pieces_mark_only_what_shows():
+    flat = torch.full((10, 3, 64, 64), 0.5)
+    make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, displaced_probability=1.0)
+    made = make(flat, range(10), 0, torch.ones(10, 1, 64, 64))
+    assert torch.equal(made.images, flat) and not made.masks.any() and not made.labels.any()
+
+
+@pytest.mark.parametrize("option", ["line_probability", "displaced_probability"])
+def test_probabilities_of_our_own_anomalies_are_checked(option):
+    with pytest.raises(ValueError, match=f"{option} must lie in"):
+        make_synthesizer(**{option: 1.5})
