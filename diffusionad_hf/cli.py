@@ -1,4 +1,4 @@
-"""The command line: `diffusionad inspect | calibrate | evaluate | convert`."""
+"""The command line: `diffusionad inspect | calibrate | evaluate | convert | publish | list`."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .hub_commands import add_list_command, add_publish_command
 from .version import __version__
 
 # Torch and diffusers take seconds to import: every command imports what it needs when it runs, so that --help answers
@@ -41,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_evaluate(commands)
     _add_convert(commands)
+    add_publish_command(commands)
+    add_list_command(commands)
     return parser
 
 

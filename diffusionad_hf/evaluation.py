@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import heapq
 import json
+import platform
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -550,10 +552,27 @@ def evaluate_pipeline(
         "diffusionad_hf": __version__,
         "torch": version("torch"),
         "device": str(pipe.device),
+        "hardware": describe_hardware(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "batch_size": batch_size,
     }
     return EvaluationResult(metrics, predictions, {row: m for kept in worst.values() for _, row, m in kept})
+
+
+def describe_hardware(device: Any) -> str:
+    """The name of a torch device's hardware, such as "NVIDIA H200" or "AMD EPYC, 2 threads"."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        # Linux gives the processor's name here alone.
+        cpu_info = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"^model name\s*: (.+)$", cpu_info, re.MULTILINE).group(1)
+    except (OSError, AttributeError):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
 
 
 # -- Pictures -------------------------------------------------------------------------------------------------------

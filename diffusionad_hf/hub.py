@@ -47,7 +47,7 @@ _TOKEN_HELP = (
 )
 
 
-# ---- publishing -----------------------------------------------------------------------------------------------------
+# ---- publishing ----
 
 
 def publish_model(
@@ -270,7 +270,7 @@ def _one_line(text: Any) -> str:
     return " ".join(str(text).split())
 
 
-# ---- listing --------------------------------------------------------------------------------------------------------
+# ---- listing ----
 
 
 def list_models(org: str | None = None, *, token: str | None = None) -> list[dict[str, Any]]:

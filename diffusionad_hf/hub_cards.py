@@ -237,7 +237,7 @@ def _defect_types(evaluation: dict[str, Any]) -> dict[str, list]:
         {
             "name": name,
             "images": results.get("num_anomalous", ""),
-            "values": [_shown(key, results[key]) if key in results else "" for key in columns],
+            "cells": [_shown(key, results[key]) if key in results else "" for key in columns],
         }
         for name, results in types.items()
     ]

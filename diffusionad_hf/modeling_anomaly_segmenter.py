@@ -55,6 +55,20 @@ class AnomalySegmenter(ModelMixin, ConfigMixin):
             below = width
         self.conv_out = nn.Conv2d(below, out_channels, kernel_size=3, padding=1)
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As [`ModelMixin.from_pretrained`], but a missing tensor is an error: diffusers goes on with random values.
+
+        Raises:
+            ValueError: If a tensor is missing.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"the weights lack {len(missing)} of the model's tensors, such as {missing[0]}")
+        return (model, info) if output_loading_info else model
+
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """
         Args:

@@ -111,6 +111,20 @@ class NormGuidedUNet2DModel(UNet2DModel):
                 _zero(module.conv2)
         _zero(self.conv_out)
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As [`ModelMixin.from_pretrained`], but a missing tensor is an error: diffusers goes on with random values.
+
+        Raises:
+            ValueError: If a tensor is missing.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"the weights lack {len(missing)} of the model's tensors, such as {missing[0]}")
+        return (model, info) if output_loading_info else model
+
     @staticmethod
     def size_config(
         base_channels: int, resolution: int, norm_num_groups: int = 32, largest_attention_map: int = 32

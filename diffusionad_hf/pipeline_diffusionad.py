@@ -1,11 +1,13 @@
 """`DiffusionADPipeline`: from images to anomaly maps, scores and calibrated verdicts."""
 
+import errno
 import importlib
 import inspect
 import json
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,6 +21,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi, constants
+from huggingface_hub import errors as hub_errors
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 
@@ -44,6 +48,10 @@ _COMPONENT_MODULES = {
     "NormGuidedScheduler": "scheduling_norm_guided",
 }
 _SMALLEST_SIDE = 8
+# Counts up whenever a saved pipeline needs a newer version of this package to be read right.
+_FORMAT = 1
+# How often a load is tried where the Hub is overloaded or a connection breaks; what was downloaded is kept in between.
+_ATTEMPTS = 3
 
 
 class InvalidImageError(ValueError):
@@ -366,6 +374,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         index["_class_name"] = [Path(inspect.getfile(type(self))).stem, type(self).__name__]
         index.pop("_name_or_path", None)
         index.pop("_module", None)
+        index["_diffusionad_format"] = _FORMAT
         _copy_module(type(self), folder)
         for name, component in self.components.items():
             class_name = type(component).__name__
@@ -378,6 +387,10 @@ class DiffusionADPipeline(DiffusionPipeline):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
         config = super()._dict_from_json_file(json_file)
+        if config.get("_diffusionad_format", _FORMAT) > _FORMAT:
+            raise ValueError(
+                "it was written by a newer version of this package: pip install --upgrade diffusionad-hf."
+            )
         # The list form asks diffusers to run the repo's own code, which is for those who come without this package.
         if _package() and isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][-1]
@@ -424,12 +437,29 @@ class DiffusionADPipeline(DiffusionPipeline):
             raise OSError(f"{name}: no {cls.config_name} in this folder; give a folder written by save_pretrained.")
         if not os.path.isdir(name) and (name.count("/") != 1 or name.startswith((".", "~", "/"))):
             raise OSError(f"{name}: no such folder; give an existing one, or a Hub id such as org/name.")
-        try:
-            return super().from_pretrained(name, **kwargs)
-        except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
-            # Diffusers' messages run over several lines and seldom name the model.
-            reason = " ".join(str(error).split())
-            raise OSError(f"{name}: the model could not be loaded: {reason}") from error
+        failure, attempts = None, _ATTEMPTS
+        while True:
+            try:
+                if not os.path.isdir(name):
+                    # Diffusers asks the Hub too, but then looks into the cache whatever the answer, and reports that.
+                    where = {key: kwargs.get(key) for key in ("revision", "token", "cache_dir", "local_files_only")}
+                    kwargs["revision"] = HfApi().resolve_revision(name, **where)
+                pipe = super().from_pretrained(name, **kwargs)
+            except (
+                *(ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError),
+                *(hub_errors.HTTPError, hub_errors.OfflineModeIsEnabled, hub_errors.RevisionResolutionError),
+            ) as error:
+                failure, attempts = failure or error, attempts - 1
+                if kwargs.get("local_files_only") or not _is_network_failure(failure):
+                    raise _explained(name, failure, kwargs) from failure
+                if attempts > 0 and _may_pass(failure):
+                    time.sleep(2 ** (_ATTEMPTS - 1 - attempts))
+                else:
+                    kwargs["local_files_only"] = True
+                continue
+            if failure is not None and kwargs.get("local_files_only"):
+                logger.warning(f"{name}: the Hub cannot be reached; the copy in the cache is used.")
+            return pipe
 
 
 # ---- conformal calibration ------------------------------------------------------------------------------------------
@@ -615,6 +645,80 @@ def _from_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
         color, alpha = tensor[:-1].float(), tensor[-1:].float() / full
         tensor = (color * alpha + full * (1 - alpha)).to(tensor.dtype)
     return tensor.expand(3, -1, -1)
+
+
+# ---- errors of loading ----------------------------------------------------------------------------------------------
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An error and those behind it."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def _status(error: BaseException) -> int | None:
+    """What the Hub answered, if it did."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_network_failure(error: BaseException) -> bool:
+    """Whether the Hub could not be asked, or could not answer: no network, a broken connection, 429, 5xx."""
+    # `HTTPError` is the base class of all that the client's HTTP library raises, whichever library that is.
+    found = [e for e in _chain(error) if isinstance(e, (hub_errors.HTTPError, hub_errors.OfflineModeIsEnabled))]
+    statuses = [_status(e) for e in found if _status(e) is not None]
+    return bool(found) and all(status == 429 or status >= 500 for status in statuses)
+
+
+def _may_pass(failure: BaseException) -> bool:
+    """Whether trying again soon may help: not where no connection came about in the first place."""
+    hopeless = ("ConnectError", "ConnectTimeout", "OfflineModeIsEnabled")
+    return not any(type(e).__name__ in hopeless for e in _chain(failure))
+
+
+def _explained(name: str, error: BaseException, kwargs: dict[str, Any]) -> OSError:
+    """The error to raise for a load that failed: one line that names the model and says what to do."""
+    chain = _chain(error)
+
+    def has(*classes: type) -> bool:
+        return any(isinstance(e, classes) for e in chain)
+
+    url = f"{constants.ENDPOINT}/{name}"
+    log_in = "log in with `hf auth login`, or pass token="
+    # Diffusers' messages run over several lines and seldom name the model.
+    said = " ".join(str(error).split())
+    if any(getattr(e, "errno", None) == errno.ENOSPC for e in chain):
+        reason = "the disk is full; free some space, or pass cache_dir= for another disk"
+    elif has(hub_errors.GatedRepoError):
+        reason = f"access is restricted; ask for it at {url}, then {log_in}"
+    elif has(hub_errors.RevisionNotFoundError):
+        reason = f"it has no branch, tag or commit '{kwargs.get('revision')}'; see {url}/tree/main for those it has"
+    elif has(hub_errors.RepositoryNotFoundError):
+        reason = f"no such model on the Hub, or a private one; check the name, or {log_in}"
+    elif any(_status(e) == 401 for e in chain):
+        reason = f"the Hub does not know your token; {log_in}"
+    elif has(hub_errors.RemoteEntryNotFoundError):
+        reason = f"the repo has no {DiffusionADPipeline.config_name}, so there is no pipeline in it"
+    elif _is_network_failure(error):
+        if has(hub_errors.OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE is set and the cache holds no whole copy; unset it and load the model once"
+        else:
+            status = next((_status(e) for e in chain if _status(e)), None)
+            said = " ".join(str(chain[-1]).split())
+            what = f"answers {status}" if status else f"cannot be reached ({said})"
+            reason = f"the Hub {what} and the cache holds no whole copy; check the network, or try again later"
+    elif has(hub_errors.RevisionResolutionError, hub_errors.LocalEntryNotFoundError):
+        reason = "the cache holds no whole copy; load the model once without local_files_only"
+    elif has(SafetensorError) or any(
+        words in said for words in ("no file named", "does not exist in", "`safetensors` weights", "weights lack")
+    ):
+        again = "copy it again" if os.path.isdir(name) else "load it once with force_download=True, or tell its owner"
+        reason = f"the model is incomplete or damaged; {again} ({said})"
+    else:
+        reason = f"the model could not be loaded: {said}"
+    return OSError(f"{name}: {reason}")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

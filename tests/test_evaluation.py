@@ -15,6 +15,7 @@ from diffusionad_hf.evaluation import (
     METRIC_NAMES,
     AnomalyEvaluator,
     aupro,
+    describe_hardware,
     evaluate_pipeline,
     evaluate_predictions,
     image_metrics,
@@ -462,3 +463,8 @@ def test_a_missing_extra_says_what_to_install(pipe, widget, tmp_path, monkeypatc
     with pytest.raises(ImportError, match=r'this needs .*: pip install "diffusionad-hf\[train\]"'):
         evaluate_pipeline(pipe, widget)
         save_plots(result, widget, tmp_path)
+
+
+def test_the_hardware_is_named_as_people_know_it():
+    name = describe_hardware(torch.device("cpu"))
+    assert name.endswith(f"{torch.get_num_threads()} threads") and not name.startswith(",")

@@ -133,8 +133,14 @@ def _parser() -> argparse.ArgumentParser:
         "--displaced_probability",
         type=float,
         default=0.0,
-        help="Share of the synthetic anomalies made of other places of the image, for features that are missing or "
-        "out of place; not in the paper.",
+        help="Share of the synthetic anomalies made of other places of the image, for features out of place; not in "
+        "the paper.",
+    )
+    add(
+        "--erased_probability",
+        type=float,
+        default=0.0,
+        help="Share of the synthetic anomalies that erase some structure, for missing features; not in the paper.",
     )
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -213,7 +219,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error(f"--{name} {getattr(args, name)}: must lie between 0 and 1.")
     if not 0 <= args.ema_decay < 1:
         parser.error(f"--ema_decay {args.ema_decay}: must lie in [0, 1).")
-    for name in ("line_probability", "displaced_probability"):
+    for name in ("line_probability", "displaced_probability", "erased_probability"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} {getattr(args, name)}: must lie in [0, 1].")
     for name in ("holdout_fraction", "false_alarm_rate"):

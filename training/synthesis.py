@@ -43,6 +43,7 @@ _DRAWS = {
     "rotations": MAX_ATTEMPTS,
     "line": 2,
     "displaced": 3,
+    "erased": 5,
 }
 
 
@@ -82,7 +83,9 @@ class AnomalySynthesizer:
         line_probability: share of the anomalies that are thin lines, where the noise crosses 0 in a random part of the
             image, and not blobs. Not in the reference, whose anomalies teach little about scratches and cracks.
         displaced_probability: share of the anomalies made from the image itself, moved by 0.1 to 0.4 of its size and
-            fully opaque, where that shows: a feature that is missing or out of place. Not in the reference either.
+            fully opaque, where that shows: a feature that is out of place. Not in the reference either.
+        erased_probability: share of the anomalies that fill a disc around some structure from its surroundings: a
+            feature that is missing, which only comparing with the reconstruction gives away. Not in the reference.
 
     Raises:
         ValueError: if an argument is out of range or the bank is empty or of another shape or type.
@@ -100,6 +103,7 @@ class AnomalySynthesizer:
         opacity: tuple[float, float] = (0.2, 0.8),
         line_probability: float = 0.0,
         displaced_probability: float = 0.0,
+        erased_probability: float = 0.0,
     ) -> None:
         bank = textures.bank
         if bank.dtype != torch.uint8 or bank.ndim != 4 or bank.shape[1] != 3 or bank.numel() == 0:
@@ -109,6 +113,7 @@ class AnomalySynthesizer:
             ("self_augmentation_probability", self_augmentation_probability),
             ("line_probability", line_probability),
             ("displaced_probability", displaced_probability),
+            ("erased_probability", erased_probability),
         ):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {value}")
@@ -128,6 +133,7 @@ class AnomalySynthesizer:
         self.opacity = opacity
         self.line_probability = line_probability
         self.displaced_probability = displaced_probability
+        self.erased_probability = erased_probability
         self._bank = bank
 
     @torch.no_grad()
@@ -178,6 +184,13 @@ class AnomalySynthesizer:
                 mask = _replace(mask, displaced, _select(mask, displaced) * _differs(own, moved))
                 source = _replace(source, displaced, moved)
                 opacity[displaced] = 1
+            erased = part["erased"][:, 0] < self.erased_probability
+            if erased.any():
+                own = _select(normal, erased)
+                filled = _erase(own, _select(allowed, erased), part["erased"][erased, 1:])
+                mask = _replace(mask, erased, _select(allowed, erased) * _differs(own, filled))
+                source = _replace(source, erased, filled)
+                opacity[erased] = 1
             opacity = _column(opacity, normal)
             blended = torch.addcmul(normal, mask * opacity, source.sub_(normal))  # outside: plus 0, the same bits
             result[where] = blended.to(images.dtype)
@@ -469,6 +482,39 @@ def _move(images: Tensor, u: np.ndarray) -> Tensor:
     columns = torch.from_numpy((np.arange(width) - right) % width).to(images.device)
     moved = images.gather(2, rows[:, None, :, None].expand_as(images))
     return moved.gather(3, columns[:, None, None, :].expand_as(images))
+
+
+def _erase(images: Tensor, allowed: Tensor, u: np.ndarray) -> Tensor:
+    """Fills a disc in each image from around it, its radius 0.03 to 0.09 of the image's size.
+
+    Its centre is drawn where the image has structure, as there is nothing to miss on a plain surface.
+    """
+    height, width = images.shape[-2:]
+    size = max(height, width)
+    window = size // 16 * 2 + 1
+    grey = images.mean(1, keepdim=True)
+    smooth = F.avg_pool2d(grey, window, 1, window // 2, count_include_pad=False)
+    structure = ((grey - smooth).abs() * allowed + 1e-6).flatten(1).double().cumsum(1)
+    drawn = torch.from_numpy(u[:, :1]).to(images.device) * structure[:, -1:]
+    center = torch.searchsorted(structure, drawn).clamp_(max=height * width - 1)
+    row, column = (part.view(-1, 1, 1, 1) for part in (center // width, center % width))
+    y = torch.arange(height, device=images.device).view(1, 1, -1, 1)
+    x = torch.arange(width, device=images.device).view(1, 1, 1, -1)
+    distance = ((y - row) ** 2 + (x - column) ** 2).float().sqrt()
+    radius = _column((0.03 + 0.06 * u[:, 1:2]) * size, images)
+    # A mean over the product around the disc, near pixels weighing more, as two box filters make a tent.
+    around = (distance > radius).to(images.dtype) * allowed
+    weighted = torch.cat([images * around, around], dim=1)
+    window = size // 20 * 2 + 1
+    for _ in range(2):
+        weighted = F.avg_pool2d(weighted, window, 1, window // 2, count_include_pad=False)
+    weight = weighted[:, 3:]
+    filled = torch.where(weight > 1e-5, weighted[:, :3] / weight.clamp_min(1e-5), images)
+    # The grain of another place: a fill that is too smooth would give itself away.
+    moved = _move(images, u[:, 2:])
+    grain = (moved - F.avg_pool2d(moved, 3, 1, 1, count_include_pad=False)).clamp_(-0.04, 0.04)
+    soft = (radius + 1 - distance).clamp_(0, 1)
+    return torch.lerp(images, (filled + grain).clamp_(0, 1), soft)
 
 
 def _differs(images: Tensor, others: Tensor) -> Tensor:

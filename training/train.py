@@ -87,6 +87,7 @@ def train(args, output_dir: Path) -> int:
         "self_augmentation_probability": 0.5 if kind == "object" else 0.0,
         "line_probability": args.line_probability,
         "displaced_probability": args.displaced_probability,
+        "erased_probability": args.erased_probability,
     }
     synthesizer = AnomalySynthesizer(textures, **anomalies)
     validation = Validation(
@@ -192,7 +193,7 @@ def train(args, output_dir: Path) -> int:
 
     # 5. The chosen weights, calibrated on the held-out normal images.
     if accelerator.is_main_process:
-        finish(args, output_dir, [images[i] for i in held_out_rows])
+        finish(args, output_dir, [images[i] for i in held_out_rows], accelerator.device)
     accelerator.end_training()
     return 0
 
@@ -303,15 +304,13 @@ def replace_folder(pipe: DiffusionADPipeline, folder: Path) -> None:
     partial.rename(folder)
 
 
-def finish(args, output_dir: Path, held_out: list) -> None:
+def finish(args, output_dir: Path, held_out: list, device: torch.device) -> None:
     """Writes the best weights as a calibrated pipeline into the output folder."""
-    pipe = DiffusionADPipeline.from_pretrained(output_dir / "best")
-    pipe.to(dtype=getattr(torch, args.save_dtype))
-    pipe.save_pretrained(output_dir)
+    dtype = getattr(torch, args.save_dtype)
+    DiffusionADPipeline.from_pretrained(output_dir / "best", dtype=dtype).save_pretrained(output_dir)
     # Calibrated as it will be used: with the weights as they were saved, computing in float32.
-    pipe = DiffusionADPipeline.from_pretrained(output_dir, dtype=torch.float32)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    calibrate(pipe.to(device), held_out, false_alarm_rate=args.false_alarm_rate)
+    pipe = DiffusionADPipeline.from_pretrained(output_dir, dtype=torch.float32).to(device)
+    calibrate(pipe, held_out, false_alarm_rate=args.false_alarm_rate)
     pipe.save_config(output_dir)
     recorded = {
         name: value for name, value in vars(args).items() if name not in ("data_dir", "texture_dir", "output_dir")

@@ -363,7 +363,7 @@ def test_integer_images_are_refused():
         make_synthesizer()(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), [0], 0)
 
 
-OURS = {"line_probability": 0.5, "displaced_probability": 0.5}
+OURS = {"line_probability": 0.4, "displaced_probability": 0.4, "erased_probability": 0.4}
 
 
 def test_lines_and_displaced_pieces_keep_the_promises_of_the_stream(images, foreground):
@@ -428,7 +428,36 @@ def test_displaced_pieces_mark_only_what_shows():
     assert torch.equal(made.images, flat) and not made.masks.any() and not made.labels.any()
 
 
-@pytest.mark.parametrize("option", ["line_probability", "displaced_probability"])
+@pytest.mark.parametrize("option", ["line_probability", "displaced_probability", "erased_probability"])
 def test_probabilities_of_our_own_anomalies_are_checked(option):
     with pytest.raises(ValueError, match=f"{option} must lie in"):
         make_synthesizer(**{option: 1.5})
+
+
+def test_erased_structure_is_filled_from_around_it():
+    # Plain plates with one dark hole each: the only structure there is to erase.
+    size = 64
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    plates = torch.full((30, 3, size, size), 0.8)
+    hole = ((y - 20) ** 2 + (x - 40) ** 2 <= 9).expand(30, 3, size, size)
+    plates[hole] = 0.1
+    make = make_synthesizer(make_bank(size=size), anomaly_probability=1.0, erased_probability=1.0)
+    made = make(plates, range(30), 0, torch.ones(30, 1, size, size))
+    assert made.labels.sum() > 20
+    changed = (made.images != plates).any(1, keepdim=True)
+    assert torch.equal(changed, (made.masks > 0) & changed)
+    # Discs that cover but a part of the hole smear the rest of it; most take it away.
+    near = ((y - 20) ** 2 + (x - 40) ** 2 <= 30).expand_as(made.masks)
+    assert float(made.masks[near].sum() / made.masks.sum()) > 0.6
+    filled = made.images[(made.masks > 0).expand_as(plates) & hole]
+    assert float((filled > 0.5).float().mean()) > 0.6
+
+
+def test_erasing_stays_inside_the_foreground(images, foreground):
+    make = make_synthesizer(anomaly_probability=1.0, erased_probability=1.0)
+    made = make(images, range(40), 0, foreground)
+    assert made.labels.any() and not (made.masks * (1 - foreground)).any()
+    outside = (made.masks == 0).expand_as(images)
+    assert torch.equal(made.images[outside], images[outside])
+    part = make(images[[5]], [5], 0, foreground[[5]])
+    assert torch.equal(part.images[0], made.images[5])
