@@ -211,6 +211,11 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     ):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1.")
+    if args.train_batch_size == 1 and args.resolution == multiple:
+        parser.error(
+            f"--train_batch_size 1: at --resolution {multiple} the smallest map has one pixel, of which batch norm "
+            "cannot take statistics; give 2 or more."
+        )
     for name in ("lr_warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} {getattr(args, name)}: must not be negative.")

@@ -244,6 +244,7 @@ def test_a_named_checkpoint_that_does_not_exist(data, tmp_path, capsys):
         ("resolution", 0),
         ("max_train_steps", 0),
         ("train_batch_size", -1),
+        ("train_batch_size", 1),
         ("gradient_accumulation_steps", 0),
         ("unet_learning_rate", 0),
         ("segmenter_learning_rate", -1),
