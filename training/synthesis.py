@@ -24,6 +24,7 @@ from torch import Tensor
 
 TILES = 8  # strips per axis of the self-augmented source
 MAX_ATTEMPTS = 50  # Perlin fields tried before an image stays normal
+ERASING_MOVES = 12  # places tried for a plain piece of the product
 ATTEMPTS_AT_ONCE = 8  # bounds memory: this many fields an image are evaluated together
 IMAGES_AT_ONCE = 1  # on a CPU, where one image stays in the cache; a GPU takes the batch whole, with the same outcome
 OPERATIONS_PER_SOURCE = 3
@@ -84,7 +85,7 @@ class AnomalySynthesizer:
             image, and not blobs. Not in the reference, whose anomalies teach little about scratches and cracks.
         displaced_probability: share of the anomalies made from the image itself, moved by 0.1 to 0.4 of its size and
             fully opaque, where that shows: a feature that is out of place. Not in the reference either.
-        erased_probability: share of the anomalies that fill a disc around some structure from its surroundings: a
+        erased_probability: share of the anomalies that cover some structure with a plain piece of the product: a
             feature that is missing, which only comparing with the reconstruction gives away. Not in the reference.
 
     Raises:
@@ -485,36 +486,47 @@ def _move(images: Tensor, u: np.ndarray) -> Tensor:
 
 
 def _erase(images: Tensor, allowed: Tensor, u: np.ndarray) -> Tensor:
-    """Fills a disc in each image from around it, its radius 0.03 to 0.09 of the image's size.
+    """Covers a disc in each image with a plain piece of the same image, its radius 0.04 to 0.1 of the image's size.
 
-    Its centre is drawn where the image has structure, as there is nothing to miss on a plain surface.
+    The centre is drawn where the image has structure, as there is nothing to miss on a plain surface. Of several moves
+    of the image, the one that brings the plainest piece of the product there is taken, shifted in brightness to fit: a
+    smooth fill would give itself away, and the comparison with the reconstruction would go unlearnt.
     """
     height, width = images.shape[-2:]
     size = max(height, width)
-    window = size // 16 * 2 + 1
+
+    def around(x: Tensor, window: int) -> Tensor:
+        return F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
+
     grey = images.mean(1, keepdim=True)
-    smooth = F.avg_pool2d(grey, window, 1, window // 2, count_include_pad=False)
-    structure = ((grey - smooth).abs() * allowed + 1e-6).flatten(1).double().cumsum(1)
-    drawn = torch.from_numpy(u[:, :1]).to(images.device) * structure[:, -1:]
-    center = torch.searchsorted(structure, drawn).clamp_(max=height * width - 1)
+    structure = (grey - around(grey, size // 16 * 2 + 1)).abs()
+    # Away from the outline, which nothing can cover without changing the product's shape.
+    inner = 1 - F.max_pool2d(1 - allowed, size // 16 * 2 + 1, 1, size // 16)
+    ends = (structure * inner + 1e-6 * allowed + 1e-12).flatten(1).double().cumsum(1)
+    drawn = torch.from_numpy(u[:, :1]).to(images.device) * ends[:, -1:]
+    center = torch.searchsorted(ends, drawn).clamp_(max=height * width - 1)
     row, column = (part.view(-1, 1, 1, 1) for part in (center // width, center % width))
     y = torch.arange(height, device=images.device).view(1, 1, -1, 1)
     x = torch.arange(width, device=images.device).view(1, 1, 1, -1)
     distance = ((y - row) ** 2 + (x - column) ** 2).float().sqrt()
-    radius = _column((0.03 + 0.06 * u[:, 1:2]) * size, images)
-    # A mean over the product around the disc, near pixels weighing more, as two box filters make a tent.
-    around = (distance > radius).to(images.dtype) * allowed
-    weighted = torch.cat([images * around, around], dim=1)
-    window = size // 20 * 2 + 1
-    for _ in range(2):
-        weighted = F.avg_pool2d(weighted, window, 1, window // 2, count_include_pad=False)
-    weight = weighted[:, 3:]
-    filled = torch.where(weight > 1e-5, weighted[:, :3] / weight.clamp_min(1e-5), images)
-    # The grain of another place: a fill that is too smooth would give itself away.
-    moved = _move(images, u[:, 2:])
-    grain = (moved - F.avg_pool2d(moved, 3, 1, 1, count_include_pad=False)).clamp_(-0.04, 0.04)
-    soft = (radius + 1 - distance).clamp_(0, 1)
-    return torch.lerp(images, (filled + grain).clamp_(0, 1), soft)
+    radius = _column((0.04 + 0.06 * u[:, 1:2]) * size, images)
+    disc, rim = (distance <= radius + 2).float(), ((distance - radius - 3).abs() <= 2).float()
+
+    plainest, patch = torch.full_like(radius, torch.inf), images
+    for attempt in range(ERASING_MOVES):
+        # Directions spread evenly from the one that was drawn; distances follow the golden ratio.
+        turned = (u[:, 2:] + [[attempt / ERASING_MOVES, attempt * 0.618]]) % 1
+        moved = _move(torch.cat([images, structure, 1 - allowed], dim=1), turned)
+        # Pixels off the product count as if they were the roughest of all.
+        roughness = ((moved[:, 3:4] + moved[:, 4:]) * disc).sum((1, 2, 3), keepdim=True)
+        better = roughness < plainest
+        plainest, patch = torch.where(better, roughness, plainest), torch.where(better, moved[:, :3], patch)
+    # Brightness is fitted on the rim where that is plain: the structure itself would darken or brighten the piece.
+    plain = rim * allowed * torch.exp(-((structure / 0.02) ** 2)) + 1e-6
+    weight = plain / plain.sum((2, 3), keepdim=True)
+    shift = ((images - patch) * weight).sum((2, 3), keepdim=True).clamp_(-0.15, 0.15)
+    soft = ((radius + 1 - distance) / 2).clamp_(0, 1)
+    return torch.lerp(images, (patch + shift).clamp_(0, 1), soft)
 
 
 def _differs(images: Tensor, others: Tensor) -> Tensor:
