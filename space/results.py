@@ -1,0 +1,118 @@
+"""Where results wait for the next move of the threshold: on disk, for the visitor who asked, and not for long.
+
+Each result is a folder under a random 128-bit key that only its visitor's page knows; it also names its owner, so that
+a key that leaks opens nothing in another session. Everything in the server's temporary folder, uploads included, goes
+after `keep_seconds` or when its visitor leaves.
+"""
+
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from pathlib import Path
+
+_KEY = re.compile(r"[0-9a-f]{32}")
+_OWNER_FILE = ".owner"
+logger = logging.getLogger("space")
+
+
+class ResultGone(LookupError):
+    """The result does not exist (any more), or is another visitor's."""
+
+    def __init__(self):
+        super().__init__("This result is no longer kept. Inspect the image again.")
+
+
+class Results:
+    """The results of all visitors.
+
+    Args:
+        folder: The server's temporary folder; everything in it is subject to `sweep`.
+        keep_seconds: How long a file is kept after it was last used.
+    """
+
+    def __init__(self, folder: Path, keep_seconds: float = 3600):
+        self.folder = folder
+        self.keep_seconds = keep_seconds
+        self._results = folder / "results"
+        self._results.mkdir(parents=True, exist_ok=True)
+        self._kept: set[Path] = set()
+
+    def keep_what_is_there(self) -> None:
+        """Exempts what lies in the folder now, such as the example images, from `sweep`."""
+        self._kept = set(self.folder.iterdir())
+
+    def new(self, owner: str) -> tuple[str, Path]:
+        """Makes an empty folder for a visitor and returns its key and the folder."""
+        key = secrets.token_hex(16)
+        folder = self._results / key
+        folder.mkdir(mode=0o700)
+        (folder / _OWNER_FILE).write_text(owner, encoding="utf-8")
+        return key, folder
+
+    def open(self, key: str, owner: str) -> Path:
+        """The folder of a key.
+
+        Raises:
+            ResultGone: If the key is malformed, unknown or another visitor's: from outside they all look the same.
+        """
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise ResultGone
+        folder = self._results / key
+        try:
+            if not secrets.compare_digest((folder / _OWNER_FILE).read_text(encoding="utf-8"), owner):
+                raise ResultGone
+            os.utime(folder)
+        except OSError as error:
+            raise ResultGone from error
+        return folder
+
+    def forget(self, owner: str) -> None:
+        """Removes everything of a visitor."""
+        for folder in self._results.iterdir():
+            try:
+                if (folder / _OWNER_FILE).read_text(encoding="utf-8") == owner:
+                    shutil.rmtree(folder, ignore_errors=True)
+            except OSError:
+                continue
+
+    def sweep(self, now: float | None = None) -> int:
+        """Removes what has not been used for `keep_seconds`; returns how many folders and files that were."""
+        limit = (time.time() if now is None else now) - self.keep_seconds
+        removed = 0
+        for entry in [*self._results.iterdir(), *(set(self.folder.iterdir()) - self._kept - {self._results})]:
+            try:
+                if entry.stat().st_mtime > limit:
+                    continue
+            except OSError:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+            removed += 1
+        return removed
+
+    def sweep_forever(self, every_seconds: float = 300) -> None:
+        """Sweeps in the background for as long as the process runs."""
+
+        def loop() -> None:
+            while True:
+                time.sleep(every_seconds)
+                try:
+                    self.sweep()
+                except OSError:
+                    logger.exception("could not clean up")
+
+        threading.Thread(target=loop, daemon=True, name="sweep").start()
+
+
+def write_json(path: Path, data: object) -> None:
+    """Writes JSON that nobody reads half of."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

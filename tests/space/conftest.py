@@ -1,0 +1,134 @@
+"""A small calibrated model that has learned nothing, photos of a part, and a server process with both."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "space"))
+
+pytest.importorskip("gradio", reason="the page needs gradio: pip install -e .[space]")
+
+from training.demo_parts import render_part  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Twelve photos of normal parts, 96 px."""
+    folder = tmp_path_factory.mktemp("parts")
+    files = []
+    for seed in range(12):
+        files.append(folder / f"part-{seed:02d}.png")
+        pixels = render_part(np.random.default_rng(seed), size=96)
+        Image.fromarray(pixels).save(files[-1])
+    return files
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, parts):
+    """A folder with one model, `flange`, which knows its normal parts."""
+    from familiarity import FILE_NAME, Familiarity, describe
+
+    from diffusionad_hf import build_pipeline
+    from diffusionad_hf.calibration import calibrate
+    from diffusionad_hf.pipeline_diffusionad import load_image
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "flange"
+    torch.manual_seed(0)
+    pipe = build_pipeline("tiny", 64)
+    pipe.set_progress_bar_config(disable=True)
+    calibrate(pipe, parts, false_alarm_rate=0.1)
+    pipe.save_pretrained(folder)
+    familiarity = Familiarity.of([describe(load_image(part)) for part in parts])
+    (folder / FILE_NAME).write_text(json.dumps(familiarity.to_json()), encoding="utf-8")
+    (folder / "README.md").write_text(
+        "---\nlicense: mit\nmodel-index:\n- name: flange\n  results:\n  - task: {type: image-classification}\n"
+        "    dataset: {name: flanges, type: flanges}\n    metrics:\n"
+        "    - {type: image_auroc, value: 0.875, name: image AUROC}\n---\n"
+        "# Flange\n\n## Limits\n\nOne light only.\n\n## Licence\n\nMIT\n",
+        encoding="utf-8",
+    )
+    return folder.parent
+
+
+@pytest.fixture
+def model(checkpoints):
+    from categories import Models
+
+    return Models(str(checkpoints)).get("flange")
+
+
+@pytest.fixture
+def results(tmp_path):
+    from results import Results
+
+    return Results(tmp_path / "server")
+
+
+class Server:
+    """A process of the page; `runs` counts how often it ran a model, `log` is what it printed."""
+
+    def __init__(self, folder: Path, models: str):
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        self._log = folder / "log.txt"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}/"
+        environment = {
+            **os.environ,
+            "DIFFUSIONAD_MODELS": models,
+            "GRADIO_SERVER_PORT": str(port),
+            "TMPDIR": str(self.temporary),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        with self._log.open("wb") as log:
+            # Elsewhere than in the repository, as on a Space.
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "space" / "app.py")],
+                env=environment,
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(self.url, timeout=5).close()
+                return
+            except (urllib.error.URLError, OSError):
+                assert self.process.poll() is None, self.log
+                time.sleep(0.2)
+        raise AssertionError(f"the server did not start:\n{self.log}")
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    @property
+    def runs(self) -> int:
+        return self.log.count("INFO space: ran ")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, checkpoints):
+    running = Server(tmp_path_factory.mktemp("server"), f"{checkpoints},no-one/no-such-model")
+    yield running
+    running.stop()
+    assert not list(running.temporary.glob("diffusionad-space-*")), "photos of visitors were left on the disk"

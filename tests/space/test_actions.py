@@ -1,0 +1,274 @@
+"""What the page says must be what the model says; and what it hands out must hold what it promises."""
+
+import csv
+import html
+import json
+import math
+import zipfile
+
+import numpy as np
+import pytest
+from actions import (
+    calibrate_on,
+    default_threshold,
+    download,
+    inspect_many,
+    inspect_one,
+    read_calibration,
+    record_of,
+)
+from categories import Calibration, ModelError, Models, Settings, about
+from inspection import load, p_words, promise_words, view
+from PIL import Image
+from uploads import UploadError
+
+from diffusionad_hf.pipeline_diffusionad import conformal_threshold
+
+
+def inspected(results, model, path, name="photo.png", settings=Settings()):  # noqa: B008
+    return inspect_one(results, "anna", model, path, name, model.calibration, settings).folder
+
+
+def test_score_p_value_and_threshold_are_the_pipeline_s_own(results, model, parts):
+    result = load(inspected(results, model, parts[0]))
+    expected = model.pipe(parts[0])
+    assert result.score == pytest.approx(float(expected.anomaly_score[0]), abs=1e-6)
+    assert result.p_value == float(expected.p_value[0])
+    assert result.threshold == model.pipe.threshold
+    assert result.size == (96, 96) and not result.unfamiliar and not result.settings_changed
+
+
+def test_moving_the_threshold_redraws_without_the_model(results, model, parts):
+    folder = inspected(results, model, parts[0])
+    model.unload()
+    low, high = view(folder, 0.01), view(folder, 0.99)
+    assert model.pipe is None
+    assert low.overlay != high.overlay and low.overlay.read_bytes() != high.overlay.read_bytes()
+    assert low.regions and not high.regions
+    assert low.regions[0].box == (0, 0, 96, 96), "regions are in pixels of the photo, not of the page"
+    assert record_of(folder, 0.01, low)["is_anomalous"] and not record_of(folder, 0.99, high)["is_anomalous"]
+
+
+def test_old_views_do_not_pile_up(results, model, parts):
+    folder = inspected(results, model, parts[0])
+    for step in range(20):
+        view(folder, step / 20)
+    assert len(list(folder.glob("view-*.jpg"))) <= 5
+
+
+@pytest.mark.parametrize("size", [(96, 96), (1500, 400), (20, 2000), (8, 8)])
+def test_downloads_have_the_photo_s_size_and_agree_with_the_record(results, model, parts, tmp_path, size):
+    photo = tmp_path / "in.png"
+    Image.open(parts[0]).resize(size).save(photo)
+    folder = inspected(results, model, photo, '<b>"x".png')
+    threshold = float(np.median(np.load(folder / "map.npy")))
+    assert Image.open(download(folder, "overlay", threshold, 0.5)).size == size
+    mask = Image.open(download(folder, "mask", threshold, 0.5))
+    assert mask.size == size and set(np.unique(mask)) <= {0, 255}
+    depth = Image.open(download(folder, "map", threshold, 0.5))
+    assert depth.size == size and depth.mode == "I;16"
+    record = json.loads(download(folder, "json", threshold, 0.5).read_text(encoding="utf-8"))
+    assert (record["width"], record["height"]) == size and record["threshold"] == threshold
+    for region in record["regions"]:
+        x0, y0, x1, y1 = region["box"]
+        assert 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
+    if min(size) > 50:
+        # The 16-bit map holds the model's values: those above the threshold are the mask's.
+        share = (np.asarray(depth) >= threshold * 65535).mean()
+        assert abs(share - (np.asarray(mask) > 0).mean()) < 0.02
+
+
+def test_the_report_is_one_page_and_escapes_names(results, model, parts):
+    folder = inspected(results, model, parts[0], "<script>alert(1)</script>.png")
+    page = download(folder, "report", 0.3, 0.5).read_text(encoding="utf-8")
+    assert "<script" not in page and html.escape("<script>alert(1)</script>.png") in page
+    assert page.count("data:image/jpeg;base64,") == 4 and "http" not in page
+    assert "Defect found" in page or "No defect found" in page
+    with pytest.raises(UploadError):
+        download(folder, "../photo.jpg", 0.3, 0.5)
+
+
+def test_other_settings_change_the_score_drop_the_p_value_and_leave_the_model_as_it_was(results, model, parts):
+    usual = load(inspected(results, model, parts[0]))
+    other = load(inspected(results, model, parts[0], settings=Settings(seed=5, num_noises=2, resolution=96)))
+    again = load(inspected(results, model, parts[0]))
+    assert other.score != usual.score and other.p_value is None and other.settings_changed
+    assert again.score == usual.score
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(small_timestep=500),
+        Settings(big_timestep=1000),
+        Settings(resolution=100),
+        Settings(resolution=100_000),
+        Settings(num_noises=1000),
+    ],
+)
+def test_settings_out_of_range_are_refused(results, model, parts, settings):
+    with pytest.raises(UploadError):
+        inspected(results, model, parts[0], settings=settings)
+
+
+def test_a_model_that_fails_says_so_and_works_again(results, model, parts):
+    broken, model.pipe.segmenter = model.pipe.segmenter, None
+    with pytest.raises(ModelError, match="flange: the model failed") as caught:
+        inspected(results, model, parts[0])
+    assert str(parts[0].parent) not in str(caught.value)
+    model.pipe.segmenter = broken
+    inspected(results, model, parts[0])
+
+
+def test_models_are_found_in_folders_and_missing_ones_are_named(checkpoints, tmp_path):
+    models = Models(f" {checkpoints} , {tmp_path / 'nothing'},{tmp_path}")
+    assert models.names == ["flange"]
+    for name in ("other", "", None, "../flange"):
+        with pytest.raises(ModelError, match="There are: flange"):
+            models.get(name)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text("{}")
+    with pytest.raises(ModelError, match="broken: this model could not be loaded") as caught:
+        Models(str(tmp_path)).get("broken")
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_about_shows_metrics_and_limits_of_the_card(model):
+    text = about(model)
+    assert "| image AUROC | 0.875 | flanges |" in text
+    assert "One light only." in text and "Licence" not in text
+    assert "Calibrated on 12 normal images" in text
+
+
+# ---- batches ----
+
+
+def test_a_batch_has_a_row_for_every_file_sorted_with_the_unusable_last(results, model, parts, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    white = tmp_path / "white.png"
+    Image.new("RGB", (64, 64), "white").save(white)
+    archive = tmp_path / "more.zip"
+    with zipfile.ZipFile(archive, "w") as bundle:
+        bundle.write(parts[2], "deep/down/part.png")
+    files = [(parts[0], "=cmd()|a.png"), (text, "notes.txt"), (archive, "more.zip"), (white, "white.png")]
+    *steps, batch = inspect_many(results, "anna", model, files, model.calibration, 0.4)
+    assert [step.done for step in steps] == [0, 4]
+    assert batch.rows[-1].name == "notes.txt" and "Not an image" in batch.rows[-1].error
+    scores = [row.result.score for row in batch.rows[:-1]]
+    assert scores == sorted(scores, reverse=True)
+    assert sum(batch.counts.values()) == 4 and batch.counts["not inspected"] == 1
+    assert next(row for row in batch.rows if row.name == "white.png").cells(0.4)[-1] == "Looks unlike this category"
+
+    with batch.table.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["File"] for row in rows} == {"'=cmd()|a.png", "part.png", "notes.txt", "white.png"}
+    with zipfile.ZipFile(batch.archive) as bundle:
+        assert bundle.testzip() is None
+        names = set(bundle.namelist())
+        records = json.loads(bundle.read("results.json"))
+    assert {
+        "report.csv",
+        "results.json",
+        "overlays/part-overlay.jpg",
+        "masks/white-mask.png",
+        "maps/part-map.png",
+    } <= names
+    single = load(inspected(results, model, parts[2]))
+    assert next(r for r in records if r["name"] == "part.png")["anomaly_score"] == pytest.approx(
+        single.score, abs=1e-5
+    )
+
+
+def test_unpacked_files_do_not_outlive_the_batch(results, model, parts, tmp_path):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as bundle:
+        bundle.write(parts[0], "a.png")
+    steps = inspect_many(results, "anna", model, [(archive, "a.zip")], model.calibration, 0.4)
+    next(steps)
+    assert len(list(results.folder.iterdir())) == 2
+    steps.close()  # the visitor has left
+    assert [entry.name for entry in results.folder.iterdir()] == ["results"]
+
+
+def test_one_image_that_breaks_the_model_is_one_row(results, model, parts, monkeypatch):
+    run = model.run
+
+    def fragile(images, settings=Settings()):  # noqa: B008
+        if any(image.shape[2] == 50 for image in images):
+            raise ModelError("flange: the model failed")
+        return run(images, settings)
+
+    bad = parts[0].parent / "bad.png"
+    Image.new("RGB", (50, 50)).save(bad)
+    monkeypatch.setattr(model, "run", fragile)
+    files = [(parts[0], "a.png"), (bad, "bad.png"), (parts[1], "b.png")]
+    *_, batch = inspect_many(results, "anna", model, files, model.calibration, 0.4)
+    bad.unlink()
+    assert [row.name for row in batch.rows if row.result is None] == ["bad.png"] and len(batch.rows) == 3
+
+
+# ---- calibration ----
+
+
+def test_calibration_is_split_conformal_on_the_given_images_and_travels_as_a_file(results, model, parts, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    files = [(part, part.name) for part in parts] + [(text, "notes.txt")]
+    *steps, done = calibrate_on(results, "anna", model, files, 0.1)
+    scores = sorted(float(s) for s in model.pipe(parts).anomaly_score)
+    np.testing.assert_allclose(done.calibration.scores, scores, atol=1e-5)
+    assert done.calibration.threshold == conformal_threshold(done.calibration.scores, 0.1)
+    assert [reason.split(":")[0] for reason in done.unusable] == ["notes.txt"]
+    assert done.calibration.yours and done.calibration.familiarity is not None
+    loaded = read_calibration(done.file, "flange")
+    assert loaded.scores == done.calibration.scores and loaded.threshold == done.calibration.threshold
+    result = load(
+        inspect_one(results, "anna", model, parts[0], "a.png", loaded, Settings()).folder,
+    )
+    assert result.p_value == loaded.p_value(result.score)
+    with pytest.raises(UploadError, match="belongs to flange"):
+        read_calibration(done.file, "other")
+
+
+def test_too_few_images_are_refused_and_too_low_a_rate_promises_nothing(results, model, parts):
+    files = [(part, part.name) for part in parts]
+    with pytest.raises(UploadError, match="9 usable images; a calibration takes 10"):
+        list(calibrate_on(results, "anna", model, files[:9], 0.1))
+    with pytest.raises(UploadError, match="between 0.1 % and 50 %"):
+        list(calibrate_on(results, "anna", model, files, 0.9))
+    *_, done = calibrate_on(results, "anna", model, files, 0.01)
+    assert math.isinf(done.calibration.threshold) and default_threshold(done.calibration) == 1
+    assert "takes 99" in promise_words(done.calibration)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[1, 2]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"format": "diffusionad-calibration", "category": "flange", "false_alarm_rate": 0.1, "scores": []}',
+        b'{"format": "diffusionad-calibration", "category": "flange", "false_alarm_rate": 0.1, "scores": [NaN]}',
+        b'{"format": "diffusionad-calibration", "category": "flange", "false_alarm_rate": 7, "scores": [0.5]}',
+        b'{"format": "diffusionad-calibration", "category": "flange", "false_alarm_rate": 0.1, "scores": ["x"]}',
+    ],
+)
+def test_other_files_are_not_taken_for_a_calibration(tmp_path, content):
+    path = tmp_path / "c.json"
+    path.write_bytes(content)
+    with pytest.raises(UploadError, match="calibration file"):
+        read_calibration(path, "flange")
+
+
+def test_words_for_p_values_count_the_images():
+    scores = tuple(i / 100 for i in range(1, 20))
+    calibration = Calibration(scores)
+    assert (
+        p_words(calibration.p_value(0.9), 19)
+        == "None of the 19 normal images used for calibration scored this high (p = 0.05)."
+    )
+    assert p_words(calibration.p_value(0.19), 19).startswith("1 of the 19")
+    assert p_words(calibration.p_value(0.0), 19).startswith("19 of the 19")
+    assert default_threshold(Calibration()) == 0.5

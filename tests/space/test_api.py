@@ -1,0 +1,118 @@
+"""The named endpoints, from gradio's client and from plain HTTP, against a server process."""
+
+import csv
+import json
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return Client(server.url, verbose=False)
+
+
+def test_the_endpoints_are_the_documented_ones(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {"/inspect", "/inspect_batch", "/calibrate"}
+    names = [parameter["parameter_name"] for parameter in endpoints["/inspect"]["parameters"]]
+    assert names == ["image", "category", "threshold", "calibration_file", "num_noises"]
+    assert all(endpoint["description"] for endpoint in endpoints.values())
+
+
+def test_inspect_answers_as_the_pipeline_does(client, model, parts):
+    record, overlay = client.predict(handle_file(str(parts[1])), "flange", None, None, 1, api_name="/inspect")
+    expected = model.pipe(parts[1])
+    assert record["anomaly_score"] == pytest.approx(float(expected.anomaly_score[0]), abs=1e-5)
+    assert record["is_anomalous"] == bool(expected.is_anomalous[0])
+    assert record["threshold"] == model.pipe.threshold and record["p_value"] == float(expected.p_value[0])
+    assert record["name"] == parts[1].name and not record["looks_unfamiliar"]
+    Image.open(overlay).load()
+
+
+def test_defaults_can_be_left_out_and_the_threshold_given(client, parts):
+    record, _ = client.predict(image=handle_file(str(parts[1])), api_name="/inspect")
+    assert record["category"] == "flange"
+    low, _ = client.predict(image=handle_file(str(parts[1])), threshold=0.0, api_name="/inspect")
+    assert low["is_anomalous"] and low["regions"] and low["anomaly_score"] == record["anomaly_score"]
+
+
+def test_a_calibration_file_of_one_call_serves_the_next(client, parts):
+    files = [handle_file(str(part)) for part in parts]
+    summary, file = client.predict(files, "flange", 0.2, api_name="/calibrate")
+    assert summary["images"] == 12 and summary["unusable"] == []
+    record, _ = client.predict(
+        image=handle_file(str(parts[0])), calibration_file=handle_file(file), api_name="/inspect"
+    )
+    assert record["threshold"] == pytest.approx(summary["threshold"]) and record["calibration_images"] == 12
+
+
+def test_a_batch_lists_the_unusable(client, parts, tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    files = [handle_file(str(path)) for path in (*parts[:3], tmp_path / "notes.txt")]
+    records, table, archive = client.predict(files, "flange", None, None, api_name="/inspect_batch")
+    assert len(records) == 4 and records[-1] == {
+        "name": "notes.txt",
+        "error": "Not an image, or of a format that Pillow does not read.",
+    }
+    with open(table, encoding="utf-8-sig", newline="") as file:
+        assert len(list(csv.reader(file))) == 5
+    assert Path(archive).suffix == ".zip"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"image": None}, "Choose an image first"),
+        ({"image": "text"}, "notes.txt: not an image"),
+        ({"category": "no-such"}, "There is no category 'no-such'"),
+        ({"category": "no-one/no-such-model"}, "could not be loaded"),
+        ({"threshold": 7}, "threshold must be a number from 0 to 1"),
+        ({"num_noises": 1000}, "Noise draws must be a number from 1 to 16"),
+        ({"calibration_file": "text"}, "not a calibration file"),
+    ],
+)
+def test_bad_input_is_one_line_without_a_path_of_the_server(client, server, parts, tmp_path, arguments, reason):
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    call = {"image": handle_file(str(parts[0])), "category": "flange"}
+    call |= {name: handle_file(str(text)) if value == "text" else value for name, value in arguments.items()}
+    with pytest.raises(AppError, match=reason) as caught:
+        client.predict(**call, api_name="/inspect")
+    assert str(server.temporary) not in str(caught.value) and "\n" not in str(caught.value)
+    record, _ = client.predict(handle_file(str(parts[0])), api_name="/inspect")
+    assert record["name"] == parts[0].name, "the page goes on"
+
+
+def test_files_of_the_server_cannot_be_named_as_input_or_fetched(server, checkpoints):
+    secret = checkpoints / "flange" / "model_index.json"
+    body = {"data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "flange", None, None, 1]}
+    request = urllib.request.Request(
+        f"{server.url}gradio_api/call/inspect", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    event = json.load(urllib.request.urlopen(request))["event_id"]
+    answer = urllib.request.urlopen(f"{server.url}gradio_api/call/inspect/{event}").read().decode()
+    assert "event: error" in answer and "event: complete" not in answer
+    for path in (secret, "/etc/passwd", f"{server.temporary}/../log.txt"):
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{server.url}gradio_api/file={path}")
+
+
+def test_answers_of_many_callers_are_not_mixed_up(server, model, parts):
+    expected = dict(zip([p.name for p in parts], model.pipe(parts).anomaly_score, strict=True))
+
+    def caller(part):
+        own = Client(server.url, verbose=False)
+        return [own.predict(handle_file(str(part)), api_name="/inspect")[0] for _ in range(2)]
+
+    with ThreadPoolExecutor(6) as pool:
+        for part, records in zip(parts, pool.map(caller, parts), strict=True):
+            for record in records:
+                assert record["name"] == part.name
+                assert record["anomaly_score"] == pytest.approx(float(expected[part.name]), abs=1e-5)

@@ -1,0 +1,85 @@
+"""A verdict on a photo of something else must come with a warning, one on a part with a defect must not."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from familiarity import FEWEST_IMAGES, Familiarity, describe, main
+from PIL import Image, ImageOps
+
+from diffusionad_hf.pipeline_diffusionad import load_image
+from training.demo_parts import render_part
+
+
+@pytest.fixture(scope="module")
+def familiarity(parts):
+    return Familiarity.of([describe(load_image(part)) for part in parts])
+
+
+@pytest.mark.parametrize("seed", range(100, 106))
+def test_another_normal_part_is_familiar(familiarity, seed):
+    part = Image.fromarray(render_part(np.random.default_rng(seed), size=96))
+    assert familiarity.strangeness(load_image(part)) < 1
+    assert familiarity.strangeness(load_image(part.resize((300, 300)))) < 1, "size does not matter"
+
+
+def test_a_part_with_a_scratch_is_familiar(familiarity, parts):
+    image = np.array(Image.open(parts[0]))
+    image[30:60, 40:43] = 255
+    assert familiarity.strangeness(load_image(image)) < 1
+
+
+def test_other_things_are_not(familiarity, parts):
+    part = Image.open(parts[0])
+    rng = np.random.default_rng(0)
+    others = {
+        "noise": rng.integers(0, 256, (96, 96, 3), dtype=np.uint8),
+        "black": np.zeros((96, 96, 3), np.uint8),
+        "white": np.full((96, 96, 3), 255, np.uint8),
+        "mean colour": np.full((96, 96, 3), np.array(part).mean(axis=(0, 1)), np.uint8),
+        "negative": ImageOps.invert(part),
+        "underexposed": part.point(lambda v: v // 2),
+        "close-up": part.crop((0, 0, 40, 40)),
+        "far away": ImageOps.expand(part, 40, (60, 60, 65)),
+    }
+    strangeness = {name: familiarity.strangeness(load_image(image)) for name, image in others.items()}
+    assert min(strangeness.values()) > 1, strangeness
+
+
+def test_copies_of_one_photo_do_not_make_its_noise_strange(parts):
+    image = load_image(parts[0]).float() / 255
+    familiarity = Familiarity.of([describe(image)] * 10)
+    noisy = (image + 0.01 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    assert familiarity.strangeness(noisy) < 1
+
+
+def test_too_few_images_tell_nothing(parts):
+    assert Familiarity.of([describe(load_image(p)) for p in parts[: FEWEST_IMAGES - 1]]) is None
+
+
+def test_it_travels_as_json_and_damage_is_noticed(familiarity, parts):
+    data = json.loads(json.dumps(familiarity.to_json()))
+    image = load_image(parts[3])
+    assert Familiarity.from_json(data).strangeness(image) == familiarity.strangeness(image)
+    for broken in (
+        {},
+        {**data, "limit": 0},
+        {**data, "limit": "x"},
+        {**data, "grids": []},
+        {**data, "grids": ["AAAA"]},
+    ):
+        with pytest.raises(ValueError, match="damaged"):
+            Familiarity.from_json(broken)
+
+
+def test_the_command_writes_it_beside_the_weights(parts, tmp_path, capsys):
+    assert main([str(tmp_path), str(parts[0].parent)]) == 0
+    assert (
+        Familiarity.from_json(json.loads((tmp_path / "familiarity.json").read_text())).strangeness(
+            load_image(parts[0])
+        )
+        == 0
+    )
+    assert main([str(tmp_path), str(tmp_path)]) == 1
+    assert "0 images; give 5 or more" in capsys.readouterr().err

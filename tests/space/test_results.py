@@ -1,0 +1,57 @@
+"""One visitor's results are theirs alone, and not for ever."""
+
+import os
+import time
+
+import pytest
+from results import ResultGone
+
+
+def test_a_result_opens_for_its_owner_only(results):
+    key, folder = results.new("anna")
+    assert results.open(key, "anna") == folder
+    with pytest.raises(ResultGone):
+        results.open(key, "ben")
+    with pytest.raises(ResultGone):
+        results.open(key, "")
+
+
+@pytest.mark.parametrize(
+    "key", ["", "..", "../" + "a" * 29, "a" * 31, "A" * 32, "a" * 32, "g" * 32, None, 5, ["a" * 32]]
+)
+def test_every_other_key_is_refused_alike(results, key):
+    with pytest.raises(ResultGone, match="no longer kept"):
+        results.open(key, "anna")
+
+
+def test_sweeping_removes_what_was_not_used_for_an_hour_and_nothing_else(results):
+    (results.folder / "example").mkdir()
+    results.keep_what_is_there()
+    (results.folder / "upload").mkdir()
+    (results.folder / "upload" / "photo.png").write_bytes(b"x")
+    old, old_folder = results.new("anna")
+    hour_ago = time.time() - 3700
+    for entry in (results.folder / "example", results.folder / "upload", old_folder):
+        os.utime(entry, (hour_ago, hour_ago))
+    new, _ = results.new("ben")
+    assert results.sweep() == 2
+    assert (results.folder / "example").exists() and not (results.folder / "upload").exists()
+    results.open(new, "ben")
+    with pytest.raises(ResultGone):
+        results.open(old, "anna")
+
+
+def test_using_a_result_keeps_it(results):
+    key, folder = results.new("anna")
+    os.utime(folder, (1, 1))
+    results.open(key, "anna")
+    assert results.sweep() == 0
+
+
+def test_leaving_removes_one_visitor_s_results(results):
+    mine, _ = results.new("anna")
+    theirs, _ = results.new("ben")
+    results.forget("anna")
+    with pytest.raises(ResultGone):
+        results.open(mine, "anna")
+    results.open(theirs, "ben")

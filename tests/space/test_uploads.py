@@ -1,0 +1,183 @@
+"""Nothing that a visitor sends may write, read or fill what is not theirs; and every refusal says why."""
+
+import io
+import stat
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from uploads import MAX_FILES, UploadError, collect, read_image, shown_name
+
+
+def png(side=32, mode="RGB"):
+    buffer = io.BytesIO()
+    Image.new(mode, (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def archive(path, members, **kwargs):
+    with zipfile.ZipFile(path, "w", **kwargs) as bundle:
+        for name, data in members:
+            bundle.writestr(name, data)
+    return path
+
+
+def huge_png(width, height):
+    """A PNG of a few bytes that declares any number of pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "unpacked").mkdir()
+    return tmp_path / "unpacked"
+
+
+def test_hostile_names_are_flattened_and_never_used_as_paths(tmp_path, folder):
+    names = [
+        "../../evil.png",
+        "/etc/passwd.png",
+        "..\\..\\win.png",
+        "a/b/c.png",
+        "c.png",
+        "x\u202egnp.png",
+        "n\x07.png",
+    ]
+    path = archive(tmp_path / "in.zip", [(name, png()) for name in names])
+    uploads = collect([(path, "in.zip")], folder)
+    assert [u.name for u in uploads] == [
+        "evil.png",
+        "passwd.png",
+        "win.png",
+        "c.png",
+        "c (2).png",
+        "xgnp.png",
+        "n.png",
+    ]
+    assert {u.path.parent for u in uploads} == {folder}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.zip", "unpacked"]
+
+
+def test_links_encrypted_nested_and_damaged_members_are_rows_that_say_why(tmp_path, folder):
+    path = tmp_path / "in.zip"
+    link = zipfile.ZipInfo("link.png")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    inner = archive(tmp_path / "inner.zip", [("a.png", png())]).read_bytes()
+    archive(path, [(link, "/etc/passwd"), ("inner.zip", inner), ("secret.png", png()), ("bad.png", b"B" * 5000)])
+    data = bytearray(path.read_bytes())
+    for start in (b"PK\x03\x04", b"PK\x01\x02"):  # the third member's flags say that it is encrypted
+        at = -1
+        while (at := data.find(start, at + 1)) >= 0:
+            offset = 6 if start == b"PK\x03\x04" else 8
+            name_at = at + (30 if start == b"PK\x03\x04" else 46)
+            if data[name_at : name_at + 10] == b"secret.png":
+                data[at + offset] |= 1
+    spoilt = data.find(b"B" * 5000)
+    data[spoilt] = 0  # its checksum is wrong now
+    path.write_bytes(data)
+    uploads = {u.name: u for u in collect([(path, "in.zip")], folder)}
+    assert "not followed" in uploads["link.png"].error
+    assert "archive inside" in uploads["inner.zip"].error
+    assert "encrypted" in uploads["secret.png"].error
+    assert "damaged" in uploads["bad.png"].error
+    assert not list(folder.iterdir()), "what is not used is not kept"
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, folder):
+    zeros = b"\0" * (40 * 1024 * 1024)
+    path = archive(tmp_path / "bomb.zip", [(f"{i}.png", zeros) for i in range(13)], compression=zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 1024 * 1024
+    with pytest.raises(UploadError, match="bomb.zip: unpacks to 520 MB"):
+        collect([(path, "bomb.zip")], folder)
+    assert not list(folder.iterdir())
+
+
+def test_an_archive_that_lies_about_sizes_writes_no_more_than_it_declares(tmp_path, folder):
+    path = archive(tmp_path / "lie.zip", [("a.png", b"\0" * 10_000_000)], compression=zipfile.ZIP_DEFLATED)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(struct.pack("<I", 10_000_000), struct.pack("<I", 1000)))
+    (upload,) = collect([(path, "lie.zip")], folder)
+    assert "damaged" in upload.error
+    assert sum(f.stat().st_size for f in folder.iterdir()) == 0
+
+
+def test_the_number_of_files_is_limited_over_archives_and_files(tmp_path, folder):
+    path = archive(tmp_path / "many.zip", [(f"{i}.png", b"") for i in range(1000)])
+    with pytest.raises(UploadError, match=f"More than {MAX_FILES} files"):
+        collect([(path, "many.zip")], folder)
+    with pytest.raises(UploadError, match=f"More than {MAX_FILES} files"):
+        collect([(tmp_path / "x.png", "x.png")] * 1000, folder)
+
+
+def test_nothing_usable_says_so(tmp_path, folder):
+    with pytest.raises(UploadError, match="Choose images"):
+        collect([], folder)
+    empty = archive(tmp_path / "empty.zip", [("__MACOSX/._a.png", b"x"), (".DS_Store", b"x")])
+    with pytest.raises(UploadError, match="empty.zip: the archive holds no files"):
+        collect([(empty, "empty.zip")], folder)
+
+
+def test_a_picture_with_an_archive_at_its_end_is_a_picture(tmp_path, folder):
+    path = tmp_path / "both.png"
+    path.write_bytes(png() + archive(tmp_path / "a.zip", [("a.txt", "x")]).read_bytes())
+    (upload,) = collect([(path, "both.png")], folder)
+    assert upload.path == path and not upload.error
+
+
+def test_equal_names_are_told_apart(tmp_path, folder):
+    files = [
+        (tmp_path / f"{i}", name) for i, name in enumerate(["a.png", "A.PNG", "a (2).png", "a.png", "noext", "noext"])
+    ]
+    for path, _ in files:
+        path.write_bytes(png())
+    names = [u.name for u in collect(files, folder)]
+    assert len({name.lower() for name in names}) == len(names)
+    assert names[0] == "a.png"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"just some text", "not an image"),
+        (b"", "empty"),
+        (png()[:60], "damaged|not an image"),
+        (huge_png(60_000, 60_000), "pixels"),
+        (huge_png(10_000, 6_000), "10000 x 6000 pixels"),
+        (png(4), "too small"),
+    ],
+)
+def test_unusable_images_are_named_by_their_sender_s_name_and_without_the_server_s_path(tmp_path, data, reason):
+    path = tmp_path / "stored-0001"
+    path.write_bytes(data)
+    with pytest.raises(UploadError, match=reason) as caught:
+        read_image(path, "mine.png")
+    assert str(caught.value).startswith("mine.png: ")
+    assert str(tmp_path) not in str(caught.value) and "stored" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_mode_of_image_is_read(tmp_path, mode):
+    path = tmp_path / "a.tiff"
+    Image.new(mode, (40, 20)).save(path)
+    assert read_image(path, "a").shape == (3, 20, 40)
+
+
+def test_16_bits_are_kept(tmp_path):
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    np.testing.assert_allclose(read_image(tmp_path / "a.png", "a")[0].numpy(), values / 65535, atol=1e-6)
+
+
+def test_shown_names_are_short_and_plain():
+    assert shown_name("C:\\photos\\a.png") == "a.png"
+    assert len(shown_name("x" * 5000 + ".png")) <= 120 and shown_name("x" * 5000 + ".png").endswith(".png")
+    assert shown_name("../..") == ".."
+    assert shown_name("a\nb\x00.png") == "ab.png"
