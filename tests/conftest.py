@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "0")
+# For the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -15,6 +17,9 @@ from diffusionad_hf import DiffusionADPipeline, build_pipeline  # noqa: E402
 from tests import loopback_hub  # noqa: E402
 
 hub = loopback_hub.hub
+
+# The tests run in two processes; more threads than cores would wait for each other most of the time.
+torch.set_num_threads(1)
 
 
 def make_pipeline(resolution: int = 32) -> DiffusionADPipeline:
