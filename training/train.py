@@ -312,9 +312,9 @@ def finish(args, output_dir: Path, held_out: list, device: torch.device) -> None
     pipe = DiffusionADPipeline.from_pretrained(output_dir, dtype=torch.float32).to(device)
     calibrate(pipe, held_out, false_alarm_rate=args.false_alarm_rate)
     pipe.save_config(output_dir)
-    recorded = {
-        name: value for name, value in vars(args).items() if name not in ("data_dir", "texture_dir", "output_dir")
-    }
+    # Where things lay on this machine is nobody's business who gets the model.
+    paths = ("data_dir", "texture_dir", "foreground_dir", "output_dir", "init_from", "resume_from_checkpoint")
+    recorded = {name: value for name, value in vars(args).items() if name not in paths}
     (output_dir / "training_arguments.json").write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
     logger.info(
         f"Wrote {output_dir}: threshold {pipe.threshold:.4f} at a false-alarm rate of {args.false_alarm_rate:.1%}, "

@@ -1,0 +1,173 @@
+"""The noise-to-norm mathematics: noising at two scales, one-step prediction, re-noising and norm guidance."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+
+__all__ = ["NormGuidedScheduler", "NormGuidedSchedulerOutput", "SchedulerMixin"]
+
+
+@dataclass
+class NormGuidedSchedulerOutput(BaseOutput):
+    """
+    Every image on the way from two noised images to the norm-guided reconstruction, each of shape `(N, C, H, W)`.
+
+    Args:
+        pred_original_small (`torch.Tensor`): One-step prediction from the small noise scale.
+        pred_original_big (`torch.Tensor`): One-step prediction from the big noise scale.
+        renoised (`torch.Tensor`): The big scale's prediction, noised again to the small scale.
+        reconstruction (`torch.Tensor`): The norm-guided one-step reconstruction, in [-1, 1].
+    """
+
+    pred_original_small: torch.Tensor
+    pred_original_big: torch.Tensor
+    renoised: torch.Tensor
+    reconstruction: torch.Tensor
+
+
+class NormGuidedScheduler(DDPMScheduler):
+    r"""
+    A [`DDPMScheduler`] that also knows the norm-guided one-step denoising of DiffusionAD (arXiv 2303.08730, section
+    III; `models/DDPM.py` of the reference). Timesteps are given per sample. Pipeline and training both call it, so
+    that the formulas stand once.
+
+    Args:
+        small_timestep (`int`): Timestep of the small noise scale at inference (keeps detail, may keep the defect).
+        big_timestep (`int`): Timestep of the big noise scale at inference (erases both).
+        timestep_boundary (`int`): Training draws small timesteps below it and big ones from it up.
+        guidance_weight (`float`): How strongly the big scale's answer pulls the small one's; 0 turns guidance off.
+        *: Every argument of [`DDPMScheduler`], with the reference's values as defaults.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        small_timestep: int = 200,
+        big_timestep: int = 400,
+        timestep_boundary: int = 300,
+        guidance_weight: float = 1.0,
+    ):
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            variance_type=variance_type,
+            clip_sample=clip_sample,
+            prediction_type=prediction_type,
+            thresholding=thresholding,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+            clip_sample_range=clip_sample_range,
+            sample_max_value=sample_max_value,
+            timestep_spacing=timestep_spacing,
+            steps_offset=steps_offset,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
+        # In float64 until the last cast, as the reference: 1 - a(0) = 1e-4 loses three digits in float32, and
+        # gradients with it.
+        alphas_cumprod = torch.cumprod(1 - self.betas.double(), dim=0)
+        self._signal_scale = alphas_cumprod.sqrt().float()
+        self._noise_scale = (1 - alphas_cumprod).sqrt().float()
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        Noises images (paper, eq. 4): `x_t = sqrt(a) x_0 + sqrt(1 - a) eps`.
+
+        Args:
+            original_samples, noise (`torch.Tensor` of shape `(N, C, H, W)`): Clean images and the noise.
+            timesteps (`torch.Tensor` of shape `(N,)`): Timestep of each image.
+        """
+        signal_scale, noise_scale = self._scales(timesteps, original_samples)
+        return signal_scale * original_samples + noise_scale * noise
+
+    def sample_timesteps(
+        self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Draws the two noise scales of a training batch, uniformly below and from `timestep_boundary`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Small and big timesteps, each of shape `(batch_size,)`.
+        """
+        source = generator.device if generator is not None else device
+        boundary, last = self.config.timestep_boundary, self.config.num_train_timesteps
+        small = torch.randint(0, boundary, (batch_size,), generator=generator, device=source)
+        big = torch.randint(boundary, last, (batch_size,), generator=generator, device=source)
+        return small.to(device), big.to(device)
+
+    def predict_original(
+        self, noise_pred: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        One-step prediction of the clean image (paper, eq. 6): `clamp((x_t - sqrt(1 - a) eps) / sqrt(a), -1, 1)`.
+
+        Args:
+            noise_pred (`torch.Tensor` of shape `(N, C, H, W)`): Predicted noise.
+            sample (`torch.Tensor` of shape `(N, C, H, W)`): The noised images x_t.
+            timesteps (`torch.Tensor` of shape `(N,)`): Timestep of each image.
+        """
+        signal_scale, noise_scale = self._scales(timesteps, sample)
+        limit = self.config.clip_sample_range
+        return ((sample - noise_scale * noise_pred) / signal_scale).clamp(-limit, limit)
+
+    def norm_guided_step(
+        self,
+        noise_pred_small: torch.Tensor,
+        noise_pred_big: torch.Tensor,
+        sample_small: torch.Tensor,
+        sample_big: torch.Tensor,
+        timesteps_small: torch.Tensor,
+        timesteps_big: torch.Tensor,
+        guidance_weight: float | None = None,
+    ) -> NormGuidedSchedulerOutput:
+        """
+        Norm-guided one-step denoising (paper, section III-C; `norm_guided_one_step_denoising` of the reference).
+
+        The big scale's prediction is noised again to the small scale and pulls the small scale's predicted noise:
+        `eps' = eps_s - w sqrt(1 - a_s) (x_s^ - x_s)`.
+
+        Args:
+            noise_pred_small, noise_pred_big (`torch.Tensor` of shape `(N, C, H, W)`): Predicted noise at both scales.
+            sample_small, sample_big (`torch.Tensor` of shape `(N, C, H, W)`): The noised images.
+            timesteps_small, timesteps_big (`torch.Tensor` of shape `(N,)`): Their timesteps.
+            guidance_weight (`float`, *optional*): w; the configured weight when `None`.
+
+        Returns:
+            [`NormGuidedSchedulerOutput`]: The reconstruction and what led to it.
+        """
+        weight = self.config.guidance_weight if guidance_weight is None else guidance_weight
+        pred_original_big = self.predict_original(noise_pred_big, sample_big, timesteps_big)
+        renoised = self.add_noise(pred_original_big, noise_pred_small, timesteps_small)
+        _, noise_scale = self._scales(timesteps_small, sample_small)
+        guided = noise_pred_small - noise_scale * weight * (renoised - sample_small)
+        return NormGuidedSchedulerOutput(
+            pred_original_small=self.predict_original(noise_pred_small, sample_small, timesteps_small),
+            pred_original_big=pred_original_big,
+            renoised=renoised,
+            reconstruction=self.predict_original(guided, sample_small, timesteps_small),
+        )
+
+    def _scales(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`sqrt(a(t))` and `sqrt(1 - a(t))` per sample, each of shape `(N, 1, 1, 1)`."""
+        self._signal_scale, self._noise_scale = (t.to(like.device) for t in (self._signal_scale, self._noise_scale))
+        index = timesteps.to(like.device)
+        return tuple(t[index].view(-1, 1, 1, 1).to(like.dtype) for t in (self._signal_scale, self._noise_scale))

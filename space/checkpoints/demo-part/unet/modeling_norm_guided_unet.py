@@ -1,0 +1,166 @@
+"""The reconstruction network: a noise-predicting UNet with a fixed number of attention heads at every level."""
+
+import torch
+from diffusers import ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+# Files saved with a model travel to the Hub beside its weights and are imported there on their own: this module
+# imports nothing of this package, and the name `ModelMixin` has to stand in its namespace for diffusers to recognise
+# it.
+__all__ = ["ModelMixin", "NormGuidedUNet2DModel"]
+
+# Feature maps of fewer px a side get no self-attention (args1.json: "attention_resolutions": "32,16,8").
+_SMALLEST_ATTENTION_MAP = 8
+
+
+class NormGuidedUNet2DModel(UNet2DModel):
+    r"""
+    Predicts the noise in a noised image; stock [`UNet2DModel`] plus the one thing its configuration cannot say, the
+    number of attention heads per level (`attention_head_dim` fixes their width instead, so the number would grow with
+    the channels).
+
+    Weights of the paper's own UNet fit one to one (`models/Recon_subnetwork.py` of the reference). As there, the last
+    convolution of every residual block, of every attention block and of the network starts at zero.
+
+    Args:
+        num_attention_heads (`int`, defaults to 4): Heads of every attention block; must divide its channels.
+        *: Every argument of [`UNet2DModel`], with the reference's values as defaults.
+
+    Raises:
+        ValueError: If an attention block's channels are no multiple of `num_attention_heads`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 256,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = False,
+        down_block_types: tuple[str, ...] = ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+        mid_block_type: str | None = "UNetMidBlock2D",
+        up_block_types: tuple[str, ...] = ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512, 512),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "resnet",
+        upsample_type: str = "resnet",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
+        num_attention_heads: int = 4,
+    ):
+        super().__init__(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            center_input_sample=center_input_sample,
+            time_embedding_type=time_embedding_type,
+            time_embedding_dim=time_embedding_dim,
+            freq_shift=freq_shift,
+            flip_sin_to_cos=flip_sin_to_cos,
+            down_block_types=down_block_types,
+            mid_block_type=mid_block_type,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            mid_block_scale_factor=mid_block_scale_factor,
+            downsample_padding=downsample_padding,
+            downsample_type=downsample_type,
+            upsample_type=upsample_type,
+            dropout=dropout,
+            act_fn=act_fn,
+            attention_head_dim=attention_head_dim,
+            norm_num_groups=norm_num_groups,
+            attn_norm_num_groups=attn_norm_num_groups,
+            norm_eps=norm_eps,
+            resnet_time_scale_shift=resnet_time_scale_shift,
+            add_attention=add_attention,
+            class_embed_type=class_embed_type,
+            num_class_embeds=num_class_embeds,
+            num_train_timesteps=num_train_timesteps,
+        )
+        for module in self.modules():
+            if isinstance(module, Attention):
+                if module.inner_dim % num_attention_heads:
+                    raise ValueError(
+                        f"num_attention_heads={num_attention_heads} does not divide an attention block's "
+                        f"{module.inner_dim} "
+                        "channels: choose another number or other block_out_channels."
+                    )
+                module.heads = num_attention_heads
+                module.scale = (module.inner_dim // num_attention_heads) ** -0.5
+                _zero(module.to_out[0])
+            elif isinstance(module, ResnetBlock2D):
+                _zero(module.conv2)
+        _zero(self.conv_out)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As [`ModelMixin.from_pretrained`], but a missing tensor is an error: diffusers goes on with random values.
+
+        Raises:
+            ValueError: If a tensor is missing.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"the weights lack {len(missing)} of the model's tensors, such as {missing[0]}")
+        return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def size_config(
+        base_channels: int, resolution: int, norm_num_groups: int = 32, largest_attention_map: int = 32
+    ) -> dict:
+        """
+        The size-dependent part of the configuration, as the reference derives it (`models/Recon_subnetwork.py`).
+
+        Args:
+            base_channels (`int`): Channels at full resolution; a multiple of `norm_num_groups`.
+            resolution (`int`): Side length of the images in px.
+            norm_num_groups (`int`): Groups of every group norm.
+            largest_attention_map (`int`): Side length in px up to which feature maps get self-attention.
+
+        Returns:
+            `dict`: Keyword arguments of this class.
+        """
+        if resolution <= 64:
+            multipliers = (1, 2, 3, 4)
+        elif resolution <= 128:
+            multipliers = (1, 1, 2, 3, 4)
+        else:
+            multipliers = (1, 1, 2, 2, 4, 4)
+        attends = [
+            _SMALLEST_ATTENTION_MAP <= resolution // 2**level <= largest_attention_map
+            for level in range(len(multipliers))
+        ]
+        return {
+            "sample_size": resolution,
+            "block_out_channels": tuple(base_channels * m for m in multipliers),
+            "down_block_types": tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends),
+            "up_block_types": tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)),
+            "norm_num_groups": norm_num_groups,
+        }
+
+
+@torch.no_grad()
+def _zero(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.zero_()
