@@ -24,7 +24,10 @@ from torch import Tensor
 
 TILES = 8  # strips per axis of the self-augmented source
 MAX_ATTEMPTS = 50  # Perlin fields tried before an image stays normal
-ERASING_MOVES = 12  # places tried for a plain piece of the product
+# Half axes of the ellipses that may be erased, along x and y and in units of the image's size.
+ERASED_FEATURES = tuple((r, r) for r in (0.03, 0.045, 0.06, 0.075)) + tuple(
+    axes for a, b in ((0.09, 0.03), (0.13, 0.045), (0.2, 0.045)) for axes in ((a, b), (b, a))
+)
 ATTEMPTS_AT_ONCE = 8  # bounds memory: this many fields an image are evaluated together
 IMAGES_AT_ONCE = 1  # on a CPU, where one image stays in the cache; a GPU takes the batch whole, with the same outcome
 OPERATIONS_PER_SOURCE = 3
@@ -44,7 +47,7 @@ _DRAWS = {
     "rotations": MAX_ATTEMPTS,
     "line": 2,
     "displaced": 3,
-    "erased": 5,
+    "erased": 3,
 }
 
 
@@ -85,8 +88,9 @@ class AnomalySynthesizer:
             image, and not blobs. Not in the reference, whose anomalies teach little about scratches and cracks.
         displaced_probability: share of the anomalies made from the image itself, moved by 0.1 to 0.4 of its size and
             fully opaque, where that shows: a feature that is out of place. Not in the reference either.
-        erased_probability: share of the anomalies that cover some structure with a plain piece of the product: a
-            feature that is missing, which only comparing with the reconstruction gives away. Not in the reference.
+        erased_probability: share of the anomalies that cover some structure, one that stands alone where there is one,
+            with a plain piece of the product: a feature that is missing, which only comparing with the reconstruction
+            gives away. Not in the reference.
 
     Raises:
         ValueError: if an argument is out of range or the bank is empty or of another shape or type.
@@ -189,7 +193,9 @@ class AnomalySynthesizer:
             if erased.any():
                 own = _select(normal, erased)
                 filled = _erase(own, _select(allowed, erased), part["erased"][erased, 1:])
-                mask = _replace(mask, erased, _select(allowed, erased) * _differs(own, filled))
+                reach = max(height, width) // 64 * 2 + 1  # the feature's faint edges too, or they would stay
+                covered = F.max_pool2d(_differs(own, filled), reach, 1, reach // 2)
+                mask = _replace(mask, erased, _select(allowed, erased) * covered)
                 source = _replace(source, erased, filled)
                 opacity[erased] = 1
             opacity = _column(opacity, normal)
@@ -477,56 +483,136 @@ def _move(images: Tensor, u: np.ndarray) -> Tensor:
     """Moves each image by 0.1 to 0.4 of its size in its own direction; what leaves at one side enters at the other."""
     height, width = images.shape[-2:]
     angle, distance = 2 * np.pi * u[:, 0], 0.1 + 0.3 * u[:, 1]
-    down = np.rint(np.sin(angle) * distance * height).astype(np.int64)[:, None]
-    right = np.rint(np.cos(angle) * distance * width).astype(np.int64)[:, None]
-    rows = torch.from_numpy((np.arange(height) - down) % height).to(images.device)
-    columns = torch.from_numpy((np.arange(width) - right) % width).to(images.device)
+    down = np.rint(np.sin(angle) * distance * height).astype(np.int64)
+    right = np.rint(np.cos(angle) * distance * width).astype(np.int64)
+    return _shift(images, torch.from_numpy(down).to(images.device), torch.from_numpy(right).to(images.device))
+
+
+def _shift(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Each image moved by whole px, `(N,)`, cyclically."""
+    height, width = images.shape[-2:]
+    rows = (torch.arange(height, device=images.device) - down[:, None]) % height
+    columns = (torch.arange(width, device=images.device) - right[:, None]) % width
     moved = images.gather(2, rows[:, None, :, None].expand_as(images))
     return moved.gather(3, columns[:, None, None, :].expand_as(images))
 
 
 def _erase(images: Tensor, allowed: Tensor, u: np.ndarray) -> Tensor:
-    """Covers a disc in each image with a plain piece of the same image, its radius 0.04 to 0.1 of the image's size.
+    """Covers an ellipse in each image with a plain piece of the same image: a feature that is missing.
 
-    The centre is drawn where the image has structure, as there is nothing to miss on a plain surface. Of several moves
-    of the image, the one that brings the plainest piece of the product there is taken, shifted in brightness to fit: a
-    smooth fill would give itself away, and the comparison with the reconstruction would go unlearnt.
+    A cover with a visible seam would give itself away, and the comparison with the reconstruction would go unlearnt.
+    So the feature is one that stands alone and is covered whole, the piece is one of the plainest that there are, and
+    its light is fitted to the rim's, with its gradient.
     """
     height, width = images.shape[-2:]
-    size = max(height, width)
-
-    def around(x: Tensor, window: int) -> Tensor:
-        return F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
-
     grey = images.mean(1, keepdim=True)
-    structure = (grey - around(grey, size // 16 * 2 + 1)).abs()
-    # Away from the outline, which nothing can cover without changing the product's shape.
-    inner = 1 - F.max_pool2d(1 - allowed, size // 16 * 2 + 1, 1, size // 16)
-    ends = (structure * inner + 1e-6 * allowed + 1e-12).flatten(1).double().cumsum(1)
-    drawn = torch.from_numpy(u[:, :1]).to(images.device) * ends[:, -1:]
-    center = torch.searchsorted(ends, drawn).clamp_(max=height * width - 1)
-    row, column = (part.view(-1, 1, 1, 1) for part in (center // width, center % width))
-    y = torch.arange(height, device=images.device).view(1, 1, -1, 1)
-    x = torch.arange(width, device=images.device).view(1, 1, 1, -1)
-    distance = ((y - row) ** 2 + (x - column) ** 2).float().sqrt()
-    radius = _column((0.04 + 0.06 * u[:, 1:2]) * size, images)
-    disc, rim = (distance <= radius + 2).float(), ((distance - radius - 3).abs() <= 2).float()
+    size = max(height, width)
+    # Sought at 64 px or little more: the search would cost more than all else.
+    coarse = max(size // 64, 1)
+    small, product = F.avg_pool2d(grey, coarse), F.avg_pool2d(allowed, coarse).floor()
+    found = _lone_feature(small, product, u[:, :1])
+    depth, _ = _ellipses(*found, *small.shape[-2:])
+    cover = (depth >= -size / coarse / 32).to(grey.dtype)
+    down, right = (part * coarse for part in _plain_piece(small, product, cover, u[:, 1:]))
+    patch = _shift(images, down, right)
 
-    plainest, patch = torch.full_like(radius, torch.inf), images
-    for attempt in range(ERASING_MOVES):
-        # Directions spread evenly from the one that was drawn; distances follow the golden ratio.
-        turned = (u[:, 2:] + [[attempt / ERASING_MOVES, attempt * 0.618]]) % 1
-        moved = _move(torch.cat([images, structure, 1 - allowed], dim=1), turned)
-        # Pixels off the product count as if they were the roughest of all.
-        roughness = ((moved[:, 3:4] + moved[:, 4:]) * disc).sum((1, 2, 3), keepdim=True)
-        better = roughness < plainest
-        plainest, patch = torch.where(better, roughness, plainest), torch.where(better, moved[:, :3], patch)
-    # Brightness is fitted on the rim where that is plain: the structure itself would darken or brighten the piece.
-    plain = rim * allowed * torch.exp(-((structure / 0.02) ** 2)) + 1e-6
-    weight = plain / plain.sum((2, 3), keepdim=True)
-    shift = ((images - patch) * weight).sum((2, 3), keepdim=True).clamp_(-0.15, 0.15)
-    soft = ((radius + 1 - distance) / 2).clamp_(0, 1)
-    return torch.lerp(images, (patch + shift).clamp_(0, 1), soft)
+    depth, plane = _ellipses(*(part * coarse for part in found), height, width)
+    rim, difference = _rim(depth, size) * allowed, images - patch
+    light = _fit_plane(difference, rim, plane[:, 0])
+    # Again without what the first plane misses: a feature's edge that crosses the rim.
+    missed = (difference - light).abs().amax(1, keepdim=True)
+    light = _fit_plane(difference, rim * torch.exp(-((missed / 0.05) ** 2)), plane[:, 0]).clamp_(-0.15, 0.15)
+    soft = (2 + 64 * depth / size).clamp_(0, 1)
+    return torch.lerp(images, (patch + light).clamp_(0, 1), soft)
+
+
+def _plain_piece(grey: Tensor, allowed: Tensor, cover: Tensor, u: np.ndarray) -> tuple[Tensor, Tensor]:
+    """How many px down and right each image has to move to bring one of its plainest pieces under a cover, `(N,)`.
+
+    All moves are tried at once, as a correlation of the plain product with the cover.
+    """
+    height, width = grey.shape[-2:]
+    rough = (grey - F.avg_pool2d(grey, 3, 1, 1, count_include_pad=False)).abs()
+    plain = allowed / (1 + (rough / 0.03) ** 4)
+    size = (2 * height, 2 * width)  # twice, so that nothing comes in from the other side
+    spectrum = torch.fft.rfft2(cover, s=size) * torch.fft.rfft2(plain, s=size).conj()
+    share = torch.fft.irfft2(spectrum, s=size).flatten(1) / cover.sum((1, 2, 3)).clamp(min=1)[:, None]
+    # One of the best, not always the one: hardly any that is a percent rougher.
+    at = _drawn(((share - share.amax(1, keepdim=True)) / 0.005).exp().double().cumsum(1), u)
+    return at // size[1], at % size[1]
+
+
+def _lone_feature(grey: Tensor, allowed: Tensor, u: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An ellipse on the product, drawn from those whose inside stands out from a plain rim.
+
+    All places are tried with all shapes at once, by correlation: how much the rim varies, and how much the inside
+    differs from the rim's mean. Where nothing stands alone, it is the ellipse that comes nearest to it.
+
+    Args:
+        grey: `(N, 1, H, W)`.
+        allowed: `(N, 1, H, W)`, 1 on the product.
+        u: `(N, 1)`, the draw.
+
+    Returns:
+        Column and row of its centre and its half axes along them, in px, `(N, 1, 1, 1)` each.
+    """
+    height, width = grey.shape[-2:]
+    wide, tall = torch.tensor(ERASED_FEATURES, dtype=grey.dtype, device=grey.device).T[:, :, None, None] * max(
+        height, width
+    )
+    size = (2 * height, 2 * width)  # twice, so that nothing comes in from the other side
+    depth, _ = _ellipses(torch.full_like(wide, width), torch.full_like(tall, height), wide, tall, *size)
+    areas = torch.stack([(depth > 0).to(grey.dtype), _rim(depth, max(height, width))])  # (2, K, 2 H, 2 W)
+    kernels = torch.fft.rfft2(torch.fft.ifftshift(areas / areas.sum((2, 3), keepdim=True), dim=(2, 3)))
+    moments = torch.stack([allowed, grey, grey**2])[:, :, None]  # (3, N, 1, 1, H, W) with the two areas and K shapes
+    means = torch.fft.irfft2(torch.fft.rfft2(moments, s=size) * kernels, s=size)[..., :height, :width]
+    (product, first, second), (on_product, mean, square) = means.unbind(2)
+    rim = (square - mean**2).clamp_(min=0).sqrt()
+    inside = (second - 2 * mean * first + mean**2).clamp_(min=0).sqrt()
+    alone = inside / (rim + 0.005) * ((product > 0.99) & (on_product > 0.99))
+    # Tight ellipses rather than loose ones, within bounds that give faint features their turn.
+    weight = (((alone > 1.5) & (rim < 0.06)) * alone.clamp(max=3)).double().flatten(1)
+    nearest = F.one_hot(alone.flatten(1).argmax(1), weight.shape[1])
+    ends = torch.where(weight.amax(1, keepdim=True) > 0, weight, nearest).cumsum(1)
+    at = _drawn(ends, u)
+    shape, row, column = at // (height * width), at // width % height, at % width
+    return tuple(part.to(grey.dtype).view(-1, 1, 1, 1) for part in (column, row, wide[shape], tall[shape]))
+
+
+def _drawn(ends: Tensor, u: np.ndarray) -> Tensor:
+    """For each row of cumulated weights, `(N, K)`, the index that a uniform number, `(N, 1)`, falls on: `(N,)`."""
+    at = torch.searchsorted(ends, torch.from_numpy(u).to(ends) * ends[:, -1:], right=True)
+    return at.clamp_(max=ends.shape[1] - 1)[:, 0]
+
+
+def _ellipses(
+    column: Tensor, row: Tensor, wide: Tensor, tall: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """K ellipses an image, their parameters `(N, K, 1, 1)` in px.
+
+    Returns:
+        How deep inside an ellipse each pixel lies, in px along its narrow side, negative outside, `(N, K, H, W)`; and
+        the functions 1, x, y that span the planes over it, `(N, K, 3, H, W)`.
+    """
+    x = torch.arange(width, device=wide.device, dtype=wide.dtype)
+    y = torch.arange(height, device=wide.device, dtype=wide.dtype)[:, None]
+    right, below = torch.broadcast_tensors((x - column) / wide, (y - row) / tall)
+    depth = (1 - (right**2 + below**2).sqrt()) * torch.minimum(wide, tall)
+    return depth, torch.stack([torch.ones_like(depth), right, below], dim=2)
+
+
+def _rim(depth: Tensor, size: int) -> Tensor:
+    """1 on the pixels around an ellipse, out to a 32th of the image's size."""
+    return ((depth < 0) & (depth >= -size / 32)).to(depth.dtype)
+
+
+def _fit_plane(values: Tensor, weight: Tensor, plane: Tensor) -> Tensor:
+    """The planes, `(N, C, H, W)`, that fit values of that shape by least squares under a weight, `(N, 1, H, W)`."""
+    basis, weight = plane.flatten(2), weight.flatten(2)  # (N, 3, HW), (N, 1, HW)
+    weighted = basis * weight
+    ridge = (1e-3 * weight.sum(2, keepdim=True) + 1e-9) * torch.eye(3, device=values.device)
+    fitted = torch.linalg.solve(weighted @ basis.mT + ridge, weighted @ values.flatten(2).mT)  # (N, 3, C)
+    return (fitted.mT @ basis).unflatten(2, values.shape[-2:])
 
 
 def _differs(images: Tensor, others: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
 from training import synthesis
@@ -434,23 +435,39 @@ def test_probabilities_of_our_own_anomalies_are_checked(option):
         make_synthesizer(**{option: 1.5})
 
 
-def test_erased_structure_is_filled_from_around_it():
-    # Plain plates with one dark hole each: the only structure there is to erase.
-    size = 64
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    plates = torch.full((30, 3, size, size), 0.8)
-    hole = ((y - 20) ** 2 + (x - 40) ** 2 <= 9).expand(30, 3, size, size)
-    plates[hole] = 0.1
+@pytest.mark.parametrize("size", [64, 256])
+def test_features_that_stand_alone_vanish_without_a_seam(size):
+    # Plates in slanting light, each with two holes, a dark one and a faint one: the only structure there is to erase.
+    y, x = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
+    plate = (0.5 + 0.2 * x + 0.1 * y).expand(3, size, size)
+    holes = [((y - row) ** 2 + (x - column) ** 2 <= 0.05**2) for row, column in ((0.3, 0.65), (0.7, 0.3))]
+    drilled = torch.where(holes[0], 0.1, torch.where(holes[1], plate - 0.25, plate))
+    images = drilled.expand(30, 3, size, size)
     make = make_synthesizer(make_bank(size=size), anomaly_probability=1.0, erased_probability=1.0)
-    made = make(plates, range(30), 0, torch.ones(30, 1, size, size))
-    assert made.labels.sum() > 20
-    changed = (made.images != plates).any(1, keepdim=True)
+    made = make(images, range(30), 0, torch.ones(30, 1, size, size))
+    assert made.labels.all()
+    changed = (made.images != images).any(1, keepdim=True)
     assert torch.equal(changed, (made.masks > 0) & changed)
-    # Discs that cover but a part of the hole smear the rest of it; most take it away.
-    near = ((y - 20) ** 2 + (x - 40) ** 2 <= 30).expand_as(made.masks)
-    assert float(made.masks[near].sum() / made.masks.sum()) > 0.6
-    filled = made.images[(made.masks > 0).expand_as(plates) & hole]
-    assert float((filled > 0.5).float().mean()) > 0.6
+    # Whole or not at all: half of a hole would still show where it was.
+    left = torch.stack([((made.images - plate).abs() > 0.06)[..., hole].float().mean((1, 2)) for hole in holes], 1)
+    gone = left < 0.02
+    assert gone.any(0).all(), "each of the two has its turn"
+    assert float(gone.any(1).float().mean()) > 0.7
+    # What covers them fits in: no pixel around shows a step.
+    for image, vanished in zip(made.images, gone, strict=True):
+        for hole, is_gone in zip(holes, vanished, strict=True):
+            around = F.max_pool2d(hole[None, None].float(), size // 16 * 2 + 1, 1, size // 16)[0, 0] > 0
+            if is_gone:
+                assert float((image - plate)[:, around].abs().max()) < 0.08
+
+
+def test_erasing_where_nothing_stands_alone_or_may_be_touched():
+    noise = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, erased_probability=1.0)
+    made = make(noise, range(6), 0, torch.ones(6, 1, 64, 64))
+    assert made.images.dtype == torch.float64 and made.labels.all()
+    untouchable = make(noise, range(6), 0, torch.zeros(6, 1, 64, 64))
+    assert torch.equal(untouchable.images, noise) and not untouchable.labels.any()
 
 
 def test_erasing_stays_inside_the_foreground(images, foreground):
