@@ -1,9 +1,13 @@
 """The segmentation network: reads the anomaly off an image and its reconstruction."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["AnomalySegmenter", "ModelMixin"]
 
@@ -19,6 +23,23 @@ def _conv(in_channels: int, out_channels: int) -> list[nn.Module]:
     ]
 
 
+@contextmanager
+def _kept_statistics(block: nn.Module) -> Iterator[None]:
+    """Whatever batch norms add to their running statistics is forgotten at the end."""
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    kept = [dict(norm.named_buffers()) for norm in norms]
+    # Copies take the updates: the originals are saved for the backward pass, which refuses changed tensors.
+    for norm, buffers in zip(norms, kept, strict=True):
+        for name, buffer in buffers.items():
+            setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)
+
+
 class AnomalySegmenter(ModelMixin, ConfigMixin):
     r"""
     A six-level UNet of (convolution, batch norm, ReLU) pairs with bilinear upsampling.
@@ -32,12 +53,15 @@ class AnomalySegmenter(ModelMixin, ConfigMixin):
         base_channels (`int`): Channels at full resolution.
     """
 
+    _supports_gradient_checkpointing = True
+
     # Every level halves the map, so the sides of an input must be multiples of this many px.
     size_multiple = 2 ** (len(_LEVELS) - 1)
 
     @register_to_config
     def __init__(self, in_channels: int = 6, out_channels: int = 1, base_channels: int = 64):
         super().__init__()
+        self.gradient_checkpointing = False
         widths = [base_channels * level for level in _LEVELS]
         self.down_blocks = nn.ModuleList()
         for inputs, width in zip([in_channels, *widths], widths, strict=False):
@@ -80,10 +104,17 @@ class AnomalySegmenter(ModelMixin, ConfigMixin):
         """
         skips = []
         for block in self.down_blocks:
-            sample = block(self.pool(sample) if skips else sample)
+            sample = self._run(block, self.pool(sample) if skips else sample)
             skips.append(sample)
         skips.pop()
         for up_conv, up_block in zip(self.up_convs, self.up_blocks, strict=True):
-            sample = up_conv(self.upsample(sample))
-            sample = up_block(torch.cat((sample, skips.pop()), dim=1))
+            sample = self._run(up_conv, self.upsample(sample))
+            sample = self._run(up_block, torch.cat((sample, skips.pop()), dim=1))
         return self.conv_out(sample)
+
+    def _run(self, block: nn.Module, sample: torch.Tensor) -> torch.Tensor:
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(sample)
+        # The second forward pass, on the way back, must not count the batch into the running statistics again.
+        contexts = lambda: (nullcontext(), _kept_statistics(block))  # noqa: E731
+        return checkpoint(block, sample, use_reentrant=False, context_fn=contexts)

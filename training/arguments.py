@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from diffusionad_hf import PRESETS as ARCHITECTURES
 from diffusionad_hf.modeling_anomaly_segmenter import AnomalySegmenter
 
-__all__ = ["parse_arguments", "load_preset"]
+__all__ = ["load_preset", "option_names", "parse_arguments"]
 
 _PRESET_FOLDER = Path(__file__).parent / "presets"
 _LR_SCHEDULES = ("constant", "cosine", "linear", "reference")
@@ -57,6 +58,8 @@ def load_preset(name: str, parser: argparse.ArgumentParser | None = None) -> dic
     except json.JSONDecodeError as error:
         raise ValueError(f"--preset {path}: not valid JSON ({error}).") from error
     options = {action.dest: action for action in parser._actions}
+    if not isinstance(values, dict):
+        raise ValueError(f"--preset {path}: must be a JSON object of options and their values.")
     for key, value in values.items():
         action = options.get(key)
         if action is None or key in ("help", "preset"):
@@ -65,7 +68,18 @@ def load_preset(name: str, parser: argparse.ArgumentParser | None = None) -> dic
             raise ValueError(
                 f'--preset {path}: {key} is "{value}", must be one of {", ".join(map(str, action.choices))}.'
             )
+        kind = bool if action.nargs == 0 else action.type or str
+        # A whole number is a number, but true is not 1.
+        if value is not None and type(value) is not kind and (kind, type(value)) != (float, int):
+            raise ValueError(f"--preset {path}: {key} is {json.dumps(value)}, must be of type {kind.__name__}.")
+        if value is None and action.default is not None:
+            raise ValueError(f"--preset {path}: {key} is null, must be of type {kind.__name__}.")
     return values
+
+
+def option_names() -> list[str]:
+    """The names of all options."""
+    return [action.dest for action in _parser()._actions if action.dest != "help"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--data_dir", required=True, help="Data set: MVTec AD, VisA, DAGM or plain folder layout, or a Hub dataset id."
     )
-    add("--category", default=None, help="Which category of the data set; may be left out where there is but one.")
+    add(
+        "--category",
+        default=None,
+        help='Which category of the data set; may be left out where there is but one. "all": one after another, each '
+        "in its own folder in OUTPUT_DIR; the same command again goes on where it stopped.",
+    )
     add(
         "--texture_dir",
         default=None,
@@ -88,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--foreground_dir",
         default=None,
-        help="Folder of masks of the object, one per training image and named like it; estimated without it.",
+        help="Folder of masks of the object, one per training image and named like it, in a folder for each category "
+        "where all are trained; estimated without it.",
     )
     add(
         "--foreground",
@@ -120,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--init_from", default=None, help="Start from the weights of this pipeline folder or Hub id, of the same size."
     )
-    add("--gradient_checkpointing", action="store_true", help="Trade time for memory in the UNet.")
+    add("--gradient_checkpointing", action="store_true", help="Trade time for memory, in both networks.")
+    add("--channels_last", action="store_true", help="Lay the networks out as the GPU's convolutions like it.")
+    add("--compile", action="store_true", help="Compile the networks with torch.compile; the first step takes long.")
 
     add = parser.add_argument_group("anomalies").add_argument
     add(
@@ -184,6 +206,21 @@ def _parser() -> argparse.ArgumentParser:
         help="Validate on held-out normal images with synthetic defects every so many steps.",
     )
     add("--false_alarm_rate", type=float, default=0.05, help="What the calibrated threshold promises.")
+    add(
+        "--push_to_hub", action="store_true", help="Publish each model as soon as it is trained; see hub_model_prefix."
+    )
+    add(
+        "--hub_model_prefix",
+        default=None,
+        metavar="ORG/PREFIX",
+        help="Publish as ORG/PREFIX-<data set>-<category>.",
+    )
+    add("--hub_private_repo", action="store_true", help="Create the repos on the Hub private.")
+    add(
+        "--dataset_name",
+        default=None,
+        help='What the data set is called on the Hub, such as "MVTec AD"; as its folder without it.',
+    )
     add("--report_to", default="tensorboard", help='Trackers for accelerate: "tensorboard", "wandb", "all" or "none".')
     add(
         "--dataloader_num_workers",
@@ -217,8 +254,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             "cannot take statistics; give 2 or more."
         )
     for name in ("lr_warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} {getattr(args, name)}: must not be negative.")
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name} {getattr(args, name)}: must be a number that is not negative.")
     for name in ("unet_learning_rate", "segmenter_learning_rate"):
         if not 0 < getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must lie between 0 and 1.")
@@ -233,4 +270,16 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.foreground_dir is not None and args.foreground in ("texture", "whole"):
         parser.error(
             f"--foreground_dir {args.foreground_dir}: contradicts --foreground {args.foreground}; give one of them."
+        )
+    if args.compile and args.gradient_checkpointing:
+        parser.error("--compile: torch.compile cannot compile --gradient_checkpointing; give one of them.")
+    if args.category == "all" and args.resume_from_checkpoint not in (None, "latest"):
+        parser.error(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint}: with --category all every category goes on from "
+            "its own latest checkpoint; leave it out."
+        )
+    if args.push_to_hub and (args.hub_model_prefix or "").count("/") != 1:
+        parser.error(
+            f"--hub_model_prefix {args.hub_model_prefix}: --push_to_hub needs ORG/PREFIX, ORG being your user name or "
+            "an organization of yours."
         )

@@ -8,7 +8,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
-__all__ = ["find_checkpoint", "load_checkpoint", "save_checkpoint"]
+from .processes import together
+
+__all__ = [
+    "check_same_training",
+    "find_checkpoint",
+    "load_checkpoint",
+    "refuse_former_training",
+    "save_checkpoint",
+]
 
 _STATE_FILE = "training_state.json"
 # What may differ between a run and its continuation: where it writes, how long it goes on, how it reports.
@@ -25,6 +33,10 @@ _FREE_ARGUMENTS = {
     "foreground_dir",
     "false_alarm_rate",
     "preset",
+    "push_to_hub",
+    "hub_model_prefix",
+    "hub_private_repo",
+    "dataset_name",
 }
 
 
@@ -42,27 +54,35 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict[str,
         OSError: If it cannot be written, such as on a full disk; the former checkpoints are whole.
     """
     final = output_dir / f"checkpoint-{state['step']}"
-    partial = output_dir / f".checkpoint-{state['step']}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(partial))
-        if accelerator.is_main_process:
-            (partial / _STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    # Torch, safetensors and the system each have their own error for a disk that is full.
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        former = _checkpoints(output_dir)
-        kept = f"{former[-1]} is whole; resume from it" if former else "there is no earlier one"
-        raise OSError(f"{final}: the checkpoint could not be written ({error}); {kept}.") from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    partial = _hidden(final)
+
+    def clear() -> None:
+        for left in output_dir.glob(".checkpoint-*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def write() -> None:
+        try:
+            accelerator.save_state(str(partial))
+            if accelerator.is_main_process:
+                (partial / _STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        # Torch, safetensors and the system each have their own error for a disk that is full.
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            former = _checkpoints(output_dir)
+            kept = f"{former[-1]} is whole; resume from it" if former else "there is no earlier one"
+            raise OSError(f"{final}: the checkpoint could not be written ({error}); {kept}.") from error
+
+    def put_in_place() -> None:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in _checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+            # Renamed first, so that a half-deleted one is no checkpoint.
+            old.rename(_hidden(old))
+            shutil.rmtree(_hidden(old))
+
+    together(clear, main_only=True)
+    together(write)
+    together(put_in_place, main_only=True)
     return final
 
 
@@ -105,15 +125,48 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, arguments: dict[str,
         ValueError: If it comes from a training with other arguments; names the first and both values.
     """
     state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
-    for name, now in arguments.items():
-        then = state["arguments"].get(name)
-        if name not in _FREE_ARGUMENTS and then != now:
-            raise ValueError(
-                f"--resume_from_checkpoint {folder}: that training had --{name} {then}, this one has {now}; "
-                "give the same, or start afresh in another --output_dir."
-            )
+    check_same_training(state["arguments"], arguments, f"--resume_from_checkpoint {folder}")
     accelerator.load_state(str(folder))
     return state
+
+
+def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """
+    Compares the arguments of two trainings, as far as they change the weights.
+
+    Args:
+        then: As recorded; options that did not exist at that time are absent.
+        now: Of this training.
+        where: What the error begins with.
+
+    Raises:
+        ValueError: If they differ; names the first argument that does, and both values.
+    """
+    for name, value in now.items():
+        if name in then and name not in _FREE_ARGUMENTS and then[name] != value:
+            raise ValueError(
+                f"{where}: that training had --{name} {then[name]}, this one has {value}; give the same, or start "
+                "afresh in another --output_dir."
+            )
+
+
+def refuse_former_training(output_dir: Path) -> None:
+    """
+    Keeps a training from starting over where another one left its work.
+
+    Raises:
+        ValueError: If the folder holds checkpoints.
+    """
+    former = _checkpoints(output_dir)
+    if former:
+        raise ValueError(
+            f"--output_dir {output_dir}: holds {former[-1].name} of a former training; go on from it with "
+            "--resume_from_checkpoint latest, or give another folder."
+        )
+
+
+def _hidden(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

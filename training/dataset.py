@@ -1,6 +1,6 @@
-"""Normal images of one category and the order in which they are trained on."""
+"""Normal images of one category, none of which has to stay in memory, and the order in which they are trained on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,62 @@ from torch.utils.data import Dataset, Sampler
 
 from diffusionad_hf.pipeline_diffusionad import load_image, resize_image
 
-__all__ = ["NormalImages", "StepSampler", "split_holdout"]
+__all__ = ["NormalImages", "PackedMasks", "StepSampler", "TableImages", "split_holdout", "spread"]
 
 _CACHE_BYTES = 2**30
+# The spread of a calibrated false-alarm rate is below one percentage point with so many; more are better trained on.
+_MOST_HELD_OUT = 500
+
+
+class TableImages(Sequence):
+    """
+    The images of a table: the paths of its files, or an image decoded when asked for where the table itself holds it.
+
+    Args:
+        table: A `datasets.Dataset` with a column `image`.
+
+    Attributes:
+        names: Of the images' files, `None` where one has none.
+    """
+
+    def __init__(self, table: Any):
+        encoded = table.cast_column("image", type(table.features["image"])(decode=False)).select_columns("image")
+        self._table = table
+        self.names: list[str | None] = []
+        self._paths: list[str | None] = []
+        for row in encoded:
+            self.names.append(row["image"]["path"])
+            self._paths.append(row["image"]["path"] if row["image"]["bytes"] is None else None)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Any:
+        path = self._paths[index]
+        return self._table[int(index)]["image"] if path is None else path
+
+
+class PackedMasks(Sequence):
+    """
+    Square masks at a bit a pixel: 10,000 of 256 px take 82 MB.
+
+    Args:
+        masks: `(S, S)` bool arrays, taken one at a time.
+    """
+
+    def __init__(self, masks: Iterable[np.ndarray]):
+        self._packed = []
+        for mask in masks:
+            self._side = mask.shape[-1]
+            self._packed.append(np.packbits(mask))
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """`(1, S, S)` float32 of 0 and 1."""
+        bits = np.unpackbits(self._packed[index], count=self._side**2)
+        return torch.from_numpy(bits.reshape(1, self._side, self._side)).float()
 
 
 class NormalImages(Dataset):
@@ -26,10 +79,10 @@ class NormalImages(Dataset):
         images: Images or paths, as [`~diffusionad_hf.pipeline_diffusionad.load_image`] takes them; indexing may
             decode.
         resolution: Side length S in px.
-        foregrounds: `(N, 1, S, S)`, or `None` for none.
+        foregrounds: For each image `(1, S, S)`; or `None` for none.
     """
 
-    def __init__(self, images: Sequence[Any], resolution: int, foregrounds: torch.Tensor | None = None):
+    def __init__(self, images: Sequence[Any], resolution: int, foregrounds: Sequence[torch.Tensor] | None = None):
         self.images = images
         self.resolution = resolution
         self.foregrounds = foregrounds
@@ -42,12 +95,13 @@ class NormalImages(Dataset):
     def pixels(self, index: int) -> torch.Tensor:
         """One image, `(3, S, S)` float32 in [0, 1]."""
         if self._cache is None:
-            return self._read(index)
+            return self.read(index)
         if index not in self._cache:
-            self._cache[index] = (self._read(index) * 255).round().byte()
+            self._cache[index] = (self.read(index) * 255).round().byte()
         return self._cache[index].float() / 255
 
-    def _read(self, index: int) -> torch.Tensor:
+    def read(self, index: int) -> torch.Tensor:
+        """As [`pixels`], decoded anew and not kept."""
         return resize_image(load_image(self.images[index], name=f"training image {index}"), self.resolution)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
@@ -96,11 +150,18 @@ def split_holdout(count: int, fraction: float, seed: int) -> tuple[list[int], li
     """
     Splits `count` normal images at random into those to train on and those to choose and calibrate the model with.
 
+    At most 500 are held out.
+
     Raises:
         ValueError: If there are too few for both.
     """
     if count < 2:
         raise ValueError(f"{count} normal image(s): at least 2 are needed, one to train on and one to calibrate with.")
     order = np.random.default_rng((seed, 0x5EED)).permutation(count)
-    held_out = min(max(1, round(count * fraction)), count - 1)
+    held_out = min(max(1, round(count * fraction)), count - 1, _MOST_HELD_OUT)
     return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` indices, evenly spaced."""
+    return sorted({int(index) for index in np.linspace(0, count - 1, min(count, most))})

@@ -16,6 +16,7 @@ from scipy import ndimage
 KINDS = ("auto", "object", "texture")
 EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")
 
+MOST_LEARNT_FROM = 64  # images to learn a background from: more change nothing
 WORKING_SIDE = 256  # pixels of the longer side at which the background is modelled
 FRAME = 0.05  # width of the border that is taken for background, as a share of the shorter side
 MIN_THRESHOLD = 3.0**0.75  # an object must differ from its background by at least 3 standard deviations of that
@@ -23,44 +24,55 @@ MIN_AREA = 0.005  # share of the images that an object must fill
 SNAPPING = ((12, 20), (6, 8), (3, 4))  # neighbourhood in working pixels, most iterations
 
 
-def load_foregrounds(folder: str | Path, names: Sequence[str]) -> list[np.ndarray]:
-    """Reads the user's masks, white on the product.
+def find_foregrounds(folder: str | Path, names: Sequence[str]) -> list[Path]:
+    """Finds the user's masks.
 
     Args:
         folder: holds one image for each name, with the same stem and any usual extension; `_mask` may follow the stem.
         names: file names of the normal images.
 
     Returns:
-        For each name an `(H, W)` bool mask: grey level above 127.
+        The mask's file for each name.
 
     Raises:
         FileNotFoundError: if the folder or a mask does not exist.
-        ValueError: if a mask cannot be read or is empty.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"foreground folder {folder} does not exist; leave it out to have foregrounds estimated"
         )
-    masks = []
+    found = []
     for name in names:
         stem = Path(name).stem
         candidates = [folder / f"{stem}{ending}{suffix}" for ending in ("", "_mask") for suffix in EXTENSIONS]
         path = next((candidate for candidate in candidates if candidate.is_file()), None)
         if path is None:
             raise FileNotFoundError(f"no foreground for image {name}: expected {candidates[0]}")
-        try:
-            with Image.open(path) as image:
-                mask = np.asarray(image.convert("L")) > 127
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"foreground {path} cannot be read: {error}") from error
-        if not mask.any():
-            raise ValueError(f"foreground {path} is empty: the product must be white (above 127) on black")
-        masks.append(mask)
-    return masks
+        found.append(path)
+    return found
 
 
-def estimate_foregrounds(images: Sequence[np.ndarray], kind: str = "auto") -> tuple[str, list[np.ndarray]]:
+def load_foreground(path: Path) -> np.ndarray:
+    """Reads one of the user's masks, white on the product.
+
+    Returns:
+        `(H, W)` bool: grey level above 127.
+
+    Raises:
+        ValueError: if the mask cannot be read or is empty.
+    """
+    try:
+        with Image.open(path) as image:
+            mask = np.asarray(image.convert("L")) > 127
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"foreground {path} cannot be read: {error}") from error
+    if not mask.any():
+        raise ValueError(f"foreground {path} is empty: the product must be white (above 127) on black")
+    return mask
+
+
+class ForegroundEstimator:
     """Tells objects from textures and separates objects from their background.
 
     The background is what the images' borders show: for each image a smooth surface of brightness and colour, for all
@@ -69,63 +81,90 @@ def estimate_foregrounds(images: Sequence[np.ndarray], kind: str = "auto") -> tu
     it keeps away from the borders. An object's outline then snaps to the sharp edges near it, off its shadow. Holes in
     an object count as its own.
 
+    Spread and threshold are learnt once, from some images; every image is then looked at on its own, so that no more
+    than those need to be in memory.
+
     Args:
-        images: normal images of one product, each `(H, W, 3)` uint8; more images make a better background model.
+        images: normal images of one product to learn from, each `(H, W, 3)` uint8; `MOST_LEARNT_FROM` are plenty.
         kind: "object" or "texture" where it is known.
 
-    Returns:
-        "object" or "texture", and for each image an `(H, W)` bool mask. The masks of a texture are True everywhere.
+    Attributes:
+        kind: "object" or "texture".
 
     Raises:
         ValueError: if there is no image, an image is of another shape or type, or the kind is unknown.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    if len(images) == 0:
-        raise ValueError("foregrounds cannot be estimated without images")
-    for i, image in enumerate(images):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < 8:
-            raise ValueError(f"image {i} must be (H, W, 3) uint8 of at least 8 px, not {image.shape} {image.dtype}")
-    if kind != "texture":
-        distances = _background_distances(images)
+
+    def __init__(self, images: Sequence[np.ndarray], kind: str = "auto") -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        if len(images) == 0:
+            raise ValueError("foregrounds cannot be estimated without images")
+        for i, image in enumerate(images):
+            _check(image, f"image {i}")
+        self.kind = kind
+        if kind == "texture":
+            return
+        deviations, noise = [], []
+        for image in images:
+            deviation, background = _deviation(image)
+            deviations.append(deviation)
+            noise.append(deviation[background])
+        # The camera's last bits keep the covariance of flat or grey backgrounds regular.
+        covariance = np.cov(np.concatenate(noise).T) + np.eye(3) * (2 / 255) ** 2
+        self._whiten = np.linalg.cholesky(np.linalg.inv(covariance)) / np.sqrt(3)
+        distances = [self._distance(deviation) for deviation in deviations]
         # Below one standard deviation there is nothing to split but noise.
-        threshold = max(_otsu(np.concatenate([distance.ravel() for distance in distances])), 1.0)
-        coarse = [_clean(distance > threshold) for distance in distances]
-        if kind == "object" or (threshold > MIN_THRESHOLD and _is_inside(coarse)):
-            masks = [_snap(distance, mask) for distance, mask in zip(distances, coarse, strict=True)]
-            return "object", [_resize(mask, image.shape[:2]) for mask, image in zip(masks, images, strict=True)]
-    return "texture", [np.ones(image.shape[:2], bool) for image in images]
+        self._threshold = max(_otsu(np.concatenate([distance.ravel() for distance in distances])), 1.0)
+        if kind == "auto":
+            apart = self._threshold > MIN_THRESHOLD
+            inside = apart and _is_inside([_clean(distance > self._threshold) for distance in distances])
+            self.kind = "object" if inside else "texture"
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """The foreground of an image `(H, W, 3)` uint8: `(H, W)` bool, True everywhere on a texture.
+
+        Raises:
+            ValueError: if the image is of another shape or type.
+        """
+        _check(image, "image")
+        if self.kind == "texture":
+            return np.ones(image.shape[:2], bool)
+        distance = self._distance(_deviation(image)[0])
+        return _resize(_snap(distance, _clean(distance > self._threshold)), image.shape[:2])
+
+    def _distance(self, deviation: np.ndarray) -> np.ndarray:
+        """How far each pixel is from its background: to the power 0.75, in standard deviations of all backgrounds."""
+        # The power keeps the brightest parts of an object from hiding its dull ones; a lower one would let shadows in.
+        return np.linalg.norm(deviation @ self._whiten, axis=-1).astype(np.float32) ** 0.75
 
 
-def _background_distances(images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """How far each pixel is from its image's background: to the power 0.75, in standard deviations of all backgrounds.
+def _check(image: np.ndarray, name: str) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < 8:
+        raise ValueError(f"{name} must be (H, W, 3) uint8 of at least 8 px, not {image.shape} {image.dtype}")
 
-    Returns arrays of the images' proportions, the longer side at most `WORKING_SIDE`.
+
+def _deviation(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An image's difference from the smooth surface that its background is, and which pixels show that background.
+
+    Returns `(h, w, 3)` float32 and `(h, w)` bool of the image's proportions, the longer side at most `WORKING_SIDE`.
     """
-    deviations, noise = [], []
-    for image in images:
-        height, width = image.shape[:2]
-        scale = min(1.0, WORKING_SIDE / max(height, width))
-        size = max(8, round(width * scale)), max(8, round(height * scale))
-        small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX), dtype=np.float32) / 255
-        small = ndimage.gaussian_filter(small, (1, 1, 0)).reshape(-1, 3)
-        y, x = (axis.ravel() for axis in np.meshgrid(*(np.linspace(-1, 1, n) for n in size[::-1]), indexing="ij"))
-        terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
-        frame = _frame(size[::-1]).ravel()
-        # Light falls off smoothly: a quadratic surface fitted to the frame, without what sticks out of it.
-        background = frame
-        for _ in range(4):
-            surface = terms @ np.linalg.lstsq(terms[background], small[background], rcond=None)[0]
-            size_of_deviation = np.abs(small - surface).max(axis=1)
-            limit = max(3 * 1.4826 * np.median(size_of_deviation[background]), 4 / 255)
-            background = frame & (size_of_deviation < limit)
-        deviations.append((small - surface).reshape(*size[::-1], 3))
-        noise.append((small - surface)[background])
-    # The camera's last bits keep the covariance of flat or grey backgrounds regular.
-    covariance = np.cov(np.concatenate(noise).T) + np.eye(3) * (2 / 255) ** 2
-    whiten = np.linalg.cholesky(np.linalg.inv(covariance)) / np.sqrt(3)
-    # The power keeps the brightest parts of an object from hiding its dull ones; a lower one would let shadows in.
-    return [np.linalg.norm(deviation @ whiten, axis=-1).astype(np.float32) ** 0.75 for deviation in deviations]
+    height, width = image.shape[:2]
+    scale = min(1.0, WORKING_SIDE / max(height, width))
+    size = max(8, round(width * scale)), max(8, round(height * scale))
+    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX), dtype=np.float32) / 255
+    small = ndimage.gaussian_filter(small, (1, 1, 0)).reshape(-1, 3)
+    y, x = (axis.ravel() for axis in np.meshgrid(*(np.linspace(-1, 1, n) for n in size[::-1]), indexing="ij"))
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+    frame = _frame(size[::-1]).ravel()
+    # Light falls off smoothly: a quadratic surface fitted to the frame, without what sticks out of it.
+    background = frame
+    for _ in range(4):
+        surface = terms @ np.linalg.lstsq(terms[background], small[background], rcond=None)[0]
+        size_of_deviation = np.abs(small - surface).max(axis=1)
+        limit = max(3 * 1.4826 * np.median(size_of_deviation[background]), 4 / 255)
+        background = frame & (size_of_deviation < limit)
+    return (small - surface).astype(np.float32).reshape(*size[::-1], 3), background.reshape(size[::-1])
 
 
 def _frame(shape: tuple[int, int]) -> np.ndarray:

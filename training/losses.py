@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, UNet2DModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from diffusionad_hf import NormGuidedScheduler
 
@@ -82,10 +83,16 @@ class DiffusionADObjective(nn.Module):
         """
         noised_small = self.scheduler.add_noise(images, noise[0], timesteps_small)
         noised_big = self.scheduler.add_noise(images, noise[1], timesteps_big)
-        noise_pred = self.unet(
-            torch.cat([noised_small, noised_big]), torch.cat([timesteps_small, timesteps_big])
-        ).sample
-        noise_pred_small, noise_pred_big = noise_pred.float().chunk(2)
+        if self.unet.is_gradient_checkpointing and torch.is_grad_enabled():
+            # On top of the UNet's own checkpoints, which alone leave one scale's in memory while the other's are used.
+            noise_pred_small, noise_pred_big = (
+                checkpoint(self._predict_noise, noised, timesteps, use_reentrant=False)
+                for noised, timesteps in ((noised_small, timesteps_small), (noised_big, timesteps_big))
+            )
+        else:
+            noise_pred_small, noise_pred_big = self._predict_noise(
+                torch.cat([noised_small, noised_big]), torch.cat([timesteps_small, timesteps_big])
+            ).chunk(2)
         reconstruction = self.scheduler.norm_guided_step(
             noise_pred_small, noise_pred_big, noised_small, noised_big, timesteps_small, timesteps_big
         ).reconstruction
@@ -98,3 +105,6 @@ class DiffusionADObjective(nn.Module):
         }
         loss = losses["noise"] + FOCAL_WEIGHT * losses["focal"] + losses["smooth_l1"]
         return {"loss": loss, **losses, "logits": logits, "reconstruction": reconstruction}
+
+    def _predict_noise(self, noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return self.unet(noised, timesteps).sample.float()

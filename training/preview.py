@@ -14,12 +14,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusionad_hf.data import load_category
-from training.dataset import NormalImages
-from training.foreground import KINDS, estimate_foregrounds, load_foregrounds
+from training.dataset import NormalImages, TableImages, spread
+from training.foreground import KINDS
+from training.images import estimated_foregrounds, given_foregrounds, learn_foreground
 from training.synthesis import AnomalySynthesizer
 from training.textures import FolderTextures, ProceduralTextures
 
-MAX_ESTIMATED = 64  # images from which foregrounds are estimated: enough for the background model
 COLUMNS = ("image", "foreground", "anomaly", "mask", "another", "mask")
 TITLE = 22  # height of a line of text in pixels
 
@@ -83,27 +83,15 @@ def main(argv: list[str] | None = None) -> int:
 def _write(args: argparse.Namespace) -> str:
     if args.output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--output {args.output} must end in a picture's extension, such as .png")
-    data = load_category(args.data_dir, args.category)["train"]
-    some = np.unique(np.linspace(0, len(data) - 1, min(len(data), max(MAX_ESTIMATED, args.rows))).astype(int))
-    encoded = data.select(some).cast_column("image", type(data.features["image"])(decode=False))["image"]
-    reader = NormalImages(
-        [
-            file["path"] if file["bytes"] is None else data[int(i)]["image"]
-            for file, i in zip(encoded, some, strict=True)
-        ],
-        args.resolution,
-    )
-    rows = np.unique(np.linspace(0, len(some) - 1, min(len(some), args.rows)).astype(int))
+    images = TableImages(load_category(args.data_dir, args.category)["train"])
+    reader = NormalImages(images, args.resolution)
+    rows = spread(len(images), args.rows)
     if args.foreground_dir:
-        kind, masks = "object", load_foregrounds(args.foreground_dir, [str(encoded[row]["path"]) for row in rows])
+        kind, masks = "object", given_foregrounds(args.foreground_dir, images, args.resolution, rows)
     else:
-        pixels = [(reader.pixels(i) * 255).round().byte().permute(1, 2, 0).numpy() for i in range(len(some))]
-        kind, masks = estimate_foregrounds(pixels, args.foreground)
-        masks = [masks[row] for row in rows]
-    size = (args.resolution, args.resolution)
-    foregrounds = np.stack(
-        [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
-    )
+        estimator = learn_foreground(reader, args.foreground)
+        kind, masks = estimator.kind, estimated_foregrounds(estimator, reader, rows)
+    foregrounds = np.stack(list(masks))
     textures = (
         FolderTextures(args.texture_dir, args.resolution, 200)
         if args.texture_dir
@@ -121,7 +109,7 @@ def _write(args: argparse.Namespace) -> str:
             f", foreground {foregrounds.mean():.1%} of the picture ({'given' if args.foreground_dir else 'estimated'})"
         )
     sheet = contact_sheet(
-        torch.stack([reader.pixels(int(row)) for row in rows]),
+        torch.stack([reader.read(row) for row in rows]),
         torch.from_numpy(foregrounds)[:, None] if kind == "object" else None,
         synthesizer,
         title,

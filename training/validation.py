@@ -5,6 +5,7 @@ import torch
 from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.evaluation import image_metrics, pixel_metrics
 
+from .dataset import NormalImages
 from .synthesis import AnomalySynthesizer
 
 __all__ = ["Validation"]
@@ -19,15 +20,16 @@ class Validation:
     A fixed set of held-out normal images, each once as it is and once with a synthetic defect.
 
     Args:
-        images: `(N, 3, S, S)` float32 in [0, 1]; the first 64 are used.
-        foregrounds: `(N, 1, S, S)` or `None`.
+        held_out: The first 64 are used.
         synthesizer: Made with `anomaly_probability=1`.
     """
 
-    def __init__(self, images: torch.Tensor, foregrounds: torch.Tensor | None, synthesizer: AnomalySynthesizer):
-        images = images[:_MOST_IMAGES]
-        foregrounds = None if foregrounds is None else foregrounds[:_MOST_IMAGES]
-        defective = synthesizer(images, range(len(images)), _VALIDATION_EPOCH, foregrounds)
+    def __init__(self, held_out: NormalImages, synthesizer: AnomalySynthesizer):
+        rows = range(min(len(held_out), _MOST_IMAGES))
+        images = torch.stack([held_out.read(row) for row in rows])
+        masks = held_out.foregrounds
+        foregrounds = None if masks is None else torch.stack([masks[row] for row in rows])
+        defective = synthesizer(images, rows, _VALIDATION_EPOCH, foregrounds)
         self.images = torch.cat([images, defective.images])
         self.masks = torch.cat([torch.zeros_like(defective.masks), defective.masks])
         self.labels = torch.cat([torch.zeros_like(defective.labels), defective.labels])
@@ -38,8 +40,7 @@ class Validation:
 
         Returns:
             `dict[str, float]`: `image_auroc`, `pixel_auroc`, `pixel_ap`, `aupro_30`, and `score`, the mean of image
-            AUROC and pixel AP,
-            by which models are chosen: the one saturates early, the other tells good from better.
+            AUROC and pixel AP, by which models are chosen: the one saturates early, the other tells good from better.
         """
         output = pipe(self.images)
         metrics = image_metrics(output.anomaly_score, self.labels.numpy())

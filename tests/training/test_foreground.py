@@ -9,11 +9,16 @@ import torch
 from PIL import Image, ImageDraw
 
 from training.demo_parts import generate
-from training.foreground import estimate_foregrounds, load_foregrounds
+from training.foreground import ForegroundEstimator, find_foregrounds, load_foreground
 from training.textures import ProceduralTextures
 
 SCREWS = Path(__file__).parents[3] / "shared" / "data" / "mvtec_ad" / "screw" / "train" / "good"
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "screw_foreground.json"
+
+
+def estimate_foregrounds(images, kind="auto"):
+    estimator = ForegroundEstimator(images, kind)
+    return estimator.kind, [estimator(image) for image in images]
 
 
 def iou(a, b):
@@ -140,19 +145,19 @@ def save_mask(path, value=255):
 
 def test_masks_of_the_user_are_found_by_stem(tmp_path):
     first, second = save_mask(tmp_path / "000.png"), save_mask(tmp_path / "001_mask.bmp")
-    masks = load_foregrounds(tmp_path, ["good/000.jpg", "001.png"])
+    masks = [load_foreground(path) for path in find_foregrounds(tmp_path, ["good/000.jpg", "001.png"])]
     assert np.array_equal(masks[0], first) and np.array_equal(masks[1], second)
     assert masks[0].dtype == bool and torch.from_numpy(masks[0]).any()
 
 
 def test_masks_that_are_missing_empty_or_broken_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_foregrounds(tmp_path / "nowhere", [])
+        find_foregrounds(tmp_path / "nowhere", [])
     with pytest.raises(FileNotFoundError, match="007.png.*007"):
-        load_foregrounds(tmp_path, ["007.png"])
+        find_foregrounds(tmp_path, ["007.png"])
     save_mask(tmp_path / "1.png", value=1)
     with pytest.raises(ValueError, match="1.png is empty.*127"):
-        load_foregrounds(tmp_path, ["1.png"])
+        load_foreground(tmp_path / "1.png")
     (tmp_path / "2.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="2.png cannot be read"):
-        load_foregrounds(tmp_path, ["2.png"])
+        load_foreground(tmp_path / "2.png")

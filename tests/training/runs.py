@@ -1,0 +1,107 @@
+"""Trainings small enough for a test: in this process, and in others that can be killed."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+from training import train
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# Its children are processes of their own that need not import torch again.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.training.runs"])
+
+
+def arguments(data, output, **options):
+    """A command line; `None` leaves an option out, `True` is a flag."""
+    values = {
+        "data_dir": data,
+        "output_dir": output,
+        "texture_dir": data.parent / "textures",
+        "preset": "tiny",
+        "resolution": 32,
+        "max_train_steps": 4,
+        "train_batch_size": 2,
+        "validation_steps": 2,
+        "checkpointing_steps": 2,
+        "holdout_fraction": 0.25,
+        "lr_warmup_steps": 1,
+        "report_to": "none",
+        **options,
+    }
+    command = []
+    for name, value in values.items():
+        if value is not None:
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return command
+
+
+def forget_accelerator():
+    """Lets the next training of this process set up its own."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def run(data, output, **options):
+    """Trains in this process; returns the exit code."""
+    forget_accelerator()
+    return train.main(arguments(data, output, **options))
+
+
+def start(data, output, *, die_at=None, largest_file=None, **options):
+    """
+    Starts a training in a process of its own, which writes what it says to `<output>.log`.
+
+    Args:
+        die_at: `(event, text)`: it gets SIGKILL at the first audit event of that name with the text in its first
+            argument, such as the renaming of a file.
+        largest_file: The system kills it in the middle of writing a file beyond this many bytes.
+    """
+    log = output.with_name(f"{output.name}.log")
+    process = _processes.Process(
+        target=_train_in_child, args=(arguments(data, output, **options), log, die_at, largest_file)
+    )
+    log.touch()
+    process.start()
+    return process, log
+
+
+def _train_in_child(command, log, die_at, largest_file):
+    torch.set_num_threads(1)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if die_at is not None:
+        event, text = die_at
+
+        def hook(name, details):
+            if name == event and text in str(details[0]):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+    if largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    sys.exit(train.main(command))
+
+
+def weights(folder):
+    """All tensors of a pipeline folder's networks, by name."""
+    return {
+        f"{network}.{name}": tensor
+        for network in ("unet", "segmenter")
+        for name, tensor in load_file(Path(folder) / network / WEIGHTS).items()
+    }
+
+
+def same(first, second):
+    """Whether two such dictionaries are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

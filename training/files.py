@@ -1,0 +1,46 @@
+"""Files and folders that are replaced whole: a process that is killed leaves the former or the new one."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["replace_file", "replace_folder", "restore_folder"]
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a text file."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", newline="")
+    os.replace(partial, path)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """
+    Writes a folder.
+
+    Args:
+        folder: Need not exist yet.
+        write: Called with the path of a folder to make and fill.
+    """
+    partial, former = _beside(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    write(partial)
+    restore_folder(folder)
+    # No system call of Python's exchanges two folders; between these two lines the former one is the only one.
+    if folder.exists():
+        folder.rename(former)
+    partial.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Puts right what a [`replace_folder`] left that was killed between its renames; call it before reading."""
+    _, former = _beside(folder)
+    if not folder.exists() and former.exists():
+        former.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.former")
