@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--memory_images", type=int, default=1000)
     parser.add_argument("--size", type=int, default=256, help="side of the maps in px")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--stream_only", action="store_true", help="only feed --images maps one by one, for memory")
     args = parser.parse_args()
 
@@ -117,13 +119,28 @@ def main() -> None:
         "all that and bootstrap intervals": lambda: compute_all(predictions),
         "scikit-learn: pixel AUROC, AP, AUPRO": lambda: scikit_learn(maps, masks),
     }
-    values = {}
+    values, seconds = {}, {}
     for name, function in rows.items():
-        seconds, values[name] = best_time(function, args.repeats)
-        print(f"  {name:40} {seconds:6.2f} s")
+        seconds[name], values[name] = best_time(function, args.repeats)
+        print(f"  {name:40} {seconds[name]:6.2f} s")
     ours, theirs = values["all that and bootstrap intervals"], values["scikit-learn: pixel AUROC, AP, AUPRO"]
     for name, value in theirs.items():
         print(f"  {name}: {ours[name]:.9f}, scikit-learn {value:.9f}, difference {abs(ours[name] - value):.1e}")
+    if args.json is not None:
+        # Not earlier: torch takes memory.
+        import torch
+
+        from benchmarks.machine import describe
+
+        result = {
+            "machine": describe(torch.device("cpu")),
+            "images": args.images,
+            "size": args.size,
+            "seconds": seconds,
+            "memory": {"images": args.memory_images, **memory},
+            "differences": {name: abs(ours[name] - value) for name, value in theirs.items()},
+        }
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

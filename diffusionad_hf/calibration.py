@@ -52,7 +52,15 @@ def calibrate(
             "called anomalous. "
             f"Give {images_needed(rate)} or more, or allow a higher rate."
         )
-    scores = sorted(float(s) for s in pipe(images, batch_size=batch_size).anomaly_score)
+    size = pipe.default_batch_size if batch_size is None else batch_size
+    scores: list[float] = []
+    # Batch by batch: of thousands of images, the maps at their own sizes would not fit into memory.
+    with pipe.progress_bar(total=len(images)) as progress:
+        for start in range(0, len(images), size):
+            found = pipe(images[start : start + size], batch_size=size).anomaly_score.tolist()
+            scores += found
+            progress.update(len(found))
+    scores.sort()
     # A threshold of one's own would hide the calibrated one.
     pipe.register_to_config(calibration_scores=scores, false_alarm_rate=rate, threshold=None)
     return scores

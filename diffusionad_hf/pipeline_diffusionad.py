@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,10 @@ _COMPONENT_MODULES = {
 _SMALLEST_SIDE = 8
 # Counts up whenever a saved pipeline needs a newer version of this package to be read right.
 _FORMAT = 1
+# Threads that decode images; more than that waits for the disk.
+_READERS = 8
+# Filters of warnings belong to the whole process: two threads that change them for a while would mix them up.
+_WARNING_FILTERS = threading.Lock()
 # How often a load is tried where the Hub is overloaded or a connection breaks; what was downloaded is kept in between.
 _ATTEMPTS = 3
 
@@ -110,6 +116,9 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet->segmenter"
 
+    # Images that fit into memory at once, where that was found out.
+    _largest_batch: int | None = None
+
     def __init__(
         self,
         unet: UNet2DModel,
@@ -144,6 +153,11 @@ class DiffusionADPipeline(DiffusionPipeline):
             return None
         return conformal_threshold(self.config.calibration_scores, self.config.false_alarm_rate)
 
+    @property
+    def default_batch_size(self) -> int:
+        """Images per pass where the caller does not say."""
+        return 4 if self._execution_device.type == "cpu" else 16
+
     # ---- the call ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -170,7 +184,7 @@ class DiffusionADPipeline(DiffusionPipeline):
                 W)` or a batch `(N, C, H, W)`, or a list of them, sizes mixed. Integers are scaled by their type's
                 range, floats lie in [0, 1].
             batch_size (`int`, *optional*): Images per pass; 4 on a CPU and 16 elsewhere when `None`. Does not change
-                the result.
+                the result. Halved, with a warning, where so many do not fit into memory.
             generator (`torch.Generator`, *optional*): Draws the noise, image after image, instead of the configured
                 seed.
             noise (`torch.Tensor` of shape `(2, N, C, H, W)`, *optional*): The noise itself, small scale first.
@@ -188,36 +202,37 @@ class DiffusionADPipeline(DiffusionPipeline):
             InvalidImageError: If an image cannot be inspected; the message names it.
             FileNotFoundError: If a path does not exist.
             ValueError: If an argument is out of range; the message names it.
+            MemoryError: If not even a single image fits into memory.
         """
         # 0. Resolve the defaults of this checkpoint and check the inputs.
         images = self._as_list(image)
         small_timestep = self.scheduler.config.small_timestep if small_timestep is None else small_timestep
         big_timestep = self.scheduler.config.big_timestep if big_timestep is None else big_timestep
         device = self._execution_device
-        batch_size = batch_size if batch_size is not None else (4 if device.type == "cpu" else 16)
+        batch_size = self.default_batch_size if batch_size is None else batch_size
         self.check_inputs(images, batch_size, noise, generator, num_noises, small_timestep, big_timestep, output_type)
         draws = None if noise is not None or generator is not None else self._seeded_noise(num_noises)
 
         maps, scores, reconstructions, kept = [], [], [], []
         starts = range(0, len(images), batch_size)
-        with self.progress_bar(total=len(starts)) if len(starts) > 1 else nullcontext() as progress:
-            for start in starts:
-                # 1. Decode and resize: (B, 3, S, S) in [0, 1], and each image's own size.
-                batch = images[start : start + batch_size]
-                decoded = [load_image(item, name=f"image {start + i}") for i, item in enumerate(batch)]
-                sizes = [tuple(item.shape[-2:]) for item in decoded]
-                pixels = torch.stack([resize_image(item, self.config.image_size) for item in decoded]).to(device)
+        bar = self.progress_bar(total=len(starts)) if len(starts) > 1 else nullcontext()
+        with bar as progress, closing(self._read_ahead(images, batch_size)) as batches:
+            # 1. Decode and resize: (B, 3, S, S) in [0, 1], and each image's own size.
+            for start, (pixels, sizes) in zip(starts, batches, strict=True):
+                pixels = pixels.to(device)
 
                 # 2. Noise both scales, denoise in one step each, guide, segment; averaged over the noise draws.
                 probability = reconstruction = 0
                 for draw in range(num_noises):
                     if noise is not None:
-                        pair = noise[:, start : start + len(batch)]  # (2, B, 3, S, S)
+                        pair = noise[:, start : start + len(pixels)]  # (2, B, 3, S, S)
                     elif generator is not None:
-                        pair = torch.stack([self._draw(generator) for _ in batch], dim=1)
+                        pair = torch.stack([self._draw(generator) for _ in sizes], dim=1)
                     else:
-                        pair = draws[draw].unsqueeze(1).expand(-1, len(batch), -1, -1, -1)
-                    step = self._inspect(pixels, pair.to(device), small_timestep, big_timestep, guidance_weight)
+                        pair = draws[draw].unsqueeze(1).expand(-1, len(pixels), -1, -1, -1)
+                    step = self._inspect_in_memory(
+                        pixels, pair.to(device), small_timestep, big_timestep, guidance_weight
+                    )
                     probability = probability + step["probability"] / num_noises
                     reconstruction = reconstruction + step["reconstruction"] / num_noises
 
@@ -297,6 +312,54 @@ class DiffusionADPipeline(DiffusionPipeline):
                 raise ValueError("noise: give it alone, without generator= or num_noises=.")
         return len(images)
 
+    def _read_ahead(
+        self, images: list[ImageInput], batch_size: int
+    ) -> Iterator[tuple[torch.Tensor, list[tuple[int, int]]]]:
+        """Batches `(B, 3, S, S)` and their images' own sizes; the next one is decoded while the model computes."""
+
+        def read(index: int) -> tuple[torch.Tensor, tuple[int, int]]:
+            decoded = load_image(images[index], name=f"image {index}")
+            return resize_image(decoded, self.config.image_size), tuple(decoded.shape[-2:])
+
+        batches = [range(len(images))[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        pool = ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), thread_name_prefix="read-images")
+        try:
+            reading = [pool.submit(read, index) for index in batches[0]]
+            for following in [*batches[1:], range(0)]:
+                pixels, sizes = zip(*(future.result() for future in reading), strict=True)
+                reading = [pool.submit(read, index) for index in following]
+                yield torch.stack(pixels), list(sizes)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _inspect_in_memory(
+        self, pixels: torch.Tensor, noise: torch.Tensor, *arguments: int | float | None
+    ) -> dict[str, torch.Tensor]:
+        """[`_inspect`] on as many images at once as fit into memory: the number is halved until they do."""
+        while True:
+            at_once = min(len(pixels), self._largest_batch or len(pixels))
+            try:
+                parts = [
+                    self._inspect(some_pixels, some_noise, *arguments)
+                    for some_pixels, some_noise in zip(pixels.split(at_once), noise.split(at_once, dim=1), strict=True)
+                ]
+                return parts[0] if len(parts) == 1 else {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if at_once == 1:
+                    size = self.config.image_size
+                    raise MemoryError(
+                        f"not even one image of {size} x {size} px fits into the memory of {pixels.device} beside the "
+                        f"model ({' '.join(str(error).split())}): free some, or use a smaller model."
+                    ) from error
+            # Outside of the handler, where the failed pass has let go of its tensors.
+            self._largest_batch = at_once // 2
+            logger.warning(
+                f"{at_once} images at once do not fit into the memory of {pixels.device}: going on with "
+                f"{self._largest_batch} at a time."
+            )
+
     def _inspect(
         self,
         pixels: torch.Tensor,
@@ -312,14 +375,18 @@ class DiffusionADPipeline(DiffusionPipeline):
         noised_small = self.scheduler.add_noise(pixels, noise[0], t_small)
         noised_big = self.scheduler.add_noise(pixels, noise[1], t_big)
         # Both scales are one batch: (2B, 3, S, S). The mathematics stays in float32, whatever the networks compute in.
-        noised = torch.cat([noised_small, noised_big])
-        noise_pred = self.unet(noised.to(self.unet.dtype), torch.cat([t_small, t_big])).sample.float()
-        noise_pred_small, noise_pred_big = noise_pred.chunk(2)
+        # Contiguous unless the UNet's weights are channels-last: torch's group norm is less exact in that layout.
+        noised = torch.cat([noised_small, noised_big]).to(self.unet.dtype, memory_format=torch.contiguous_format)
+        noise_pred = self.unet(noised, torch.cat([t_small, t_big])).sample
+        # A copy: CUDA graphs reuse the memory of what one network gives for what the next one does.
+        noise_pred_small, noise_pred_big = noise_pred.to(torch.float32, copy=True).chunk(2)
         step = self.scheduler.norm_guided_step(
             noise_pred_small, noise_pred_big, noised_small, noised_big, t_small, t_big, guidance_weight
         )
         pair = torch.cat([pixels, step.reconstruction], dim=1)  # (B, 6, S, S)
-        logits = self.segmenter(pair.to(self.segmenter.dtype)).float()
+        # Channels-last takes a fifth less time and more on a CPU; the convolutions hand the layout on.
+        layout = torch.preserve_format if pixels.device.type == "mps" else torch.channels_last
+        logits = self.segmenter(pair.to(self.segmenter.dtype, memory_format=layout)).float()
         return {
             "noised_small": noised_small,
             "noised_big": noised_big,
@@ -377,6 +444,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         index["_diffusionad_format"] = _FORMAT
         _copy_module(type(self), folder)
         for name, component in self.components.items():
+            component = getattr(component, "_orig_mod", component)  # of torch.compile
             class_name = type(component).__name__
             if class_name in _COMPONENT_MODULES:
                 index[name] = [_COMPONENT_MODULES[class_name], class_name]
@@ -567,13 +635,14 @@ def _from_file(path: str) -> torch.Tensor:
     if os.path.getsize(path) == 0:
         raise InvalidImageError(f"{path}: the file is empty (0 bytes).")
     try:
-        with warnings.catch_warnings():
+        with _WARNING_FILTERS, warnings.catch_warnings():
             # Pillow warns from 89 and refuses from 179 million px; only the refusal is of use here.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if getattr(image, "n_frames", 1) > 1:
-                    logger.warning(f"{path}: has {image.n_frames} frames; the first one is inspected.")
-                return _from_pil(image, path)
+            image = Image.open(path)
+        with image:
+            if getattr(image, "n_frames", 1) > 1:
+                logger.warning(f"{path}: has {image.n_frames} frames; the first one is inspected.")
+            return _from_pil(image, path)
     except Image.DecompressionBombError as error:
         limit = 2 * Image.MAX_IMAGE_PIXELS
         raise InvalidImageError(f"{path}: declares more than {limit:,} px; shrink or crop it first.") from error
@@ -645,6 +714,16 @@ def _from_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
         color, alpha = tensor[:-1].float(), tensor[-1:].float() / full
         tensor = (color * alpha + full * (1 - alpha)).to(tensor.dtype)
     return tensor.expand(3, -1, -1)
+
+
+# ---- errors of memory -----------------------------------------------------------------------------------------------
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: an error of its own on a GPU, a `RuntimeError` among others elsewhere."""
+    # In this order: PyTorch on Linux, on Windows, on Apple's GPU; oneDNN, which says no more, on a CPU.
+    words = ("can't allocate memory", "not enough memory", "out of memory", "could not create a")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 # ---- errors of loading ----------------------------------------------------------------------------------------------

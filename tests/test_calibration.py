@@ -1,11 +1,13 @@
 """Thresholds from normal images alone."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
 from diffusionad_hf.calibration import calibrate, images_needed
-from diffusionad_hf.pipeline_diffusionad import conformal_threshold
+from diffusionad_hf.pipeline_diffusionad import DiffusionADPipeline, conformal_threshold
 from tests.conftest import make_pipeline
 
 
@@ -33,6 +35,21 @@ def test_exactly_the_promised_share_of_the_calibration_images_lies_above():
     calibrate(pipe, images, false_alarm_rate=0.1)
     # k = floor(0.1 * 40) = 4: the threshold is the 4th largest score, which itself is not above it.
     assert pipe(images).is_anomalous.sum() == 3
+
+
+def test_maps_of_earlier_batches_are_let_go(monkeypatch):
+    pipe, outputs = make_pipeline(), []
+    call = DiffusionADPipeline.__call__
+
+    def watched(self, images, **kwargs):
+        assert len(images) <= 2 and sum(output() is not None for output in outputs) <= 1
+        output = call(self, images, **kwargs)
+        outputs.append(weakref.ref(output))
+        return output
+
+    monkeypatch.setattr(DiffusionADPipeline, "__call__", watched)
+    assert len(calibrate(pipe, torch.rand(9, 3, 32, 32), false_alarm_rate=0.1, batch_size=2)) == 9
+    assert len(outputs) == 5
 
 
 @pytest.mark.parametrize("rate", [0, 1, -0.1, 5])

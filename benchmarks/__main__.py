@@ -1,0 +1,37 @@
+"""`python -m benchmarks NAME ...`: one command for every measurement."""
+
+import argparse
+import importlib
+import sys
+
+# Every measurement imports torch and more: only the one that is asked for is imported.
+MEASUREMENTS = {
+    "inference": "images a second against the paper's way of computing; share of the device's matmul peak",
+    "training": "images a second (and GPU memory) of a training step, synthesis included",
+    "synthesis": "synthetic anomalies a second",
+    "metrics": "time and memory of the evaluation's metrics",
+    "startup": "import, --help, and the first image from a cold start",
+    "space": "load and speed of the inspection page",
+    "runtimes": "exported models: OpenVINO and ONNX against PyTorch",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a measurement with the rest of the arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measures speed and memory; results and how they were taken are in benchmarks/README.md.",
+        epilog="measurements:\n"
+        + "\n".join(f"  {name:<10} {what}" for name, what in MEASUREMENTS.items())
+        + "\n\n`python -m benchmarks NAME --help` tells a measurement's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=MEASUREMENTS, metavar="NAME", help="one of those below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="its options")
+    args = parser.parse_args(argv)
+    sys.argv = [f"{parser.prog} {args.name}", *args.options]
+    importlib.import_module(f"benchmarks.{args.name}").main()
+
+
+if __name__ == "__main__":
+    main()

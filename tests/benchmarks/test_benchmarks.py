@@ -1,0 +1,151 @@
+"""Every measurement runs, at toy size, and reports what its results are judged by."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import inference, startup, training
+from benchmarks.machine import count_flops, find_device, matmul_peak, measure_in_turns, spread
+from diffusionad_hf import build_pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def is_spread(values):
+    return 0 < values["lowest"] <= values["median"] <= values["highest"]
+
+
+def run(main, tmp_path, *options):
+    file = tmp_path / "result.json"
+    main([*options, "--repeats", "2", "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert {"hardware", "torch", "python", "diffusers", "date"} <= result["machine"].keys()
+    return result
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_measurement_and_imports_none():
+    script = (
+        "import sys; from benchmarks.__main__ import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
+    for name in ("inference", "training", "synthesis", "metrics", "startup", "space"):
+        assert name in files and name in done.stdout
+
+
+def test_the_command_hands_the_options_on(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["inference", "--help"])
+    assert stopped.value.code == 0
+    assert "python -m benchmarks inference" in capsys.readouterr().out
+
+
+def test_an_unknown_measurement_names_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["speed"])
+    assert "inference" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_named():
+    with pytest.raises(SystemExit, match="--device cuda:97: not available"):
+        find_device("cuda:97")
+
+
+# ---- the instruments ------------------------------------------------------------------------------------------------
+
+
+def test_operations_are_counted_as_products_and_sums():
+    a, b = torch.rand(3, 5), torch.rand(5, 7)
+    assert count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
+
+
+def test_all_take_turns_after_their_warm_up():
+    order = []
+    seconds = measure_in_turns(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, torch.device("cpu"), repeats=2
+    )
+    assert "".join(order) == "ab" + "abab"
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_spread_and_peak_are_plausible():
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "lowest": 1.0, "highest": 3.0}
+    assert 1e8 < matmul_peak(torch.device("cpu"), torch.float32, size=128) < 1e13
+
+
+def test_one_image_of_the_paper_sized_model_takes_1200_gflop():
+    with torch.device("meta"):
+        pipe = build_pipeline("paper", 256)
+    # The table of the scheduler was made on no device either.
+    pipe.scheduler = build_pipeline("tiny", 32).scheduler
+    assert inference.count_image(pipe) / 1e9 == pytest.approx(1202, rel=0.02)
+
+
+# ---- the measurements -----------------------------------------------------------------------------------------------
+
+
+def test_inference(tmp_path, capsys):
+    options = ["--presets", "tiny", "--resolution", "32", "--batch_sizes", "1", "2", "--files", "2", "--profile"]
+    result = run(inference.main, tmp_path, *options, "--dtypes", "float32", "bfloat16", "--device", "cpu")
+    assert result["matmul_peak_flops"].keys() == {"float32", "bfloat16"}
+    ways = [(row["way"], row["dtype"], row["batch_size"]) for row in result["rows"]]
+    assert ways == [
+        ("paper's way", "float32", 1),
+        ("paper's way, no autograd", "float32", 1),
+        *(("pipeline", dtype, batch) for dtype in ("float32", "bfloat16") for batch in (1, 2)),
+        *((f"files: {what}", "float32", 2) for what in ("decoding alone", "decoded before", "pipeline")),
+    ]
+    for row in result["rows"]:
+        assert is_spread(row["seconds_per_image"]) and row["images_per_second"] > 0
+        if not row["way"].startswith("files"):
+            assert row["share_of_peak"] > 0
+            assert row["score_difference"] < (1e-5 if row["dtype"] == "float32" else 0.05)
+    assert sum(operation["share"] for operation in result["profiles"]["tiny"]) <= 1
+    printed = capsys.readouterr().out
+    assert "paper's way, no autograd" in printed and "GFLOP an image" in printed and "convolution" in printed
+
+
+def test_inference_of_a_model_of_ones_own(tmp_path, model_dir):
+    result = run(
+        inference.main, tmp_path, "--model", model_dir, "--no_baseline", "--batch_sizes", "1", "--device", "cpu"
+    )
+    assert [row["way"] for row in result["rows"]] == ["pipeline"]
+    assert result["rows"][0]["image_size"] == 32
+
+
+def test_the_benchmarks_random_model_tells_images_apart():
+    pipe = inference._load(None, "tiny", 32)
+    photos = inference._photos(2, 32)
+    first, second = pipe(photos).anomaly_score
+    assert abs(first - second) > 1e-3
+
+
+def test_training(tmp_path):
+    options = ["--presets", "tiny", "--resolution", "64", "--batch_sizes", "2", "--gradient_checkpointing"]
+    result = run(training.main, tmp_path, *options, "--dtypes", "bfloat16", "--device", "cpu")
+    assert [row["gradient_checkpointing"] for row in result["rows"]] == [False, True]
+    for row in result["rows"]:
+        assert is_spread(row["seconds_per_step"]) and row["images_per_second"] > 0 and row["share_of_peak"] > 0
+
+
+def test_startup(tmp_path):
+    result = run(startup.main, tmp_path, "--only", "help", "--device", "cpu")
+    assert [row["name"] for row in result["rows"]] == ["help"]
+    assert is_spread(result["rows"][0]["wall_seconds"])
+
+
+def test_a_failing_start_says_why():
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        startup._run([sys.executable, "-c", "1 / 0"])

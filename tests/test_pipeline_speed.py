@@ -1,0 +1,111 @@
+"""What makes the pipeline fast keeps its answers."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.inference import papers_way
+from diffusionad_hf import DiffusionADPipeline, InvalidImageError
+from tests.conftest import make_pipeline
+
+
+@pytest.mark.parametrize("autograd", [True, False])
+def test_one_batch_of_both_scales_gives_what_two_plain_passes_give(autograd):
+    pipe = make_pipeline(64)
+    pixels, noise = torch.rand(1, 3, 64, 64), torch.randn(2, 1, 3, 64, 64)
+    expected_map, expected_score = papers_way(pipe, pixels, noise, autograd)
+    output = pipe(pixels, noise=noise)
+    assert output.anomaly_score[0] == pytest.approx(expected_score, abs=1e-5)
+    np.testing.assert_allclose(output.anomaly_map[0], expected_map.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("chosen", [torch.contiguous_format, torch.channels_last])
+def test_the_segmenter_computes_channels_last_and_the_unet_as_its_weights_are(chosen):
+    # At 32 px the smallest map is a single pixel, which has no layout to hand on.
+    pipe, images, seen = make_pipeline(64), torch.rand(2, 3, 64, 64), {}
+    expected = pipe(images).anomaly_score
+    pipe.unet.to(memory_format=chosen)
+    for name, network in (("unet", pipe.unet), ("segmenter", pipe.segmenter)):
+        network.conv_out.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
+    np.testing.assert_allclose(pipe(images).anomaly_score, expected, atol=1e-5)
+    assert seen["unet"].is_contiguous(memory_format=chosen)
+    assert seen["segmenter"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weights_keep_their_layout(pipe):
+    pipe(torch.rand(1, 3, 32, 32))
+    assert all(parameter.is_contiguous() for parameter in pipe.unet.parameters())
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt"])
+def test_what_a_network_returns_may_be_overwritten_by_the_next_one(output_type):
+    # As CUDA graphs do: one memory for the results of all networks, used again by whichever runs next.
+    pipe, images = make_pipeline(), torch.rand(2, 3, 32, 32)
+    expected = pipe(images, output_type=output_type, return_intermediates=True)
+    returned = []
+
+    def overwrite(module, inputs):
+        for tensor in returned:
+            tensor.fill_(7)
+        returned.clear()
+
+    pipe.unet.register_forward_pre_hook(overwrite)
+    pipe.segmenter.register_forward_pre_hook(overwrite)
+    pipe.unet.register_forward_hook(lambda module, inputs, output: returned.append(output.sample))
+    pipe.segmenter.register_forward_hook(lambda module, inputs, output: returned.append(output))
+    found = pipe(images, output_type=output_type, return_intermediates=True, batch_size=1)
+    np.testing.assert_allclose(found.anomaly_score, expected.anomaly_score, atol=1e-6)
+    torch.testing.assert_close(found.intermediates, expected.intermediates, atol=1e-4, rtol=1e-3)
+
+
+def test_compiled_networks_give_the_same_scores_and_save_as_plain_ones(tmp_path):
+    images = torch.rand(2, 3, 32, 32)
+    pipe = make_pipeline()
+    expected = pipe(images).anomaly_score
+    # The tracing is what may fail; generating code takes a minute and changes rounding alone.
+    pipe.segmenter.compile(backend="eager")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    np.testing.assert_allclose(pipe(images).anomaly_score, expected, atol=1e-6)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionADPipeline.from_pretrained(tmp_path)
+    np.testing.assert_allclose(loaded(images).anomaly_score, expected, atol=1e-6)
+    assert (tmp_path / "unet" / "modeling_norm_guided_unet.py").is_file()
+
+
+# ---- reading ahead --------------------------------------------------------------------------------------------------
+
+
+class Watched(os.PathLike):
+    """A path that notes which threads ask for it."""
+
+    def __init__(self, path):
+        self.path, self.asked_elsewhere = path, threading.Event()
+
+    def __fspath__(self):
+        if threading.current_thread() is not threading.main_thread():
+            self.asked_elsewhere.set()
+        return str(self.path)
+
+
+def test_the_next_batch_is_read_while_the_model_computes(tmp_path):
+    pipe, files = make_pipeline(), []
+    for i in range(3):
+        Image.new("RGB", (40, 40), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        files.append(Watched(tmp_path / f"{i}.png"))
+    expected = pipe([file.path for file in files]).anomaly_score
+    came = []
+    pipe.unet.register_forward_pre_hook(lambda *_: came.append(files[1].asked_elsewhere.wait(timeout=30)))
+    np.testing.assert_allclose(pipe(files, batch_size=1).anomaly_score, expected, atol=1e-6)
+    assert came[0]
+    assert not any(thread.name.startswith("read-images") for thread in threading.enumerate())
+
+
+def test_a_bad_image_further_on_is_named_and_leaves_no_thread_behind(pipe):
+    images = [np.zeros((32, 32, 3), np.uint8)] * 3 + [np.zeros((4, 4, 3), np.uint8)] * 5
+    with pytest.raises(InvalidImageError, match="image 3: 4 x 4 px is too small"):
+        pipe(images, batch_size=2)
+    assert not any(thread.name.startswith("read-images") for thread in threading.enumerate())
