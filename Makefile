@@ -36,5 +36,5 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.all: $(VENV)/.core
-	$(INSTALL) --editable ".[train,space,dev]"
+	$(INSTALL) --editable ".[train,space,openvino,dev]"
 	touch $@

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .exported_pipeline import ExportedDiffusionADPipeline, load_model
     from .modeling_anomaly_segmenter import AnomalySegmenter
     from .modeling_norm_guided_unet import NormGuidedUNet2DModel
     from .pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput, InvalidImageError
@@ -17,18 +18,21 @@ _MODULES = {
     "AnomalySegmenter": "modeling_anomaly_segmenter",
     "DiffusionADPipeline": "pipeline_diffusionad",
     "DiffusionADPipelineOutput": "pipeline_diffusionad",
+    "ExportedDiffusionADPipeline": "exported_pipeline",
     "InvalidImageError": "pipeline_diffusionad",
     "NormGuidedScheduler": "scheduling_norm_guided",
     "NormGuidedSchedulerOutput": "scheduling_norm_guided",
     "NormGuidedUNet2DModel": "modeling_norm_guided_unet",
     "PRESETS": "presets",
     "build_pipeline": "presets",
+    "load_model": "exported_pipeline",
 }
 
 __all__ = [  # noqa: F822 (`__getattr__` defines them)
     "AnomalySegmenter",
     "DiffusionADPipeline",
     "DiffusionADPipelineOutput",
+    "ExportedDiffusionADPipeline",
     "InvalidImageError",
     "NormGuidedScheduler",
     "NormGuidedSchedulerOutput",
@@ -36,6 +40,7 @@ __all__ = [  # noqa: F822 (`__getattr__` defines them)
     "PRESETS",
     "__version__",
     "build_pipeline",
+    "load_model",
 ]
 
 

@@ -553,7 +553,7 @@ def evaluate_pipeline(
         "torch": version("torch"),
         "device": str(pipe.device),
         "hardware": describe_hardware(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "dtype": getattr(pipe.unet, "arithmetic", str(pipe.dtype).removeprefix("torch.")),
         "batch_size": batch_size,
     }
     return EvaluationResult(metrics, predictions, {row: m for kept in worst.values() for _, row, m in kept})
