@@ -1,4 +1,4 @@
-"""The command line: `diffusionad inspect | calibrate | evaluate | convert | publish | list`."""
+"""The command line: `diffusionad inspect | calibrate | evaluate | convert | export | publish | list | ...`."""
 
 import argparse
 import os
@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .hub_commands import add_list_command, add_publish_command
+from .export_commands import add_export_command
+from .hub_commands import add_deploy_space_command, add_list_command, add_publish_command
 from .version import __version__
 
 # Torch and diffusers take seconds to import: every command imports what it needs when it runs, so that --help answers
@@ -15,6 +16,10 @@ from .version import __version__
 __all__ = ["main"]
 
 INTERRUPTED = 130
+
+_NO_VERDICTS = (
+    "No verdicts: the model is not calibrated. Run `diffusionad calibrate` with normal images, or give --threshold."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("diffusionad: interrupted.", file=sys.stderr)
         return INTERRUPTED
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, MemoryError) as error:
         # Whatever the user can mend is said in one line; anything else is a defect of ours and keeps its traceback.
         print(f"diffusionad: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -42,8 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_evaluate(commands)
     _add_convert(commands)
+    add_export_command(commands)
     add_publish_command(commands)
     add_list_command(commands)
+    add_deploy_space_command(commands)
     return parser
 
 
@@ -91,18 +98,19 @@ def _load_pipeline(args: argparse.Namespace, **kwargs):
     import torch
     from diffusers.utils import logging
 
-    from . import DiffusionADPipeline
+    from .exported_pipeline import load_model
 
     logging.disable_progress_bar()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: not available on this machine; leave it out, or give cpu.") from error
+        raise ValueError(
+            f"--device {args.device}: not available on this machine; leave it out, or give cpu."
+        ) from error
     for name in ("revision", "variant"):
         if getattr(args, name) is not None:
             kwargs[name] = getattr(args, name)
-    pipe = DiffusionADPipeline.from_pretrained(args.model, **kwargs).to(device)
+    pipe = load_model(args.model, device=args.device, **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -116,14 +124,29 @@ def _add_inspect(commands) -> None:
         "inspect",
         "Inspect images: score, verdict, and where the defects are.",
         "exit code: 0 when all images were inspected, 2 when some could not be read (the others are done "
-        "and the failures listed)\n\n"
+        "and the failures listed; with --parquet they are rows with an error, and the code is 0)\n\n"
         "example: diffusionad inspect photos/ --model org/diffusionad-mvtec-screw --output-dir report "
-        "--json report.json",
+        "--json report.json\n\n"
+        "More images than you want to wait for, with all GPUs; interrupted or killed, the same again goes on:\n"
+        "  accelerate launch --multi_gpu --num_processes 8 -m diffusionad_hf.cli inspect \\\n"
+        "      --dataset org/photos --split train --model org/diffusionad-mvtec-screw --parquet results.parquet\n"
+        "The same starts 8 processes on a CPU (accelerate's own --cpu starts but one without mpirun).\n"
+        "Several machines (--num_machines, --machine_rank, --main_process_ip) need the folder of FILE in common.",
         _inspect,
     )
     parser.add_argument(
-        "input", nargs="+", metavar="INPUT", help="image files, folders (with all below them) or glob patterns"
+        "input", nargs="*", metavar="INPUT", help="image files, folders (with all below them) or glob patterns"
     )
+    parser.add_argument(
+        "--file-list", metavar="FILE", type=Path, help="text file with the path of an image on each line"
+    )
+    parser.add_argument(
+        "--dataset", metavar="D", help="data set of images: a Hub id, or what load_dataset reads or save_to_disk wrote"
+    )
+    parser.add_argument("--dataset-config", metavar="C", help="configuration of the data set, where it has several")
+    parser.add_argument("--dataset-revision", metavar="R", help="branch, tag or commit of a data set on the Hub")
+    parser.add_argument("--split", metavar="S", help="split of the data set, where it has several")
+    parser.add_argument("--image-column", metavar="C", help="column of images of the data set, where it has several")
     _add_model_options(parser)
     parser.add_argument(
         "--output-dir",
@@ -133,6 +156,13 @@ def _add_inspect(commands) -> None:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all results, with every region, as JSON")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write a row per image as CSV")
+    parser.add_argument(
+        "--parquet",
+        metavar="FILE",
+        type=Path,
+        help="write a row per image as Parquet: in shards as they come (in FILE.shards), from which an interrupted "
+        "run goes on, then merged; shared out to all processes of `accelerate launch`",
+    )
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
         "--threshold",
@@ -151,18 +181,23 @@ def _add_inspect(commands) -> None:
 def _inspect(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .inspection import Failure, find_images, format_table, inspect_files, write_csv, write_json
+    from .inspection import Failure, find_images, format_table, inspect_files, read_list, write_csv, write_json
 
-    files, results = find_images(args.input)
+    if sum(map(bool, (args.input, args.file_list, args.dataset))) != 1:
+        raise ValueError("give either INPUTs, --file-list or --dataset.")
+    if args.parquet is not None:
+        return _inspect_sharded(args)
+    if args.dataset is not None:
+        raise ValueError("--dataset: give --parquet FILE for the results.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("several processes share the work only with --parquet FILE.")
+    files, results = (read_list(args.file_list), []) if args.file_list else find_images(args.input)
     if not files:
         raise ValueError(" ".join(failure.error for failure in results))
     for target in (args.output_dir, args.json and args.json.parent, args.csv and args.csv.parent):
         if target is not None:
             _require_writable(target)
-    overrides = {"threshold": args.threshold, "false_alarm_rate": args.false_alarm_rate}
-    pipe = _load_pipeline(args, **{name: value for name, value in overrides.items() if value is not None})
-    if args.false_alarm_rate is not None and pipe.config.calibration_scores is None:
-        raise ValueError(f"--false-alarm-rate: {args.model} is not calibrated; run `diffusionad calibrate` first.")
+    pipe = _load_inspector(args)
     try:
         found = inspect_files(pipe, files, args.output_dir, batch_size=args.batch_size)
         for result in tqdm(found, total=len(files), desc="inspecting", unit="image", file=sys.stderr):
@@ -175,10 +210,7 @@ def _inspect(args: argparse.Namespace) -> int:
             write_csv(args.csv, results)
     print(format_table(results))
     if pipe.threshold is None:
-        print(
-            "No verdicts: the model is not calibrated. Run `diffusionad calibrate` with normal images, or "
-            "give --threshold."
-        )
+        print(_NO_VERDICTS)
     failures = [result for result in results if isinstance(result, Failure)]
     if args.output_dir is not None:
         print(f"Pictures in {args.output_dir}.")
@@ -188,6 +220,116 @@ def _inspect(args: argparse.Namespace) -> int:
             print(f"  {failure.error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _load_inspector(args: argparse.Namespace):
+    overrides = {"threshold": args.threshold, "false_alarm_rate": args.false_alarm_rate}
+    pipe = _load_pipeline(args, **{name: value for name, value in overrides.items() if value is not None})
+    if args.false_alarm_rate is not None and pipe.config.calibration_scores is None:
+        raise ValueError(f"--false-alarm-rate: {args.model} is not calibrated; run `diffusionad calibrate` first.")
+    return pipe
+
+
+def _inspect_sharded(args: argparse.Namespace) -> int:
+    import signal
+    from contextlib import ExitStack
+    from datetime import timedelta
+
+    import torch
+    from accelerate import PartialState
+    from tqdm import tqdm
+
+    from .data import require
+    from .sharded_inspection import describe_run, inspect_share, merge_shards, open_run, plan_share
+
+    require("pyarrow")
+    if args.json is not None or args.csv is not None:
+        raise ValueError("--json and --csv hold all results in memory; leave them out with --parquet.")
+    if args.parquet.is_dir():
+        raise ValueError(
+            f"--parquet {args.parquet}: is a folder; give a file, such as {args.parquet}/results.parquet."
+        )
+    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    # Processes may end hours apart, and wait for each other.
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
+    if state.num_processes > 1:
+        if args.device not in (None, "cpu"):
+            raise ValueError(f"--device {args.device}: leave it out; each process takes a GPU of its own.")
+        args.device = "cpu" if on_cpu else str(state.device)
+    with ExitStack() as stack:
+        # What is done is written also when a scheduler, or the launcher after another process crashed, says to stop.
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+        inputs = _decided_by_main(state, lambda: _find_inputs(args))
+        pipe = _load_inspector(args)
+        folder = args.parquet.with_name(f"{args.parquet.name}.shards")
+        run = _decided_by_main(
+            state,
+            lambda: stack.enter_context(
+                open_run(
+                    folder,
+                    describe_run(pipe, inputs, args.model, args.batch_size),
+                    args.batch_size,
+                    inputs.num_rows,
+                    state.num_processes,
+                )
+            ),
+        )
+        shown = state.is_main_process
+        if shown and run.done:
+            print(f"{folder}: goes on after {run.rows_done} images that are done.", file=sys.stderr)
+        total = None
+        if shown and inputs.num_rows is not None:
+            total = sum(len(batch) for batch in plan_share(run, inputs, state.process_index, state.num_processes))
+        share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+        with tqdm(total=total, desc=f"inspecting{share}", unit="image", file=sys.stderr, disable=not shown) as bar:
+            for rows in inspect_share(pipe, inputs, run, state, args.output_dir):
+                bar.update(rows)
+        state.wait_for_everyone()
+        if shown:
+            summary = merge_shards(folder, args.parquet, inputs.num_parts)
+            verdicts = f", {summary.anomalous} anomalous" if pipe.threshold is not None else ""
+            print(f"{args.parquet}: {summary.images} images{verdicts}, {summary.failed} could not be read.")
+            if pipe.threshold is None:
+                print(_NO_VERDICTS)
+            for error in summary.errors:
+                print(f"  {error}", file=sys.stderr)
+            if summary.failed > len(summary.errors):
+                print(f"  and {summary.failed - len(summary.errors)} more: see the column `error`.", file=sys.stderr)
+    state.destroy_process_group()
+    return 0
+
+
+def _decided_by_main(state, decide):
+    """What the main process decides, in every process. Where it fails it says so, and the others leave in silence."""
+    from accelerate.utils import broadcast_object_list
+
+    decision = [None]
+    if state.is_main_process:
+        try:
+            decision[0] = decide()
+        finally:
+            broadcast_object_list(decision)
+    elif broadcast_object_list(decision) == [None]:
+        raise SystemExit(2)
+    return decision[0]
+
+
+def _find_inputs(args: argparse.Namespace):
+    from .inspection import find_images, read_list
+    from .inspection_inputs import DatasetInputs, FileInputs
+
+    for target in (args.parquet.parent, args.output_dir):
+        if target is not None:
+            _require_writable(target)
+    if args.dataset is not None:
+        return DatasetInputs(args.dataset, args.dataset_config, args.split, args.image_column, args.dataset_revision)
+    if args.file_list is not None:
+        return FileInputs(read_list(args.file_list))
+    files, failures = find_images(args.input)
+    if failures:
+        # Better now than after a day's work.
+        raise ValueError(" ".join(failure.error for failure in failures))
+    return FileInputs(files)
 
 
 def _require_writable(folder: Path) -> None:

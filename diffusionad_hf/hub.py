@@ -1,32 +1,32 @@
 """The Hub: publishes trained models, one repo a category, and lists what is there."""
 
 import json
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelInfo, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from .hub_cards import build_card, find_data_source, read_evaluation, read_training
+from .hub_cards import TRAINING_NOTES, build_card, find_data_source, read_evaluation, read_training
+from .hub_errors import TOKEN_HELP, check_card, check_repo_id, explained
 from .pipeline_diffusionad import DiffusionADPipeline, load_image
 from .visualization import overlay, panel, region_threshold, save_image
 
-__all__ = ["list_models", "publish_model"]
+__all__ = ["PUBLISHED", "list_models", "publish_model"]
 
 # All that a published repo holds of ours. Anything else in a model folder, such as the trainer's state, is not
 # uploaded, and anything else in the repo, such as somebody's notes, is not touched.
-_PUBLISHED = (
+PUBLISHED = (
     "README.md",
+    "TRAINING.md",
     "evaluation.json",
+    "familiarity.json",
     "model_index.json",
     "pipeline_diffusionad.py",
     "previews/*.png",
@@ -41,10 +41,8 @@ _PUBLISHED = (
     "segmenter/*.safetensors",
     "segmenter/*.safetensors.index*.json",
 )
-_TOKEN_HELP = (
-    "log in with `hf auth login`, or set HF_TOKEN; a token with the write role is made at "
-    "https://huggingface.co/settings/tokens"
-)
+# Taken from the model's folder as they are: its maker's notes, and what the web demo knows normal parts by.
+_KEPT = (TRAINING_NOTES, "familiarity.json")
 
 
 # ---- publishing ----
@@ -93,20 +91,20 @@ def publish_model(
         ValueError: If an argument, the evaluation or the card is refused.
     """
     model_dir = Path(model_dir)
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     if create_pr and revision not in (None, "main"):
         raise ValueError("--create-pr: pull requests go to the main branch; leave out --revision.")
     token = token or get_token()
     if not token:
-        raise OSError(f"publishing needs a Hugging Face token: {_TOKEN_HELP}.")
+        raise OSError(f"publishing needs a Hugging Face token: {TOKEN_HELP}.")
     if not model_dir.is_dir():
         raise FileNotFoundError(f"{model_dir}: no such folder; give one that the trainer or save_pretrained wrote.")
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder)
         card = _stage(model_dir, staging, repo_id, dataset, category, license, evaluation, examples)
-        with _explained(repo_id):
-            _check_card(card)
+        with explained(repo_id):
+            check_card(card)
             if not create_pr:
                 _make_repo(api, repo_id, private, revision)
             commit = api.upload_folder(
@@ -114,8 +112,8 @@ def publish_model(
                 folder_path=staging,
                 revision=revision,
                 create_pr=create_pr,
-                allow_patterns=list(_PUBLISHED),
-                delete_patterns=list(_PUBLISHED),
+                allow_patterns=list(PUBLISHED),
+                delete_patterns=list(PUBLISHED),
                 commit_message="Publish with diffusionad_hf",
             )
             if collection:
@@ -153,6 +151,10 @@ def _stage(
         (staging / "evaluation.json").write_text(text, encoding="utf-8")
     training = read_training(model_dir / "training_arguments.json")
     previews = _stage_previews(pipe, model_dir, staging, examples)
+    for name in _KEPT:
+        if (model_dir / name).is_file():
+            shutil.copyfile(model_dir / name, staging / name)
+    _save_weights(pipe, model_dir, staging)
     card = build_card(
         pipe,
         repo_id,
@@ -162,8 +164,14 @@ def _stage(
         category=category or training.get("category"),
         license=license,
         previews=previews,
+        folder=staging,
     )
     card.save(staging / "README.md")
+    return card
+
+
+def _save_weights(pipe: DiffusionADPipeline, model_dir: Path, staging: Path) -> None:
+    """Saves the pipeline with its weights as they are and in half precision."""
     pipe.save_pretrained(staging)
     half = DiffusionADPipeline.from_pretrained(staging, dtype=torch.float16)
     for name in ("unet", "segmenter"):
@@ -171,7 +179,6 @@ def _stage(
         if not all(torch.isfinite(value).all() for value in getattr(half, name).state_dict().values()):
             raise ValueError(f"{model_dir}: the {name} holds weights beyond float16 (65,504); train it again.")
     half.save_pretrained(staging, variant="fp16")
-    return card
 
 
 def _stage_previews(
@@ -217,59 +224,6 @@ def _make_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) ->
         api.create_branch(repo_id, branch=revision, exist_ok=True)
 
 
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f'--repo-id "{repo_id}": {_one_line(error)}') from error
-    if "/" not in repo_id:
-        raise ValueError(
-            f'--repo-id "{repo_id}": give ORG/NAME, ORG being your user name or an organization of yours.'
-        )
-
-
-def _check_card(card: ModelCard) -> None:
-    """Asks the Hub whether it takes the card's metadata."""
-    try:
-        card.validate()
-    except ValueError as error:
-        try:
-            reason = "; ".join(entry["message"] for entry in json.loads(str(error))["errors"])
-        except (ValueError, KeyError, TypeError):
-            reason = str(error)
-        raise ValueError(f"the Hub refuses the model card: {_one_line(reason)}") from error
-
-
-@contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """Turns what the client raises into one line that says what to do."""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        status, said = error.response.status_code, error.server_message or _one_line(error)
-        if isinstance(error, RepositoryNotFoundError):
-            reason = f"no such repo, or one that your token may not see; check the name, or {_TOKEN_HELP}"
-        elif status == 401:
-            reason = f"the Hub does not know your token; {_TOKEN_HELP}"
-        elif status == 403:
-            reason = f"your token may not do that ({said}); {_TOKEN_HELP}"
-        elif status == 429:
-            reason = "too many requests; try again in a few minutes"
-        elif status >= 500:
-            reason = f"the Hub is out of order ({status}); try again later"
-        else:
-            reason = f"the Hub refuses ({said})"
-        raise OSError(f"{repo_id}: {reason}.") from error
-    except (httpx2.TransportError, OfflineModeIsEnabled) as error:
-        raise OSError(
-            f"{repo_id}: the Hub cannot be reached ({_one_line(error)}); check the network and HF_HUB_OFFLINE."
-        ) from error
-
-
-def _one_line(text: Any) -> str:
-    return " ".join(str(text).split())
-
-
 # ---- listing ----
 
 
@@ -289,7 +243,7 @@ def list_models(org: str | None = None, *, token: str | None = None) -> list[dic
         OSError: If the Hub cannot be reached or refuses.
     """
     fields = ["cardData", "lastModified", "model-index", "private", "usedStorage"]
-    with _explained(org or "the list of models"):
+    with explained(org or "the list of models"):
         found = list(HfApi(token=token).list_models(filter="diffusionad", author=org, expand=fields))
     return sorted((_described(info) for info in found), key=lambda row: row["id"])
 

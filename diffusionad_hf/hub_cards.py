@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 
 from .calibration import images_needed
 from .evaluation import METRIC_NAMES
@@ -17,11 +18,16 @@ from .pipeline_diffusionad import DiffusionADPipeline
 __all__ = ["DATASETS", "DataSource", "build_card", "find_data_source", "read_evaluation", "read_training"]
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
+TRAINING_NOTES = "TRAINING.md"
+"""What its maker wrote on how a model was trained; the card points to it."""
 
 # What a verdict did on the test images; beside METRIC_NAMES, and in per cent.
 _RATES = {"false_alarm_rate": "false alarms (normal images rejected)", "miss_rate": "misses (anomalous images passed)"}
 # The columns of the table by kind of defect: the full set would not fit a page.
 _TYPE_COLUMNS = ("image_auroc", "pixel_auroc", "aupro_30", "miss_rate")
+# A kind of defect that passes as normal more often than not is a limit of the model.
+_MOSTLY_MISSED = 0.5
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)", re.IGNORECASE)
 
 
@@ -139,6 +145,7 @@ def build_card(
     category: str | None = None,
     license: str | None = None,
     previews: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> ModelCard:
     """
     The card of a model.
@@ -152,11 +159,14 @@ def build_card(
         category: Which product of that data set.
         license: Identifier of the weights' licence; that of the data where `None`.
         previews: Names of the pictures in the folder `previews`.
+        folder: Where the model lies, saved: what the card says of its files is read off them.
 
     Returns:
         `ModelCard`: Checked by nobody yet; its `validate` asks the Hub.
     """
     license = license or (data.license if data else None)
+    # Of a training in stages, which the notes then tell, only the last is recorded.
+    notes = bool(folder and (folder / TRAINING_NOTES).is_file())
     slug = DataSource(category).slug if category else None
     metadata = ModelCardData(
         library_name="diffusers",
@@ -176,13 +186,16 @@ def build_card(
         category=category,
         data=data and {**vars(data), "non_commercial": bool(data.license and _NON_COMMERCIAL.search(data.license))},
         previews=list(previews),
+        weights=_weights_sentence(folder) if folder else "",
+        has_modules=bool(folder and (folder / "pipeline_diffusionad.py").is_file()),
+        has_training_notes=notes,
         threshold=pipe.threshold,
         calibration=_calibration(pipe),
         evaluation=evaluation,
         metrics=_metric_rows(evaluation) if evaluation else [],
         defect_types=_defect_types(evaluation or {}),
         speed=_speed(evaluation or {}),
-        training=_training_sentence(training or {}),
+        training=_training_sentence(training or {}, "Last trained" if notes else "Trained"),
         parameters=sum(p.numel() for model in (pipe.unet, pipe.segmenter) for p in model.parameters()),
         image_size=pipe.config.image_size,
     )
@@ -241,7 +254,13 @@ def _defect_types(evaluation: dict[str, Any]) -> dict[str, list]:
         }
         for name, results in types.items()
     ]
-    return {"columns": ["misses" if key == "miss_rate" else METRIC_NAMES[key] for key in columns], "rows": rows}
+    missed = [
+        {"name": name, "rate": _shown("miss_rate", results["miss_rate"])}
+        for name, results in types.items()
+        if results.get("miss_rate", 0) > _MOSTLY_MISSED
+    ]
+    names = ["misses" if key == "miss_rate" else METRIC_NAMES[key] for key in columns]
+    return {"columns": names, "rows": rows, "missed": missed}
 
 
 def _shown(key: str, value: float) -> str:
@@ -250,6 +269,23 @@ def _shown(key: str, value: float) -> str:
 
 def _shown_interval(key: str, interval: Sequence[float] | None) -> str:
     return f"{_shown(key, interval[0])} to {_shown(key, interval[1])}" if interval else ""
+
+
+def _weights_sentence(folder: Path) -> str:
+    """What the files of weights hold, by variant."""
+    dtypes: dict[str, str] = {}
+    for file in sorted((folder / "unet").glob("*.safetensors")):
+        variant = file.name.split(".")[1:-1]
+        with safe_open(file, framework="np") as weights:
+            dtype = weights.get_slice(next(iter(weights.keys()))).get_dtype()
+        dtypes.setdefault(variant[0] if variant else "", _DTYPES.get(dtype, dtype))
+    stored = dtypes.pop("", None)
+    if stored is None:
+        return ""
+    sentence = f"The weights are {stored}" + ("" if stored == "float32" else " and compute in float32")
+    for variant, dtype in dtypes.items():
+        sentence += f'; `variant="{variant}"` loads them as {dtype}' if dtype != stored else ""
+    return sentence + "."
 
 
 def _speed(evaluation: dict[str, Any]) -> str:
@@ -265,10 +301,10 @@ def _speed(evaluation: dict[str, Any]) -> str:
     return f"{seconds:.3g} s an image" + (f" on {hardware}" if hardware else "") + (f" ({details})" if details else "")
 
 
-def _training_sentence(training: dict[str, Any]) -> str:
+def _training_sentence(training: dict[str, Any], verb: str) -> str:
     if not {"max_train_steps", "train_batch_size"} <= training.keys():
         return ""
     # Gradient accumulation makes one step of several batches.
     batch = training["train_batch_size"] * (training.get("gradient_accumulation_steps") or 1)
     architecture = f", preset `{training['architecture']}`" if training.get("architecture") else ""
-    return f"Trained for {training['max_train_steps']:,} steps of {batch} images{architecture}."
+    return f"{verb} for {training['max_train_steps']:,} steps of {batch} images{architecture}."

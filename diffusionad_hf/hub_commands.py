@@ -1,4 +1,4 @@
-"""`diffusionad publish` and `diffusionad list`."""
+"""`diffusionad publish`, `diffusionad list` and `diffusionad deploy-space`."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ from typing import Any
 
 # As in `cli`: what takes seconds to import is imported when a command runs, so that --help answers at once.
 
-__all__ = ["add_list_command", "add_publish_command"]
+__all__ = ["add_deploy_space_command", "add_list_command", "add_publish_command"]
 
 
 def add_publish_command(subparsers: Any) -> None:
@@ -46,6 +46,35 @@ def add_list_command(subparsers: Any) -> None:
     parser.add_argument("--org", help="only those of this organization or user")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=_run_list)
+
+
+def add_deploy_space_command(subparsers: Any) -> None:
+    """Adds `diffusionad deploy-space`."""
+    parser = subparsers.add_parser(
+        "deploy-space",
+        help="serve the web demo on the Hub",
+        description="Creates or updates a Gradio Space with the inspection page and prints its URL. The same again "
+        "makes no commit.",
+        epilog="Private models need a token: add it to the Space's settings as the secret HF_TOKEN.",
+    )
+    parser.add_argument("--repo-id", required=True, metavar="ORG/SPACE", help="created where it does not exist")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="models to offer: Hub ids, or organizations for all of theirs; the demo model of the clone without it",
+    )
+    parser.add_argument("--private", action="store_true", help="create it private")
+    parser.add_argument("--app-dir", metavar="DIR", help="the app's folder; space/ of the clone by default")
+    parser.set_defaults(run=_run_deploy_space)
+
+
+def _run_deploy_space(args: argparse.Namespace) -> int:
+    from .space_deployment import deploy_space
+
+    print(deploy_space(args.repo_id, models=args.models, private=args.private, app_dir=args.app_dir))
+    return 0
 
 
 def _run_publish(args: argparse.Namespace) -> int:

@@ -2,13 +2,17 @@
 
 import csv
 import glob
+import io
 import json
 import os
+import queue
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +25,38 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "Failure",
     "Inspection",
+    "Item",
     "find_images",
     "format_table",
+    "inspect_batches",
     "inspect_files",
+    "picture_names",
     "read_images",
+    "read_list",
     "write_csv",
     "write_json",
 ]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
+
+# Images are read by so many threads while the model is at work, and at most so many batches wait for it.
+_READERS = 8
+_BATCHES_AHEAD = 2
+
+
+class Item(NamedTuple):
+    """
+    One image to inspect.
+
+    Args:
+        name: What it is called in the results.
+        source: The image file's path, its content, or its address (of any file system that `fsspec` reads).
+        picture: Path of its pictures in the output folder, without `_overlay.png` and the like.
+    """
+
+    name: str
+    source: Path | bytes | str
+    picture: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,13 +123,31 @@ def find_images(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], list[F
     return list(files), failures
 
 
+def read_list(path: Path) -> list[Path]:
+    """
+    The image files that a text file names, one a line, in order and each once; whether they exist shows when they
+    are read.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If it is no text, or names no file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a text file with the path of an image on each line.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text; give a file with the path of an image on each line.") from error
+    files = list(dict.fromkeys(Path(line.strip()) for line in lines if line.strip()))
+    if not files:
+        raise ValueError(f"{path}: names no file; give the path of an image on each line.")
+    return files
+
+
 def read_images(files: Iterable[Path]) -> Iterator[tuple[Path, torch.Tensor | Failure]]:
-    """Decodes files one by one; those that cannot be read come as a [`Failure`]."""
-    for file in files:
-        try:
-            yield file, load_image(file)
-        except (InvalidImageError, OSError) as error:
-            yield file, Failure(str(file), str(error))
+    """Decodes files ahead of whoever asks for them, in order; those that cannot be read come as a [`Failure`]."""
+    for (item,), (image,) in _read_ahead([Item(str(file), file)] for file in files):
+        yield item.source, image
 
 
 def inspect_files(
@@ -127,30 +172,104 @@ def inspect_files(
     Raises:
         OSError: If a picture cannot be written.
     """
-    names = _picture_names(files)
-    batch: list[tuple[Path, torch.Tensor | Failure]] = []
-    for item in read_images(files):
-        batch.append(item)
-        if sum(isinstance(image, torch.Tensor) for _, image in batch) == batch_size:
-            yield from _inspect_batch(pipe, batch, names, output_dir)
-            batch = []
-    yield from _inspect_batch(pipe, batch, names, output_dir)
+    names = picture_names(files)
+    items = [Item(str(file), file, names[file]) for file in files]
+    batches = (items[start : start + batch_size] for start in range(0, len(items), batch_size))
+    for _, results in inspect_batches(pipe, batches, output_dir):
+        yield from results
+
+
+def inspect_batches(
+    pipe: DiffusionADPipeline, batches: Iterable[Sequence[Item]], output_dir: Path | None = None
+) -> Iterator[tuple[Sequence[Item], Iterator[Inspection | Failure]]]:
+    """
+    Inspects batches as they come, each in one pass, while threads read those that follow.
+
+    Args:
+        pipe: The pipeline.
+        batches: What to inspect; iterated in a thread of its own.
+        output_dir: As for [`inspect_files`].
+
+    Yields:
+        Each batch with the results of its items, in order, which are made, pictures and all, as they are asked for.
+
+    Raises:
+        OSError: If a picture cannot be written, or an address cannot be read.
+    """
+    for batch, images in _read_ahead(batches):
+        yield batch, _inspect_batch(pipe, batch, images, output_dir)
+
+
+def _read_ahead(batches: Iterable[Sequence[Item]]) -> Iterator[tuple[Sequence[Item], list[torch.Tensor | Failure]]]:
+    """Batches with their images. Reading runs ahead in threads, by a bounded number of batches."""
+    ready: queue.Queue = queue.Queue(maxsize=_BATCHES_AHEAD)
+    stopped = threading.Event()
+
+    def put(entry: Any) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for batch in batches:
+                put((batch, [pool.submit(_read, item) for item in batch]))
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised where the batches are consumed
+            put(error)
+
+    pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+    threading.Thread(target=produce, name="read-ahead", daemon=True).start()
+    try:
+        while (entry := ready.get()) is not None:
+            if isinstance(entry, BaseException):
+                raise entry
+            batch, images = entry
+            yield batch, [image.result() for image in images]
+    finally:
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read(item: Item) -> torch.Tensor | Failure:
+    """Decodes an image. An address that cannot be reached is no fault of the image, and raises."""
+    source = item.source
+    if isinstance(source, str):
+        import fsspec
+
+        with fsspec.open(source, "rb") as file:
+            source = file.read()
+    try:
+        if isinstance(source, Path):
+            return load_image(source)
+        with Image.open(io.BytesIO(source)) as image:
+            return load_image(image, item.name)
+    except (InvalidImageError, OSError) as error:
+        text = str(error)
+        return Failure(item.name, text if item.name in text else f"{item.name}: damaged, or no image ({text}).")
+    # Decoders raise whatever they stumble over.
+    except Exception as error:
+        return Failure(item.name, f"{item.name}: damaged, or no image ({' '.join(str(error).split())}).")
 
 
 def _inspect_batch(
     pipe: DiffusionADPipeline,
-    batch: list[tuple[Path, torch.Tensor | Failure]],
-    names: dict[Path, str],
+    batch: Sequence[Item],
+    images: Sequence[torch.Tensor | Failure],
     output_dir: Path | None,
 ) -> Iterator[Inspection | Failure]:
-    images = [image for _, image in batch if isinstance(image, torch.Tensor)]
+    good = [image for image in images if isinstance(image, torch.Tensor)]
     started = time.perf_counter()
-    output = pipe(images, batch_size=len(images)) if images else None
-    seconds = (time.perf_counter() - started) / max(len(images), 1)
+    output = pipe(good, batch_size=len(good)) if good else None
+    seconds = (time.perf_counter() - started) / max(len(good), 1)
     threshold = pipe.threshold
     drawn = region_threshold(threshold)
     row = 0
-    for file, image in batch:
+    for item, image in zip(batch, images, strict=True):
         if isinstance(image, Failure):
             yield image
             continue
@@ -167,9 +286,9 @@ def _inspect_batch(
                 "reconstruction": Image.fromarray(_eight_bit(output.reconstruction[row])),
             }
             for kind, drawing in drawings.items():
-                pictures[kind] = str(save_image(drawing, output_dir / f"{names[file]}_{kind}.png"))
+                pictures[kind] = str(save_image(drawing, output_dir / f"{item.picture}_{kind}.png"))
         yield Inspection(
-            file=str(file),
+            file=item.name,
             score=score,
             threshold=threshold,
             verdict=verdict,
@@ -182,7 +301,7 @@ def _inspect_batch(
         row += 1
 
 
-def _picture_names(files: Sequence[Path]) -> dict[Path, str]:
+def picture_names(files: Sequence[Path]) -> dict[Path, str]:
     """A name for each file's pictures: its own, with as much of its path as it takes to tell it from the others."""
     if len(files) < 2 or len({file.parent for file in files}) == 1:
         root = files[0].parent if files else Path()

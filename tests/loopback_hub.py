@@ -131,6 +131,7 @@ class Repo:
     pulls: dict[str, Commit] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
     lfs: set[str] = field(default_factory=set)  # SHA-256 of what was uploaded
+    variables: dict[str, dict] = field(default_factory=dict)  # of a Space, by name
 
     @property
     def namespace(self) -> str:
@@ -716,6 +717,7 @@ class LoopbackHub:
             ("GET", repo, self._repo_info),
             ("GET", repo + "/revision/{revision}", self._repo_info),
             ("GET", repo + "/runtime", self._space_runtime),
+            *((method, repo + "/variables", self._space_variables) for method in ("GET", "POST", "DELETE")),
             ("GET", repo + "/refs", self._refs),
             ("POST", repo + "/branch/{branch}", self._create_branch),
             ("DELETE", repo + "/branch/{branch}", self._delete_branch),
@@ -810,6 +812,20 @@ class LoopbackHub:
 
     async def _space_runtime(self, request: Request) -> Response:
         return JSONResponse(self._runtime(*self._at(request)))
+
+    async def _space_variables(self, request: Request) -> Response:
+        repo = self._repo(request)
+        if repo.kind != "spaces":
+            raise HubError(404, "Not found")
+        self._writer(request, repo.namespace)
+        if request.method != "GET":
+            body = await request.json()
+            if request.method == "POST":
+                known = {key: body[key] for key in ("value", "description") if key in body}
+                repo.variables[body["key"]] = {**known, "updatedAt": timestamp(datetime.now(timezone.utc))}
+            else:
+                repo.variables.pop(body["key"], None)
+        return JSONResponse(repo.variables)
 
     def _describe(self, repo: Repo, commit: Commit, blobs: bool = False) -> dict:
         """All that the Hub tells about a revision of a repository."""

@@ -39,6 +39,9 @@ PUBLISHED = {
     "unet/modeling_norm_guided_unet.py",
 }
 
+KEPT = {"evaluation.json", "previews/sheet.png", "TRAINING.md", "familiarity.json"}
+"""What a repo also holds where the model's folder has it."""
+
 
 @pytest.fixture
 def client(hub, monkeypatch, tmp_path):
@@ -76,6 +79,8 @@ def folder(model_dir, tmp_path):
         "provenance": {"model": str(folder), "device": "cpu"},
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "TRAINING.md").write_text("# How it was trained\n")
+    (folder / "familiarity.json").write_text("{}")
     (folder / "previews").mkdir()
     note = Image.Exif()
     note[0x010E] = secrets
@@ -104,7 +109,7 @@ def test_what_a_repo_holds_and_what_stays_at_home(hub, client, folder, tmp_path,
     assert run("publish", str(folder), "--repo-id", REPO, "--dataset", "MVTec AD") == 0
     assert capsys.readouterr().out.strip() == f"{hub.endpoint}/{REPO}"
     files = hub.files(REPO)
-    assert set(files) - {".gitattributes"} == PUBLISHED | {"evaluation.json", "previews/sheet.png"}
+    assert set(files) - {".gitattributes"} == PUBLISHED | KEPT
     for name, content in files.items():
         assert not re.search(rb"hf_secret|" + str(tmp_path).encode(), content), name
     evaluation = json.loads(files["evaluation.json"])
@@ -142,8 +147,8 @@ def test_publishing_the_same_again_makes_no_commit(hub, client, folder):
 def test_what_an_earlier_version_had_goes_and_what_others_put_there_stays(hub, client, folder):
     publish_model(folder, REPO)
     hub.add_files(REPO, {"unet/evil.py": "", "docs/how.py": "", "LICENSE": "", "segmenter/x.safetensors": ""})
-    (folder / "previews/sheet.png").unlink()
-    (folder / "evaluation.json").unlink()
+    for name in KEPT:
+        (folder / name).unlink()
     publish_model(folder, REPO)
     assert set(hub.files(REPO)) == PUBLISHED | {".gitattributes", "docs/how.py", "LICENSE"}
 
@@ -249,6 +254,47 @@ def test_a_read_only_token_is_told_so_where_the_repo_exists(hub, monkeypatch, tm
         publish_model(model_dir, REPO)
 
 
+def test_a_hub_that_refuses_twice_and_then_takes_it(hub, client, model_dir, monkeypatch):
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    hub.faults.add("^PUT /upload/", status=503, times=2)
+    publish_model(model_dir, REPO)
+    assert waits and PUBLISHED <= set(hub.files(REPO)) and len(commits(client)) == 1
+
+
+def test_a_model_that_nobody_evaluated_is_published_with_a_card_that_says_so(hub, client, model_dir):
+    publish_model(model_dir, REPO, dataset="mvtec", category="screw")
+    card = hub.files(REPO)["README.md"].decode()
+    assert "**This model has not been evaluated.**" in card and "AUROC" not in card
+    (model,) = list_models("org")
+    assert model["image_auroc"] is None and model["category"] == "screw"
+
+
+XET = """
+import sys
+from diffusionad_hf.hub import publish_model
+
+for _ in range(2):
+    publish_model(sys.argv[1], "org/model")
+"""
+
+
+def test_through_xet_the_weights_arrive_whole_and_only_once(hub, tmp_path, model_dir):
+    pytest.importorskip("hf_xet", reason="needs hf_xet, which huggingface_hub brings on most machines")
+    environment = {**hub.environment(tmp_path / "home"), "HF_HUB_DISABLE_XET": "0"}
+    command = [sys.executable, "-c", XET, model_dir]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Nothing went by the old way, and the second time there was nothing to commit.
+    assert not [request for request in hub.requests if request.server == "cdn" and request.method == "PUT"]
+    assert len([request for request in hub.requests if "/commit/" in request.path]) == 1
+    found = hub.files("org/model")
+    assert PUBLISHED <= set(found)
+    for part in ("unet", "segmenter"):
+        name = f"{part}/{WEIGHTS}.safetensors"
+        assert found[name] == (Path(model_dir) / name).read_bytes()
+
+
 @pytest.mark.parametrize(("status", "words"), [(500, "out of order"), (429, "too many requests")])
 def test_a_hub_that_is_ill(hub, client, model_dir, monkeypatch, status, words):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -270,16 +316,18 @@ def test_no_network(monkeypatch, tmp_path, model_dir):
 
 # ---- and loading again ----------------------------------------------------------------------------------------------
 
-# Runs where this package cannot be imported, with nothing but diffusers.
-STRANGER = """
+# From then on this package cannot be imported.
+BLOCKER = """
 import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "diffusionad_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            raise ModuleNotFoundError("No module named " + name, name=name)
 
 sys.meta_path.insert(0, Blocker())
+"""
+STRANGER = f"""{BLOCKER}
 import torch
 from diffusers import DiffusionPipeline
 

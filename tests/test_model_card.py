@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from diffusionad_hf.evaluation import METRIC_NAMES, evaluate_predictions
@@ -168,6 +169,32 @@ def test_training_is_told_as_recorded(pipe):
     millions = sum(p.numel() for m in (pipe.unet, pipe.segmenter) for p in m.parameters()) / 1e6
     assert f"{millions:.1f} million parameters and look at 32 x 32 px" in text
     assert "Trained for" not in build_card(pipe, REPO, training={"category": "screw"}).text
+
+
+def test_what_is_said_of_the_files_is_read_off_them(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "float32")
+    pipe.to(torch.float16).save_pretrained(tmp_path / "float32", variant="fp16")
+    pipe.save_pretrained(tmp_path / "float16")
+    text = flat(build_card(pipe, REPO, folder=tmp_path / "float32"))
+    assert 'The weights are float32; `variant="fp16"` loads them as float16. Without the package' in text
+    assert "trust_remote_code=True" in text and "TRAINING.md" not in text
+    (tmp_path / "float16/pipeline_diffusionad.py").unlink()
+    (tmp_path / "float16/TRAINING.md").write_text("# Three stages\n")
+    training = {"max_train_steps": 500, "train_batch_size": 8}
+    text = flat(build_card(pipe, REPO, folder=tmp_path / "float16", training=training))
+    assert "The weights are float16 and compute in float32. ##" in text and "variant=" not in text
+    assert "trust_remote_code" not in text, "plain diffusers finds no code in such a folder"
+    assert "Last trained for 500 steps of 8 images. [TRAINING.md](TRAINING.md) tells how." in text
+    assert "The weights are" not in build_card(pipe, REPO).text
+
+
+def test_a_kind_of_defect_that_is_mostly_missed_is_a_limit(pipe, tmp_path):
+    evaluation = written(tmp_path, measured(pipe.threshold), pipe)
+    evaluation["defect_types"]["dent"]["miss_rate"] = 0.75
+    evaluation["defect_types"]["thread | side"]["miss_rate"] = 0.25
+    limits = build_card(pipe, REPO, evaluation=evaluation).text.partition("## Limits")[2]
+    assert "- **dent is mostly missed**: 75.0 % of them passed as normal.\n- It knows one product" in limits
+    assert limits.count("mostly missed") == 1
 
 
 def test_pictures_are_shown_by_the_names_they_are_published_under(pipe):
