@@ -11,6 +11,8 @@ from familiarity import Familiarity, describe
 from inspection import (
     View,
     companions,
+    draw_mask,
+    draw_overlay,
     file_stem,
     full_size,
     load,
@@ -25,9 +27,11 @@ from reports import Row, report_page, result_json, sort_rows, write_archive, wri
 from results import Results, write_json
 from uploads import MB, Upload, UploadError, collect, read_image
 
-from diffusionad_hf.visualization import anomaly_map_16bit, mask_image, overlay, region_threshold
+from diffusionad_hf.visualization import anomaly_map_16bit
 
 CHUNK = 8
+OPACITY = 0.6
+"""Of the strongest heat, unless the visitor moves it."""
 FEWEST_CALIBRATION_IMAGES = 10
 _NOTHING_THRESHOLD = 1.0
 """The threshold shown where a calibration promises nothing yet: no score lies above it."""
@@ -164,14 +168,13 @@ def _inspect_chunk(
         result = make_result(upload.name, model.name, image, raw, calibration, Settings())
         photo = view_photo(image)
         values = map_at(raw.anomaly_map, photo.size)
-        seen, regions = regions_of(raw.anomaly_map, photo.size, result.size, threshold)
+        seen, regions = regions_of(result, values, threshold)
         pictures = folder / f"{number:04d}"
         pictures.mkdir()
         row = Row(upload.name, "", result, result_json(result, threshold, regions))
         row.overlay, row.mask, row.anomaly_map = pictures / "overlay.jpg", pictures / "mask.png", pictures / "map.png"
-        pixel = region_threshold(threshold)
-        overlay(photo, values, threshold=pixel, opacity=0.6, regions=seen).save(row.overlay, quality=88)
-        mask_image(values, pixel).save(row.mask)
+        draw_overlay(result, photo, values, threshold, OPACITY, seen).save(row.overlay, quality=88)
+        draw_mask(result, values, threshold).save(row.mask)
         anomaly_map_16bit(raw.anomaly_map).save(row.anomaly_map)
         rows.append(row)
     return rows

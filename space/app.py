@@ -9,9 +9,9 @@ from pathlib import Path
 import context
 import gradio as gr
 import handlers as on
-from actions import FEWEST_CALIBRATION_IMAGES
+from actions import FEWEST_CALIBRATION_IMAGES, OPACITY
 from categories import ModelError
-from endpoints import OPACITY, calibrate, inspect, inspect_batch
+from endpoints import calibrate, inspect, inspect_batch
 from reports import COLUMNS
 from uploads import MAX_FILES, MAX_UPLOAD_BYTES
 
@@ -41,6 +41,8 @@ THEME = gr.themes.Base(
     block_label_text_color_dark="*neutral_200",
     block_title_text_color="*neutral_700",
     block_title_text_color_dark="*neutral_200",
+    input_placeholder_color="*neutral_600",
+    input_placeholder_color_dark="*neutral_300",
     slider_color="*primary_600",
     button_primary_background_fill="*primary_700",
     button_primary_background_fill_hover="*primary_800",
@@ -111,16 +113,18 @@ def inspect_tab(category: gr.Dropdown, own: gr.State) -> tuple:
         with gr.Row():
             rate = gr.Slider(0.1, 50, 5, step=0.1, label="False-alarm rate (%)", buttons=[], elem_id="rate")
             opacity = gr.Slider(0, 1, OPACITY, step=0.05, label="Opacity", buttons=[], elem_id="opacity")
+        # No numbers: gradio's field for them shows 0, and sends it, where there is none.
+        unset = {"placeholder": "the model's", "max_lines": 1, "min_width": 120}
         with gr.Row():
             advanced = [
-                gr.Number(label="Seed", placeholder="the model's", precision=0, value=None, elem_id="seed"),
+                gr.Textbox(label="Seed", **unset, elem_id="seed"),
                 gr.Slider(1, 16, 1, step=1, label="Noise draws to average", buttons=[], elem_id="draws"),
-                gr.Number(label="Small timestep", placeholder="the model's", value=None, elem_id="small-timestep"),
-                gr.Number(label="Big timestep", placeholder="the model's", value=None, elem_id="big-timestep"),
+                gr.Textbox(label="Small timestep", **unset, elem_id="small-timestep"),
+                gr.Textbox(label="Big timestep", **unset, elem_id="big-timestep"),
                 gr.Dropdown(
-                    [("the model's", None), *((f"{side} px", side) for side in (64, 128, 192, 256, 384, 512))],
+                    [("the model's", ""), *((f"{side} px", side) for side in (64, 128, 192, 256, 384, 512))],
                     label="Resolution",
-                    value=None,
+                    value="",
                     elem_id="resolution",
                 ),
             ]
@@ -268,7 +272,9 @@ def build() -> gr.Blocks:
             text = gr.Markdown(elem_id="about")
             gr.HTML(
                 "<p>A model knows one kind of part, photographed as it was trained: another camera or light needs a "
-                "calibration of its own. Photos and results are deleted after an hour at the latest.</p>"
+                "calibration of its own. Results are deleted when you leave the page, photos an hour after their last "
+                "use at the latest.</p>",
+                elem_id="about-all",
             )
         endpoints(names)
         page.load(on.on_category, [category, own], [threshold, rate], **LIVE).then(**redraw)
@@ -292,7 +298,7 @@ def main() -> None:
         footer_links=["api"],
         run_history=False,
         ssr_mode=False,
-        # Hugging Face installs it; elsewhere `pip install "gradio[mcp]"` does, which holds pydantic back.
+        # Hugging Face installs it; elsewhere it is optional, see README.md.
         mcp_server=importlib.util.find_spec("mcp") is not None,
     )
 

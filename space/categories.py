@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from familiarity import FILE_NAME as FAMILIARITY_FILE
 from familiarity import Familiarity
-from huggingface_hub import ModelCard, hf_hub_download, list_models
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from uploads import UploadError
 
-from diffusionad_hf import DiffusionADPipeline
+from diffusionad_hf import DiffusionADPipeline, ExportedDiffusionADPipeline, load_model
+from diffusionad_hf.hub import list_models
 from diffusionad_hf.pipeline_diffusionad import conformal_p_value, conformal_threshold, resize_image
 
 try:
@@ -35,7 +36,6 @@ except ImportError:  # not on Hugging Face's ZeroGPU
 
 logger = logging.getLogger("space")
 
-HUB_TAG = "diffusionad"
 # Loaded models held at a time; the published size is 0.6 GB.
 MOST_LOADED = 3
 
@@ -150,7 +150,7 @@ class Model:
             if self.pipe is None:
                 began = time.perf_counter()
                 try:
-                    pipe = DiffusionADPipeline.from_pretrained(self.source)
+                    pipe = load_model(self.source)
                     config = pipe.config
                     self.calibration = Calibration(
                         tuple(config.calibration_scores or ()),
@@ -158,19 +158,24 @@ class Model:
                         config.threshold,
                         self._familiarity(),
                     )
-                except (OSError, ValueError) as error:
+                except (OSError, ValueError, ImportError) as error:
                     logger.warning("%s: %s", self.name, error)
                     raise ModelError(
                         f"{self.name}: this model could not be loaded. Choose another category."
                     ) from error
                 pipe.set_progress_bar_config(disable=True)
-                self.pipe = pipe.to("cuda") if torch.cuda.is_available() else pipe
+                self.pipe = pipe
                 logger.info("loaded %s in %.1f s", self.name, time.perf_counter() - began)
         return self
 
     def _familiarity(self) -> Familiarity | None:
         file = self.file(FAMILIARITY_FILE)
-        return Familiarity.from_json(json.loads(file.read_text(encoding="utf-8"))) if file else None
+        try:
+            return Familiarity.from_json(json.loads(file.read_text(encoding="utf-8"))) if file else None
+        except ValueError as error:
+            # The verdict does not depend on it; "About" says that it is missing.
+            logger.warning("%s: %s: %s; write it again with familiarity.py", self.name, FAMILIARITY_FILE, error)
+            return None
 
     def unload(self) -> None:
         with self._lock:
@@ -227,6 +232,9 @@ class Model:
 
 
 def _check(settings: Settings, pipe: DiffusionADPipeline) -> None:
+    chosen = (settings.small_timestep, settings.big_timestep, settings.resolution)
+    if isinstance(pipe, ExportedDiffusionADPipeline) and any(value is not None for value in chosen):
+        raise UploadError("Timesteps and resolution are fixed in this category's model: leave them empty.")
     small = pipe.scheduler.config.small_timestep if settings.small_timestep is None else settings.small_timestep
     big = pipe.scheduler.config.big_timestep if settings.big_timestep is None else settings.big_timestep
     last = pipe.scheduler.config.num_train_timesteps
@@ -287,21 +295,29 @@ class Models:
         return model
 
 
+def _is_model(folder: Path) -> bool:
+    """Whether a pipeline or an exported model lies there."""
+    names = (DiffusionADPipeline.config_name, ExportedDiffusionADPipeline.config_name)
+    return any((folder / name).is_file() for name in names)
+
+
 def _find(source: str) -> list[str]:
     if Path(source).is_dir():
-        if (Path(source) / "model_index.json").is_file():
-            return [str(Path(source).resolve())]
-        return [str(index.parent.resolve()) for index in sorted(Path(source).glob("*/model_index.json"))]
+        folders = [Path(source)] if _is_model(Path(source)) else sorted(filter(_is_model, Path(source).iterdir()))
+        return [str(folder.resolve()) for folder in folders]
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return [source]
     if "/" in source:
         logger.warning("%s: no such folder", source)
         return []
     try:
-        return sorted(model.id for model in list_models(author=source, filter=HUB_TAG))
-    except (HfHubHTTPError, OSError) as error:
-        logger.warning("%s: its models could not be listed: %s", source, error)
+        found = [model["id"] for model in list_models(source)]
+    except OSError as error:
+        logger.warning("%s", error)
         return []
+    if not found:
+        logger.warning("%s: no models with the tag diffusionad on the Hub", source)
+    return found
 
 
 # ---- what a model says of itself ----
@@ -336,5 +352,5 @@ def about(model: Model) -> str:
             lines.append(f"| {result.metric_name or result.metric_type} | {value} | {result.dataset_name} |")
     limits = re.search(r"^#+ [^\n]*\blimit[^\n]*\n(.*?)(?=^#|\Z)", card.text, re.I | re.M | re.S)
     if limits:
-        lines += ["", "**Limits.** " + limits[1].strip()]
+        lines += ["", "#### Limits", "", limits[1].strip()]
     return "\n".join(lines)

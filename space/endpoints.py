@@ -4,13 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import gradio as gr
-from actions import calibrate_on, default_threshold, inspect_many, inspect_one, read_calibration, record_of
+from actions import OPACITY, calibrate_on, default_threshold, inspect_many, inspect_one, read_calibration, record_of
 from categories import Calibration
 from context import models, results
 from handlers import ERRORS, file_of, files_of, number, owner_of, settings_of
 from inspection import promise_words, view
-
-OPACITY = 0.6
 
 
 @contextmanager

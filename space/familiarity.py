@@ -3,9 +3,10 @@
     python space/familiarity.py CHECKPOINT NORMAL_IMAGES      # writes CHECKPOINT/familiarity.json
 
 An anomaly score says nothing about a photo of something else: a blank sheet often scores lower than a good part. So an
-image is also compared, as an 8 x 8 grid of mean colours and of local contrast, with normal images. It counts as
-unfamiliar where it is farther from all of them than 1.5 times the farthest that one of them is from the others. The
-grid is too coarse to see most defects, and what it does see is a different object, place, distance, exposure or focus.
+image is also compared, as a 16 x 16 grid of mean colours, local contrast and sharpness, with normal images, each value
+in units of its spread over them: what never varies counts most. It is unfamiliar where it is farther from all of them
+than 1.5 times the farthest that one of them is from the others. The grid is too coarse to see most defects; it sees
+another object, place, distance, exposure or focus, and a part that lies the wrong way round.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from diffusionad_hf.pipeline_diffusionad import load_image
 
 FILE_NAME = "familiarity.json"
-CELLS = 8
+CELLS = 16
 SLACK = 1.5
 FEWEST_IMAGES, MOST_IMAGES = 5, 100
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
@@ -36,21 +37,25 @@ def describe(image: torch.Tensor) -> np.ndarray:
         image: (3, H, W), uint8 or float in [0, 1].
 
     Returns:
-        (8 * 8 * 4,) uint8: mean red, green, blue and twice the luminance's standard deviation of each cell.
+        (16 * 16 * 5,) uint8: mean red, green, blue, twice the luminance's standard deviation and eight times the mean
+        absolute value of its Laplacian, of each cell.
     """
     pixels = image[None].float() / 255 if image.dtype == torch.uint8 else image[None].float()
-    # Contrast is measured at one size, so that a photo and its thumbnail look alike.
+    # Contrast and sharpness are measured at one size, so that a photo and its thumbnail look alike.
     pixels = F.interpolate(pixels, size=(128, 128), mode="bilinear", antialias=True)
     color = F.adaptive_avg_pool2d(pixels, CELLS)
     light = pixels.mean(dim=1, keepdim=True)
     variance = F.adaptive_avg_pool2d(light**2, CELLS) - F.adaptive_avg_pool2d(light, CELLS) ** 2
-    grid = torch.cat([color, 2 * variance.clamp(min=0).sqrt()], dim=1).flatten()
+    around = F.pad(light, (1, 1, 1, 1), mode="replicate")
+    neighbours = around[..., :-2, 1:-1] + around[..., 2:, 1:-1] + around[..., 1:-1, :-2] + around[..., 1:-1, 2:]
+    sharpness = F.adaptive_avg_pool2d((light - neighbours / 4).abs(), CELLS)
+    grid = torch.cat([color, 2 * variance.clamp(min=0).sqrt(), 8 * sharpness], dim=1).flatten()
     return (grid.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
 @dataclass(frozen=True)
 class Familiarity:
-    """What normal images look like: their grids, (N, 256) uint8, and the largest distance that is still familiar."""
+    """What normal images look like: their grids, (N, 1280) uint8, and the largest distance that is still familiar."""
 
     grids: np.ndarray
     limit: float
@@ -63,8 +68,9 @@ class Familiarity:
         grids = np.stack(grids[:MOST_IMAGES])
         between = np.stack([_distances(grid, grids) for grid in grids])
         np.fill_diagonal(between, np.inf)
-        # At least 2 of 255 levels: copies of one image are no reason to reject the next one for its sensor noise.
-        return cls(grids, SLACK * max(float(between.min(axis=1).max()), 2.0))
+        # At least 4 of 255 levels: copies of one image are no reason to reject the next one for its sensor noise.
+        least = 4 / float(_spread(grids).mean())
+        return cls(grids, SLACK * max(float(between.min(axis=1).max()), least))
 
     def strangeness(self, image: torch.Tensor) -> float:
         """How far an image, (3, H, W), is from the closest normal one; above 1 it is unfamiliar."""
@@ -85,13 +91,21 @@ class Familiarity:
             limit = float(data["limit"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError("the description of normal images is damaged") from error
-        if not grids or len(grids) > MOST_IMAGES or any(len(g) != CELLS * CELLS * 4 for g in grids) or not limit > 0:
+        if not grids or len(grids) > MOST_IMAGES or any(len(g) != CELLS * CELLS * 5 for g in grids) or not limit > 0:
             raise ValueError("the description of normal images is damaged")
         return cls(np.stack(grids), limit)
 
 
+def _spread(grids: np.ndarray) -> np.ndarray:
+    """How much each value varies over normal images, in levels, never so little that noise would decide."""
+    spread = grids.astype(np.float32).std(axis=0)
+    return spread + 0.15 * spread.mean() + 1
+
+
 def _distances(grid: np.ndarray, others: np.ndarray) -> np.ndarray:
-    return np.sqrt(((grid.astype(np.float32) - others.astype(np.float32)) ** 2).mean(axis=1))
+    """Root mean square difference to each of the others, in units of their spread."""
+    difference = grid.astype(np.float32) - others.astype(np.float32)
+    return np.sqrt(((difference / _spread(others)) ** 2).mean(axis=1))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Between the page and the actions: values of components in, updates of components out."""
 
 import html
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,12 @@ def number(value: object, name: str, low: float, high: float) -> float:
 
 def settings_of(seed: object, draws: object, small: object, big: object, resolution: object) -> Settings:
     def whole(value: object, name: str, low: int, high: int) -> int | None:
-        return None if value is None else int(number(value, name, low, high))
+        text = "" if value is None else str(value).strip()
+        if not text:
+            return None
+        if not re.fullmatch(r"[0-9]{1,10}(\.0)?", text) or not low <= float(text) <= high:
+            raise UploadError(f"{name} must be a whole number from {low} to {high}.")
+        return int(float(text))
 
     return Settings(
         seed=whole(seed, "The seed", 0, 2**31),
@@ -98,7 +104,7 @@ def verdict_card(folder: Path, threshold: float) -> str:
     if result.unfamiliar:
         warning = (
             f'<p class="warning"><strong>Unlike any normal {html.escape(result.category)} image.</strong> '
-            "Another object, place, distance or light? Do not rely on the verdict.</p>"
+            "Another object, position, distance, light or focus? Do not rely on the verdict.</p>"
         )
     kind, mark = ("bad", "✕") if defective else ("good", "✓")
     return (
@@ -110,11 +116,10 @@ def verdict_card(folder: Path, threshold: float) -> str:
 # ---- Inspect ----
 
 
-def region_choices(folder: Path, regions: list, threshold: float) -> dict:
-    result = load(folder)
-    size, label = result.size, "Regions" if result.is_defective(threshold) else "Spots too small to count"
+def region_choices(folder: Path, regions: list) -> dict:
+    size = load(folder).size
     choices = [("All", -1), *((region_words(i, region, size), i - 1) for i, region in enumerate(regions, 1))]
-    return gr.update(choices=choices, value=-1, visible=bool(regions), label=label)
+    return gr.update(choices=choices, value=-1, visible=bool(regions))
 
 
 def hide_result(card: str) -> tuple:
@@ -150,7 +155,7 @@ def on_photo(photo, category, threshold, opacity, own, seed, draws, small, big, 
         (str(shown.photo), str(shown.overlay)),
         str(normal),
         str(difference),
-        region_choices(done.folder, shown.regions, threshold),
+        region_choices(done.folder, shown.regions),
     )
 
 
@@ -165,7 +170,7 @@ def on_threshold(key, threshold, opacity, request: gr.Request):
     except ERRORS as error:
         return message(error), gr.skip(), gr.skip()
     pictures = (str(shown.photo), str(shown.overlay))
-    return verdict_card(folder, threshold), pictures, region_choices(folder, shown.regions, threshold)
+    return verdict_card(folder, threshold), pictures, region_choices(folder, shown.regions)
 
 
 def on_region(key, threshold, opacity, region, request: gr.Request):
@@ -183,7 +188,8 @@ def on_download(kind: str) -> Callable:
     def prepare(key, threshold, opacity, request: gr.Request):
         try:
             folder = results.open(key, owner_of(request))
-            return str(download(folder, kind, number(threshold, "The threshold", 0, 1), opacity))
+            threshold, opacity = number(threshold, "The threshold", 0, 1), number(opacity, "The opacity", 0, 1)
+            return str(download(folder, kind, threshold, opacity))
         except ERRORS as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -197,7 +203,7 @@ def threshold_update(calibration: Calibration) -> dict:
     elif calibration.own_threshold is not None:
         info = f"Set by the model's maker: {threshold:.3f}"
     else:
-        source = "your images" if calibration.yours else "normal images"
+        source = "images of yours" if calibration.yours else "normal images"
         info = f"Calibrated on {len(calibration.scores)} {source}: {threshold:.3f}"
     return gr.update(value=round(threshold, 4), info=info)
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,10 +114,49 @@ def map_at(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return F.interpolate(torch.from_numpy(anomaly_map)[None, None], size=size[::-1], mode="bilinear")[0, 0].numpy()
 
 
-def regions_of(anomaly_map: np.ndarray, view: tuple[int, int], photo: tuple[int, int], threshold: float):
-    """The strongest regions twice: in pixels of the view, and in pixels of the photo."""
-    regions = find_regions(map_at(anomaly_map, view), region_threshold(threshold))[:MOST_REGIONS]
-    return regions, [_scaled(region, view, photo) for region in regions]
+def regions_of(result: Result, values: np.ndarray, threshold: float) -> tuple[list[Region], list[Region]]:
+    """The strongest regions twice: in pixels of the view, and in pixels of the photo.
+
+    Where no defect is found there are none: single pixels above the threshold are no finding then, and to list them
+    would contradict the verdict. `diffusionad inspect` keeps to the same rule.
+
+    Args:
+        result: Of the image.
+        values: The anomaly map at the size of the view, (H, W).
+        threshold: Of the anomaly score.
+    """
+    if not result.is_defective(threshold):
+        return [], []
+    seen = find_regions(values, region_threshold(threshold))[:MOST_REGIONS]
+    return seen, [_scaled(region, values.shape[::-1], result.size) for region in seen]
+
+
+def draw_overlay(
+    result: Result,
+    photo: Image.Image,
+    values: np.ndarray,
+    threshold: float,
+    opacity: float,
+    regions: Sequence[Region] = (),
+    highlight: Region | None = None,
+) -> Image.Image:
+    """The heat over the photo; outlines only where a defect is found."""
+    return overlay(
+        photo,
+        values,
+        threshold=region_threshold(threshold),
+        opacity=opacity,
+        contour=result.is_defective(threshold),
+        regions=regions,
+        highlight=highlight,
+    )
+
+
+def draw_mask(result: Result, values: np.ndarray, threshold: float) -> Image.Image:
+    """The regions in white; all black where no defect is found."""
+    if not result.is_defective(threshold):
+        return Image.new("L", values.shape[::-1])
+    return mask_image(values, region_threshold(threshold))
 
 
 def _scaled(region: Region, view: tuple[int, int], photo: tuple[int, int]) -> Region:
@@ -151,17 +191,10 @@ def view(folder: Path, threshold: float, opacity: float = 0.6, highlight: int | 
     """
     result = load(folder)
     photo = Image.open(folder / "photo.jpg").convert("RGB")
-    anomaly_map = np.load(folder / "map.npy")
-    seen, regions = regions_of(anomaly_map, photo.size, result.size, threshold)
+    values = map_at(np.load(folder / "map.npy"), photo.size)
+    seen, regions = regions_of(result, values, threshold)
     picked = seen[highlight] if highlight is not None and 0 <= highlight < len(seen) else None
-    picture = overlay(
-        photo,
-        map_at(anomaly_map, photo.size),
-        threshold=region_threshold(threshold),
-        opacity=opacity,
-        regions=seen,
-        highlight=picked,
-    )
+    picture = draw_overlay(result, photo, values, threshold, opacity, seen, picked)
     # A new name each time, so that no browser shows the former picture; the last few stay for those still loading.
     former = sorted(folder.glob(_PICTURE.format("*")), key=lambda p: p.stat().st_mtime)
     for old in former[:-4]:
@@ -200,12 +233,12 @@ def full_size(folder: Path, kind: str, threshold: float, opacity: float) -> Path
     if kind == "map":
         picture = anomaly_map_16bit(anomaly_map)
     elif kind == "mask":
-        picture = mask_image(anomaly_map, region_threshold(threshold))
+        picture = draw_mask(result, anomaly_map, threshold)
     else:
         image = load_image(folder / "original")
         values = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
         photo = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
-        picture = overlay(photo, anomaly_map, threshold=region_threshold(threshold), opacity=opacity)
+        picture = draw_overlay(result, photo, anomaly_map, threshold, opacity)
     return save_image(picture, folder / f"{file_stem(result)}-{kind}.png")
 
 

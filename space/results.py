@@ -2,7 +2,7 @@
 
 Each result is a folder under a random 128-bit key that only its visitor's page knows; it also names its owner, so that
 a key that leaks opens nothing in another session. Everything in the server's temporary folder, uploads included, goes
-after `keep_seconds` or when its visitor leaves.
+`keep_seconds` after its last use; results also when their visitor leaves.
 """
 
 import json
@@ -32,10 +32,10 @@ class Results:
 
     Args:
         folder: The server's temporary folder; everything in it is subject to `sweep`.
-        keep_seconds: How long a file is kept after it was last used.
+        keep_seconds: How long a file is kept after it was last used. With the time between two sweeps, an hour.
     """
 
-    def __init__(self, folder: Path, keep_seconds: float = 3600):
+    def __init__(self, folder: Path, keep_seconds: float = 3300):
         self.folder = folder
         self.keep_seconds = keep_seconds
         self._results = folder / "results"

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "space"))
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install -e .[space]")
+
+from gradio_client import Client  # noqa: E402
 
 from training.demo_parts import render_part  # noqa: E402
 
@@ -53,13 +56,26 @@ def checkpoints(tmp_path_factory, parts):
     familiarity = Familiarity.of([describe(load_image(part)) for part in parts])
     (folder / FILE_NAME).write_text(json.dumps(familiarity.to_json()), encoding="utf-8")
     (folder / "README.md").write_text(
-        "---\nlicense: mit\nmodel-index:\n- name: flange\n  results:\n  - task: {type: image-classification}\n"
-        "    dataset: {name: flanges, type: flanges}\n    metrics:\n"
+        "---\nlicense: mit\ntags: [diffusionad]\nmodel-index:\n- name: flange\n  results:\n"
+        "  - task: {type: image-classification}\n    dataset: {name: flanges, type: flanges}\n    metrics:\n"
         "    - {type: image_auroc, value: 0.875, name: image AUROC}\n---\n"
         "# Flange\n\n## Limits\n\nOne light only.\n\n## Licence\n\nMIT\n",
         encoding="utf-8",
     )
     return folder.parent
+
+
+@pytest.fixture(scope="session")
+def fragile(tmp_path_factory, checkpoints):
+    """A model that can be loaded, and fails on every image: its segmenter takes other inputs than it is given."""
+    from diffusionad_hf import AnomalySegmenter, DiffusionADPipeline
+
+    folder = tmp_path_factory.mktemp("fragile") / "fragile"
+    pipe = DiffusionADPipeline.from_pretrained(checkpoints / "flange")
+    segmenter = AnomalySegmenter(in_channels=5, base_channels=pipe.segmenter.config.base_channels)
+    pipe.register_modules(segmenter=segmenter.eval())
+    pipe.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -79,7 +95,7 @@ def results(tmp_path):
 class Server:
     """A process of the page; `runs` counts how often it ran a model, `log` is what it printed."""
 
-    def __init__(self, folder: Path, models: str):
+    def __init__(self, folder: Path, models: str, environment: Mapping[str, str] = os.environ):
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         self._log = folder / "log.txt"
@@ -88,11 +104,11 @@ class Server:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}/"
         environment = {
-            **os.environ,
+            **environment,
             "DIFFUSIONAD_MODELS": models,
             "GRADIO_SERVER_PORT": str(port),
             "TMPDIR": str(self.temporary),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH")))),
             "OMP_NUM_THREADS": "1",
         }
         with self._log.open("wb") as log:
@@ -121,14 +137,18 @@ class Server:
     def runs(self) -> int:
         return self.log.count("INFO space: ran ")
 
+    def client(self) -> Client:
+        # Without certificates, which http has none of: reading the machine's store takes 0.15 s, for every request.
+        return Client(self.url, verbose=False, ssl_verify=False)
+
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(timeout=30)
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, checkpoints):
-    running = Server(tmp_path_factory.mktemp("server"), f"{checkpoints},no-one/no-such-model")
+def server(tmp_path_factory, checkpoints, fragile):
+    running = Server(tmp_path_factory.mktemp("server"), f"{checkpoints},{fragile},no-one/no-such-model")
     yield running
     running.stop()
     assert not list(running.temporary.glob("diffusionad-space-*")), "photos of visitors were left on the disk"

@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import math
+import shutil
 import zipfile
 
 import numpy as np
@@ -22,6 +23,8 @@ from inspection import load, p_words, promise_words, view
 from PIL import Image
 from uploads import UploadError
 
+from diffusionad_hf import DiffusionADPipeline
+from diffusionad_hf.export import export_pipeline
 from diffusionad_hf.pipeline_diffusionad import conformal_threshold
 
 
@@ -47,6 +50,20 @@ def test_moving_the_threshold_redraws_without_the_model(results, model, parts):
     assert low.regions and not high.regions
     assert low.regions[0].box == (0, 0, 96, 96), "regions are in pixels of the photo, not of the page"
     assert record_of(folder, 0.01, low)["is_anomalous"] and not record_of(folder, 0.99, high)["is_anomalous"]
+
+
+def test_no_defect_means_no_regions_no_outlines_and_an_empty_mask(results, model, parts):
+    folder = inspected(results, model, parts[0])
+    highest = float(np.load(folder / "map.npy").max())
+    score = load(folder).score
+    between = (score + highest) / 2
+    assert score < between < highest, "single pixels lie above this threshold, the image does not"
+    assert view(folder, between).regions == [] and record_of(folder, between, view(folder, between))["regions"] == []
+    assert not np.any(Image.open(download(folder, "mask", between, 0.5)))
+    overlay = np.asarray(Image.open(download(folder, "overlay", between, 0.0)))
+    np.testing.assert_array_equal(overlay, np.asarray(Image.open(parts[0]).convert("RGB")), "nothing but the photo")
+    *_, batch = inspect_many(results, "anna", model, [(parts[0], "a.png")], model.calibration, between)
+    assert batch.rows[0].cells(between)[1:5:3] == ["Good", "0"]
 
 
 def test_old_views_do_not_pile_up(results, model, parts):
@@ -133,11 +150,36 @@ def test_models_are_found_in_folders_and_missing_ones_are_named(checkpoints, tmp
     assert str(tmp_path) not in str(caught.value)
 
 
+def test_an_exported_model_serves_like_the_original(model, tmp_path, parts, results):
+    pytest.importorskip("openvino")
+    export_pipeline(DiffusionADPipeline.from_pretrained(model.source), tmp_path / "fast")
+    exported = Models(str(tmp_path)).get("fast")
+    ours, theirs = (load(inspected(results, m, parts[0])) for m in (exported, model))
+    assert ours.score == pytest.approx(theirs.score, abs=1e-3) and ours.threshold == theirs.threshold
+    with pytest.raises(UploadError, match="fixed in this category's model: leave them empty"):
+        inspected(results, exported, parts[0], settings=Settings(resolution=128))
+
+
 def test_about_shows_metrics_and_limits_of_the_card(model):
     text = about(model)
     assert "| image AUROC | 0.875 | flanges |" in text
     assert "One light only." in text and "Licence" not in text
     assert "Calibrated on 12 normal images" in text
+
+
+def test_limits_that_are_a_list_stay_one(model, tmp_path, monkeypatch):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n## Limits\n\n- One light only.\n- Steel only.\n", encoding="utf-8")
+    monkeypatch.setattr(model, "file", lambda name: card)
+    assert about(model).endswith("#### Limits\n\n- One light only.\n- Steel only.")
+
+
+def test_a_damaged_description_of_normal_images_costs_the_warning_not_the_model(checkpoints, tmp_path, parts, caplog):
+    shutil.copytree(checkpoints / "flange", tmp_path / "flange")
+    (tmp_path / "flange" / "familiarity.json").write_text('{"limit": 5, "grids": ["AAAA"]}')
+    model = Models(str(tmp_path)).get("flange")
+    assert model.calibration.scores and model.calibration.familiarity is None
+    assert "It cannot tell photos of something else" in about(model) and "familiarity.json" in caplog.text
 
 
 # ---- batches ----

@@ -4,18 +4,21 @@ import csv
 import json
 import urllib.error
 import urllib.request
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
+
+from tests.space.test_uploads import huge_png, png
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    return Client(server.url, verbose=False)
+    return server.client()
 
 
 def test_the_endpoints_are_the_documented_ones(client):
@@ -73,8 +76,9 @@ def test_a_batch_lists_the_unusable(client, parts, tmp_path):
         ({"image": "text"}, "notes.txt: not an image"),
         ({"category": "no-such"}, "There is no category 'no-such'"),
         ({"category": "no-one/no-such-model"}, "could not be loaded"),
+        ({"category": "fragile"}, "fragile: the model failed on this image"),
         ({"threshold": 7}, "threshold must be a number from 0 to 1"),
-        ({"num_noises": 1000}, "Noise draws must be a number from 1 to 16"),
+        ({"num_noises": 1000}, "Noise draws must be a whole number from 1 to 16"),
         ({"calibration_file": "text"}, "not a calibration file"),
     ],
 )
@@ -88,6 +92,136 @@ def test_bad_input_is_one_line_without_a_path_of_the_server(client, server, part
     assert str(server.temporary) not in str(caught.value) and "\n" not in str(caught.value)
     record, _ = client.predict(handle_file(str(parts[0])), api_name="/inspect")
     assert record["name"] == parts[0].name, "the page goes on"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (png()[:60], "damaged|not an image"),
+        (b"RIFF\x00\x00\x00\x00WEBPVP8 ", "damaged|not an image"),
+        (huge_png(60_000, 60_000), "pixels"),
+        (huge_png(10_000, 6_000), "more than 50 million"),
+        (png(4), "too small"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+    ],
+    ids=["empty", "cut off", "header only", "bomb", "huge", "tiny", "svg"],
+)
+def test_every_kind_of_unusable_image_is_one_line_that_names_it(client, server, tmp_path, content, reason):
+    (tmp_path / "mine.png").write_bytes(content)
+    with pytest.raises(AppError, match=f"mine.png: .*({reason})") as caught:
+        client.predict(image=handle_file(str(tmp_path / "mine.png")), category="flange", api_name="/inspect")
+    assert str(server.temporary) not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
+def test_every_mode_of_image_gets_a_verdict(client, parts, tmp_path, mode):
+    with Image.open(parts[0]) as part:
+        photo = part.convert("I").convert(mode) if mode == "I;16" else part.convert(mode)
+    photo.save(tmp_path / "a.tiff")
+    record, _ = client.predict(image=handle_file(str(tmp_path / "a.tiff")), category="flange", api_name="/inspect")
+    assert (record["width"], record["height"]) == (96, 96) and 0 <= record["anomaly_score"] <= 1
+
+
+def test_a_photo_on_its_side_is_turned_as_its_camera_says(client, parts, tmp_path):
+    photo = Image.open(parts[0]).crop((0, 0, 96, 48))
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "turned.jpg", exif=exif)
+    record, overlay = client.predict(image=handle_file(str(tmp_path / "turned.jpg")), api_name="/inspect")
+    assert (record["width"], record["height"]) == (48, 96)
+    with Image.open(overlay) as picture:
+        assert picture.height == 2 * picture.width
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [([], "the archive holds no files"), ([f"{i}.png" for i in range(1000)], "More than 500 files")],
+)
+def test_an_archive_of_nothing_or_of_too_much_is_refused(client, tmp_path, names, reason):
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as bundle:
+        for name in names:
+            bundle.writestr(name, png())
+    with pytest.raises(AppError, match=reason):
+        client.predict([handle_file(str(tmp_path / "in.zip"))], "flange", None, None, api_name="/inspect_batch")
+
+
+def test_a_hostile_archive_is_rows_and_leaves_nothing_behind(client, server, tmp_path):
+    with zipfile.ZipFile(tmp_path / "in.zip", "w", zipfile.ZIP_DEFLATED) as bundle:
+        bundle.writestr("../../../evil.png", png())
+        bundle.writestr("bomb.png", b"\0" * 60_000_000)
+        link = zipfile.ZipInfo("link.png")
+        link.external_attr = 0o120777 << 16
+        bundle.writestr(link, "/etc/passwd")
+    records, _, archive = client.predict(
+        [handle_file(str(tmp_path / "in.zip"))], "flange", None, None, api_name="/inspect_batch"
+    )
+    assert {r["name"]: r.get("error", "")[:11] for r in records} == {
+        "evil.png": "",
+        "bomb.png": "Larger than",
+        "link.png": "A link, whi",
+    }
+    assert not any(".." in name for name in zipfile.ZipFile(archive).namelist())
+    assert not [*server.temporary.parent.parent.rglob("evil.png")]
+    assert not [*server.temporary.glob("diffusionad-space-*/tmp*")], "unpacked files are gone"
+
+
+def call_of_the_page(server, owner, component, data):
+    """What the page sends when a control, found by its id, is moved."""
+    config = json.load(urllib.request.urlopen(f"{server.url}config"))
+    number = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == component)
+    call = next(d for d in config["dependencies"] if [number, "input"] in [list(t) for t in d["targets"]])
+    body = {"data": data, "fn_index": call["id"], "session_hash": owner}
+    request = urllib.request.Request(
+        f"{server.url}gradio_api/run/predict", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    return json.load(urllib.request.urlopen(request))["data"]
+
+
+def test_a_result_s_key_opens_nothing_for_another_visitor(client, server, parts):
+    client.predict(image=handle_file(str(parts[0])), api_name="/inspect")
+    (owner_file,) = (
+        file
+        for file in server.temporary.glob("diffusionad-space-*/results/*/.owner")
+        if file.read_text() == client.session_hash
+        and (file.parent / "result.json").exists()
+        and file.stat().st_mtime == max(f.stat().st_mtime for f in file.parent.parent.glob("*/.owner"))
+    )
+    key = owner_file.parent.name
+    verdict, pictures, _ = call_of_the_page(server, client.session_hash, "threshold", [key, 0.99, 0.6])
+    assert "No defect found" in verdict and pictures
+    for other, tried in (
+        ("somebody", key),
+        ("", key),
+        (client.session_hash, "../" + key),
+        (client.session_hash, [key]),
+    ):
+        verdict, *rest = call_of_the_page(server, other, "threshold", [tried, 0.99, 0.6])
+        assert "no longer kept" in verdict and key not in json.dumps(rest)
+
+
+def test_assistants_find_the_same_three_tools(server, parts):
+    """Runs where the optional package `mcp` is installed."""
+    pytest.importorskip("mcp", reason='pip install "mcp<2"')
+    import asyncio
+    import base64
+
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamable_http_client
+
+    photo = "data:image/png;base64," + base64.b64encode(parts[0].read_bytes()).decode()
+
+    async def talk():
+        async with streamable_http_client(f"{server.url}gradio_api/mcp/") as (read, write, _):
+            async with ClientSession(read, write) as session:
+                await session.initialize()
+                tools = (await session.list_tools()).tools
+                return tools, await session.call_tool("inspect", {"image": photo, "category": "flange"})
+
+    tools, answer = asyncio.run(talk())
+    assert {tool.name for tool in tools} == {"inspect", "inspect_batch", "calibrate"}
+    assert all(p["description"] for tool in tools for p in tool.inputSchema["properties"].values())
+    assert not answer.isError and "anomaly_score" in answer.content[0].text
 
 
 def test_files_of_the_server_cannot_be_named_as_input_or_fetched(server, checkpoints):
@@ -108,7 +242,7 @@ def test_answers_of_many_callers_are_not_mixed_up(server, model, parts):
     expected = dict(zip([p.name for p in parts], model.pipe(parts).anomaly_score, strict=True))
 
     def caller(part):
-        own = Client(server.url, verbose=False)
+        own = server.client()
         return [own.predict(handle_file(str(part)), api_name="/inspect")[0] for _ in range(2)]
 
     with ThreadPoolExecutor(6) as pool:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import shutil
+import time
 import zipfile
 
 import pytest
@@ -31,7 +33,7 @@ def page(browser, server):
     """A fresh visitor, who must not leave this machine nor see an error in the console."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     page = context.new_page()
-    page.set_default_timeout(45_000)
+    page.set_default_timeout(90_000)
     strangers, errors = [], []
     page.on("request", lambda r: None if r.url.startswith((server.url, "data:", "blob:")) else strangers.append(r.url))
     page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
@@ -49,9 +51,9 @@ def upload(page, path):
 
 
 def move(page, slider, value):
-    page.locator(f"#{slider} input[type=range]").evaluate(
-        "(e, v) => { e.value = v; e.dispatchEvent(new Event('input', {bubbles: true})) }", str(value)
-    )
+    control = page.locator(f"#{slider} input[type=range]")
+    control.scroll_into_view_if_needed()  # waits until a panel that was just opened holds still
+    control.evaluate("(e, v) => { e.value = v; e.dispatchEvent(new Event('input', {bubbles: true})) }", str(value))
 
 
 def tab(page, name):
@@ -60,6 +62,22 @@ def tab(page, name):
 
 def expect(page, selector, text):
     page.locator(selector).filter(has_text=text).first.wait_for()
+
+
+def until(condition, complaint):
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError(complaint)
+
+
+def unpacked(server):
+    return [*server.temporary.glob("diffusionad-space-*/tmp*")]
+
+
+def owners(server):
+    return {file.read_text() for file in server.temporary.glob("diffusionad-space-*/results/*/.owner")}
 
 
 def saved(page, button):
@@ -107,6 +125,54 @@ def test_a_false_alarm_rate_moves_the_threshold(page, server, parts):
     expect(page, "#threshold", "12 normal images are too few for 1 %")
     expect(page, "#verdict", "threshold 1.000")
     assert server.runs == runs
+
+
+def test_opening_the_advanced_settings_changes_nothing_and_they_work(page, server, parts):
+    page.click("#advanced button")
+    page.wait_for_selector("#seed input, #seed textarea")
+    upload(page, parts[0])
+    expect(page, "#verdict", "of the 12 normal images")
+    box = page.locator("#small-timestep input, #small-timestep textarea")
+    box.fill("900")
+    page.click("#again")
+    expect(page, "#verdict .error", "the small one (900) must be below the big one")
+    box.fill("many")
+    page.click("#again")
+    expect(page, "#verdict .error", "The small timestep must be a whole number")
+    box.fill("100")
+    page.click("#again")
+    expect(page, "#verdict", "Other settings than it was calibrated with")
+    box.fill("")
+    page.click("#again")
+    expect(page, "#verdict", "of the 12 normal images")
+
+
+def test_no_regions_are_listed_where_no_defect_is_found(page, parts):
+    upload(page, parts[0])
+    expect(page, "#verdict h2", "efect found")
+    move(page, "threshold", 0.01)
+    page.wait_for_selector("#regions")
+    move(page, "threshold", 0.99)
+    expect(page, "#verdict h2", "No defect found")
+    page.wait_for_selector("#regions", state="hidden")
+
+
+def test_the_keyboard_is_enough(page, server, parts):
+    upload(page, parts[0])
+    expect(page, "#verdict h2", "efect found")
+    runs = server.runs
+    assert page.locator("#verdict [role=status] h2").count() == 1, "a screen reader announces the verdict"
+    page.focus("#threshold input[type=range]")
+    page.keyboard.press("End")
+    expect(page, "#verdict", "threshold 1.000")
+    page.keyboard.press("ArrowLeft")
+    expect(page, "#verdict", "threshold 0.999")
+    assert server.runs == runs
+    page.get_by_role("tab", name="Inspect").focus()
+    for name in ("Batch", "Calibrate", "About"):
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f"[role=tab][aria-selected=true]:has-text('{name}')")
 
 
 def test_downloads_hold_what_they_say(page, parts):
@@ -171,6 +237,27 @@ def test_a_batch_with_a_bad_file_and_its_downloads(page, parts, tmp_path):
         assert name.endswith(".zip") and bundle.testzip() is None and "overlays/zip-overlay.jpg" in bundle.namelist()
 
 
+def test_a_batch_can_be_stopped(page, server, parts, tmp_path):
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as bundle:
+        for i in range(200):
+            bundle.write(parts[0], f"{i}.png")
+    tab(page, "Batch")
+    page.set_input_files("#batch-files input[type=file]", str(tmp_path / "many.zip"))
+    page.wait_for_selector("#batch-files :text('many')")
+    runs = server.runs
+    page.click("#batch-start")
+    expect(page, "#batch-summary", "of 200 images")
+    page.click("#batch-stop")
+    expect(page, "#batch-summary .note", "Stopped.")
+    until(lambda: not unpacked(server), "what was unpacked is left on the disk")
+    assert server.runs - runs < 30, "it ran on"
+    page.locator("#batch-files button[aria-label='Clear']").click()
+    page.set_input_files("#batch-files input[type=file]", str(parts[1]))
+    page.wait_for_selector("#batch-files :text('part-01')")
+    page.click("#batch-start")
+    page.wait_for_selector("#batch-summary .tile")
+
+
 def test_calibrating_changes_the_threshold_of_the_other_tabs_and_can_be_saved_loaded_and_undone(page, parts, tmp_path):
     upload(page, parts[0])
     expect(page, "#verdict h2", "efect found")
@@ -189,7 +276,7 @@ def test_calibrating_changes_the_threshold_of_the_other_tabs_and_can_be_saved_lo
     data = json.loads(path.read_text())
     assert name == "calibration-flange.json" and len(data["scores"]) == 11 and data["false_alarm_rate"] == 0.2
     tab(page, "Inspect")
-    expect(page, "#threshold", "Calibrated on 11 your images")
+    expect(page, "#threshold", "Calibrated on 11 images of yours")
     expect(page, "#verdict", f"threshold {sorted(data['scores'])[-2]:.3f}")
     tab(page, "Calibrate")
     page.click("#calibration-forget")
@@ -201,6 +288,9 @@ def test_calibrating_changes_the_threshold_of_the_other_tabs_and_can_be_saved_lo
 
 def test_two_tabs_keep_to_themselves_and_leaving_one_midway_hurts_no_one(page, browser, server, parts):
     other = browser.new_page()
+    visits = set()
+    session = re.compile(rb'"session_hash":"(\w+)"')
+    other.on("request", lambda r: visits.update(m.decode() for m in session.findall(r.post_data_buffer or b"")))
     other.goto(server.url)
     other.wait_for_selector("#verdict .card")
     tab(other, "Batch")
@@ -209,11 +299,31 @@ def test_two_tabs_keep_to_themselves_and_leaving_one_midway_hurts_no_one(page, b
     other.click("#batch-start")
     expect(other, "#batch-summary", "of 12 images")
     upload(page, parts[0])
+    assert visits & owners(server)
     other.close()
     expect(page, "#verdict h2", "efect found")
-    upload(page, parts[1])
-    page.wait_for_function("() => document.querySelector('#verdict h2')")
+    page.wait_for_selector("#pictures img")
     assert server.process.poll() is None
+    until(lambda: not unpacked(server), "what was unpacked is left on the disk")
+    until(lambda: not visits & owners(server), "a closed tab's results are left on the disk")
+    move(page, "threshold", 0.99)
+    expect(page, "#verdict", "threshold 0.990")
+
+
+def test_a_model_that_fails_midway_is_a_message_and_the_page_goes_on(page, parts):
+    page.locator("#category input").click()
+    page.get_by_role("option", name="fragile").click()
+    upload(page, parts[0])
+    expect(page, "#verdict .error", "fragile: the model failed on this image")
+    tab(page, "Batch")
+    page.set_input_files("#batch-files input[type=file]", str(parts[0]))
+    page.wait_for_selector("#batch-files :text('part-00')")
+    page.click("#batch-start")
+    expect(page, "#batch-table", "The model failed on this image")
+    page.locator("#category input").click()
+    page.get_by_role("option", name="flange").click()
+    tab(page, "Inspect")
+    expect(page, "#verdict h2", "efect found")
 
 
 def test_a_model_that_cannot_be_loaded_is_a_message_and_the_other_goes_on(page, parts):
@@ -224,6 +334,56 @@ def test_a_model_that_cannot_be_loaded_is_a_message_and_the_other_goes_on(page, 
     page.locator("#category input").click()
     page.get_by_role("option", name="flange").click()
     expect(page, "#verdict h2", "efect found")
+
+
+# The ratio of WCAG 2 between each visible text and the first opaque ground behind it, where it is below AA.
+PALE = """() => {
+    const brush = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const rgba = css => {
+        brush.clearRect(0, 0, 1, 1); brush.fillStyle = css; brush.fillRect(0, 0, 1, 1);
+        const [r, g, b, a] = brush.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255];
+    };
+    const light = c => c.slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+    const ground = e => {
+        for (let c; e; e = e.parentElement) if ((c = rgba(getComputedStyle(e).backgroundColor))[3] > .99) return c;
+        return [255, 255, 255, 1];
+    };
+    const pale = {}, texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const e = texts.currentNode.parentElement, text = texts.currentNode.data.trim(), style = getComputedStyle(e);
+        if (text.length < 2 || !e.offsetParent || ['SCRIPT', 'STYLE'].includes(e.tagName)
+            || !e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+        const [a, b] = [light(rgba(style.color)), light(ground(e))].sort((x, y) => y - x);
+        const big = parseFloat(style.fontSize) >= 24 || parseFloat(style.fontSize) >= 18.6 && style.fontWeight >= 700;
+        if ((a + .05) / (b + .05) < (big ? 3 : 4.5)) pale[text.slice(0, 40)] = (a + .05) / (b + .05);
+    }
+    return pale;
+}"""
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_every_text_can_be_read_in_light_and_dark(browser, server, parts, mode):
+    context = browser.new_context(color_scheme=mode)
+    page = context.new_page()
+    page.goto(f"{server.url}?__theme={mode}")
+    page.wait_for_selector("#verdict .card")
+    upload(page, parts[0])
+    expect(page, "#verdict h2", "efect found")
+    page.click("#advanced button")
+    ground = page.evaluate("getComputedStyle(document.querySelector('.card')).backgroundColor")
+    assert ground.startswith("rgb(") and (sum(map(int, ground[4:-1].split(","))) > 384) == (mode == "light")
+    for threshold, words in ((0, "Defect found"), (0.99, "No defect found")):
+        move(page, "threshold", threshold)
+        page.locator("#verdict h2").get_by_text(words, exact=True).wait_for()
+        assert page.evaluate(PALE) == {}, words
+    for name, button in {"Batch": "#batch-start", "Calibrate": "#calibrate-start", "About": None}.items():
+        tab(page, name)
+        if button:
+            page.click(button)
+            page.wait_for_selector(".card.error:visible")
+        assert page.evaluate(PALE) == {}, name
+    context.close()
 
 
 def test_it_fits_a_phone_and_every_control_has_a_name(browser, server, parts):

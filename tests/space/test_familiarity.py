@@ -1,15 +1,18 @@
 """A verdict on a photo of something else must come with a warning, one on a part with a defect must not."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from familiarity import FEWEST_IMAGES, Familiarity, describe, main
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from diffusionad_hf.pipeline_diffusionad import load_image
 from training.demo_parts import render_part
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +43,25 @@ def test_other_things_are_not(familiarity, parts):
         "mean colour": np.full((96, 96, 3), np.array(part).mean(axis=(0, 1)), np.uint8),
         "negative": ImageOps.invert(part),
         "underexposed": part.point(lambda v: v // 2),
+        "out of focus": part.filter(ImageFilter.GaussianBlur(3)),
+        "upside down": part.rotate(180),
+        "on its side": part.rotate(90),
+        "mirrored": ImageOps.mirror(part),
         "close-up": part.crop((0, 0, 40, 40)),
         "far away": ImageOps.expand(part, 40, (60, 60, 65)),
     }
     strangeness = {name: familiarity.strangeness(load_image(image)) for name, image in others.items()}
     assert min(strangeness.values()) > 1, strangeness
+
+
+def test_the_embedded_model_knows_its_part_and_which_way_round_it_lies():
+    file = ROOT / "space" / "checkpoints" / "demo-part" / "familiarity.json"
+    familiarity = Familiarity.from_json(json.loads(file.read_text(encoding="utf-8")))
+    for seed in (7001, 7002):
+        part = Image.fromarray(render_part(np.random.default_rng(seed), size=256))
+        assert familiarity.strangeness(load_image(part)) < 1
+        others = [part.rotate(180), part.rotate(90), ImageOps.mirror(part), part.filter(ImageFilter.GaussianBlur(6))]
+        assert min(familiarity.strangeness(load_image(other)) for other in others) > 1
 
 
 def test_copies_of_one_photo_do_not_make_its_noise_strange(parts):

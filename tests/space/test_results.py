@@ -1,10 +1,11 @@
 """One visitor's results are theirs alone, and not for ever."""
 
+import inspect
 import os
 import time
 
 import pytest
-from results import ResultGone
+from results import ResultGone, Results
 
 
 def test_a_result_opens_for_its_owner_only(results):
@@ -55,3 +56,18 @@ def test_leaving_removes_one_visitor_s_results(results):
     with pytest.raises(ResultGone):
         results.open(mine, "anna")
     results.open(theirs, "ben")
+
+
+def test_the_stated_hour_is_kept_by_itself(tmp_path):
+    parameters = inspect.signature(Results).parameters, inspect.signature(Results.sweep_forever).parameters
+    assert parameters[0]["keep_seconds"].default + parameters[1]["every_seconds"].default <= 3600
+    results = Results(tmp_path / "server", keep_seconds=0.2)
+    results.sweep_forever(every_seconds=0.05)
+    _, folder = results.new("anna")
+    (folder / "photo.png").write_bytes(b"x")
+    (results.folder / "upload.png").write_bytes(b"x")
+    for _ in range(200):
+        if not folder.exists() and not (results.folder / "upload.png").exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError("photos outlived their time")
