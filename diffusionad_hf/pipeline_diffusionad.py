@@ -317,18 +317,21 @@ class DiffusionADPipeline(DiffusionPipeline):
     ) -> Iterator[tuple[torch.Tensor, list[tuple[int, int]]]]:
         """Batches `(B, 3, S, S)` and their images' own sizes; the next one is decoded while the model computes."""
 
-        def read(index: int) -> tuple[torch.Tensor, tuple[int, int]]:
-            decoded = load_image(images[index], name=f"image {index}")
-            return resize_image(decoded, self.config.image_size), tuple(decoded.shape[-2:])
+        def read(index: int) -> torch.Tensor:
+            return load_image(images[index], name=f"image {index}")
 
+        # Files only: where torch works on arrays, it starts threads of its own in every thread, and they get in each
+        # other's way. That is also why images are resized here.
+        files = [isinstance(image, (str, os.PathLike)) for image in images]
         batches = [range(len(images))[start : start + batch_size] for start in range(0, len(images), batch_size)]
         pool = ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), thread_name_prefix="read-images")
         try:
-            reading = [pool.submit(read, index) for index in batches[0]]
-            for following in [*batches[1:], range(0)]:
-                pixels, sizes = zip(*(future.result() for future in reading), strict=True)
-                reading = [pool.submit(read, index) for index in following]
-                yield torch.stack(pixels), list(sizes)
+            reading = {index: pool.submit(read, index) for index in batches[0] if files[index]}
+            for batch, following in zip(batches, [*batches[1:], range(0)], strict=True):
+                decoded = [reading[index].result() if files[index] else read(index) for index in batch]
+                reading = {index: pool.submit(read, index) for index in following if files[index]}
+                pixels = torch.stack([resize_image(image, self.config.image_size) for image in decoded])
+                yield pixels, [tuple(image.shape[-2:]) for image in decoded]
         finally:
             pool.shutdown(cancel_futures=True)
 
