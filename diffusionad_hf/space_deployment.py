@@ -19,7 +19,8 @@ MODELS_VARIABLE = "DIFFUSIONAD_MODELS"
 """The environment variable that tells the app which models to offer."""
 
 _PACKAGE = Path(__file__).resolve().parent
-_APP = ("*.py", "*.css", "README.md")
+_THUMBNAIL = "thumbnail.png"
+_APP = ("*.py", "*.css", "README.md", _THUMBNAIL)
 _PACKAGE_FILES = ("*.py", "*.md")
 # The demo part's: with other models they would only mislead.
 _DEMO = ("examples/*.png", "examples/*.jpg", *(f"checkpoints/*/{pattern}" for pattern in PUBLISHED))
@@ -73,7 +74,7 @@ def deploy_space(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder)
-        card = _stage(app, staging, models)
+        card = _stage(app, staging, models, f"{api.endpoint}/spaces/{repo_id}")
         with explained(repo_id):
             check_card(card)
             api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
@@ -94,7 +95,7 @@ def deploy_space(
     return f"{api.endpoint}/spaces/{repo_id}"
 
 
-def _stage(app: Path, staging: Path, models: Sequence[str]) -> SpaceCard:
+def _stage(app: Path, staging: Path, models: Sequence[str], url: str) -> SpaceCard:
     """Copies what the Space is to hold into an empty folder; returns its card."""
     _copy(app, staging, _APP if models else (*_APP, *_DEMO))
     _copy(_PACKAGE, staging / _PACKAGE.name, _PACKAGE_FILES)
@@ -103,7 +104,10 @@ def _stage(app: Path, staging: Path, models: Sequence[str]) -> SpaceCard:
     ids = [model for model in models if "/" in model]
     if ids:
         card.data.models = ids
-        card.save(staging / "README.md")
+    if (staging / _THUMBNAIL).is_file():
+        # A link to the Space shows it, so it takes an address that others can open.
+        card.data.thumbnail = f"{url}/resolve/main/{_THUMBNAIL}"
+    card.save(staging / "README.md")
     return card
 
 

@@ -103,6 +103,8 @@ def test_what_goes_along_and_what_stays_at_home(hub, client, tmp_path):
     assert {"jinja2", "diffusers", "safetensors", "torch"} <= {re.match(r"[\w-]+", line)[0] for line in asked}
     header = metadata_of(found["README.md"].decode())
     assert header["sdk"] == "gradio" and header["app_file"] == "app.py" and not header.get("models")
+    picture = urllib.request.urlopen(header["thumbnail"], timeout=10).read()
+    assert picture == (app / "thumbnail.png").read_bytes(), "the address works for whoever sees the link"
 
 
 def test_the_same_again_makes_no_commit_and_an_update_one(hub, client, tmp_path):
