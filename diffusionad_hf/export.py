@@ -274,7 +274,8 @@ def _write_onnx(
 def _quantised(model: Any, samples: list[dict[str, np.ndarray]]) -> Any:
     """An OpenVINO or ONNX model with int8 convolutions and matrix products."""
     nncf = require_runtime("nncf")
-    nncf.set_log_level(logging.ERROR)
+    # Not by its own function, which would silence the handlers of everybody else too.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf.quantize(
         model,
         nncf.Dataset(samples),

@@ -1,6 +1,7 @@
 """Export to OpenVINO and ONNX Runtime: the same answers, in the same commands, and clear words where it cannot be."""
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -133,12 +134,14 @@ def test_float16_is_half_as_large_and_close(kind, exports, calibrated, images, t
     assert exported.record["calibrated_with"] == ORIGINAL
 
 
-def test_int8_onnx_is_close(calibrated, images, tmp_path):
+def test_int8_onnx_is_close_and_the_logs_of_others_are_left_alone(calibrated, images, tmp_path):
+    levels = [handler.level for handler in logging.root.handlers]
     options = {"format": "onnx", "precision": "int8", "calibration_images": images[:2]}
     exported = quiet(export_pipeline(calibrated, tmp_path / "int8", **options))
     differences = np.abs(exported(images).anomaly_score - calibrated(images).anomaly_score)
     assert 0 < differences.mean() < 0.01
     assert exported.record["score_difference"]["largest"] > 0
+    assert [handler.level for handler in logging.root.handlers] == levels
 
 
 def weights_size(folder):
