@@ -5,9 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx2
 from huggingface_hub import RepoCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 __all__ = ["TOKEN_HELP", "check_card", "check_repo_id", "explained", "one_line"]
@@ -72,7 +77,8 @@ def explained(repo_id: str) -> Iterator[None]:
         else:
             reason = f"the Hub refuses ({said})"
         raise OSError(f"{repo_id}: {reason}.") from error
-    except (httpx2.TransportError, OfflineModeIsEnabled) as error:
+    # The base class of all that the client's HTTP library raises, whichever library that is.
+    except (HTTPError, OfflineModeIsEnabled) as error:
         raise OSError(
             f"{repo_id}: the Hub cannot be reached ({one_line(error)}); check the network and HF_HUB_OFFLINE."
         ) from error

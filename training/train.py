@@ -57,7 +57,8 @@ _PATIENCE = timedelta(hours=3)
 def main(argv: list[str] | None = None) -> int:
     """Runs a training; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # the Hub client's HTTP library, by version
+        logging.getLogger(name).setLevel(logging.WARNING)
     args = parse_arguments(argv)
     try:
         if args.push_to_hub:
