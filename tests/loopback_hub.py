@@ -33,6 +33,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
 import pytest
@@ -384,7 +386,11 @@ class LoopbackHub:
         for listening in sockets.values():
             # Otherwise every answer, sent as headers and body, waits 40 ms for an acknowledgement.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.endpoint, self.cdn_endpoint = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in sockets.values())
+        # Under names of their own: by the host, clients tell whether their token may go along.
+        hosts = {"hub": "127.0.0.1", "cdn": "localhost"}
+        self.endpoint, self.cdn_endpoint = (
+            f"http://{hosts[name]}:{listening.getsockname()[1]}" for name, listening in sockets.items()
+        )
         self._servers = {
             name: uvicorn.Server(
                 uvicorn.Config(
@@ -450,6 +456,7 @@ class LoopbackHub:
         """
         import huggingface_hub
         from huggingface_hub import constants
+        from huggingface_hub.utils import fix_hf_endpoint_in_url
 
         for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
             monkeypatch.delenv(name)
@@ -470,6 +477,12 @@ class LoopbackHub:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.endpoint)
+        if int(huggingface_hub.__version__.partition(".")[0]) < 2:
+            # It has huggingface.co written out where it checks a card.
+            def post(url: str, **kwargs: Any) -> Any:
+                return huggingface_hub.get_session().post(fix_hf_endpoint_in_url(url, self.endpoint), **kwargs)
+
+            monkeypatch.setattr(huggingface_hub.repocard, "get_session", lambda: SimpleNamespace(post=post))
 
     # What tests put in and look at, without HTTP
 

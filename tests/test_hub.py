@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -279,6 +280,10 @@ for _ in range(2):
 """
 
 
+@pytest.mark.skipif(
+    int(huggingface_hub.__version__.partition(".")[0]) < 2,
+    reason="below 2, the client has a card checked by huggingface.co whatever HF_ENDPOINT says",
+)
 def test_through_xet_the_weights_arrive_whole_and_only_once(hub, tmp_path, model_dir):
     pytest.importorskip("hf_xet", reason="needs hf_xet, which huggingface_hub brings on most machines")
     environment = {**hub.environment(tmp_path / "home"), "HF_HUB_DISABLE_XET": "0"}
