@@ -1,10 +1,12 @@
 """The reconstruction network: a noise-predicting UNet with a fixed number of attention heads at every level."""
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 # Files saved with a model travel to the Hub beside its weights and are imported there on their own: this module
@@ -18,19 +20,23 @@ _SMALLEST_ATTENTION_MAP = 8
 
 class NormGuidedUNet2DModel(UNet2DModel):
     r"""
-    Predicts the noise in a noised image; stock [`UNet2DModel`] plus the one thing its configuration cannot say, the
+    Predicts the noise in a noised image; stock [`UNet2DModel`] plus the two things its configuration cannot say: the
     number of attention heads per level (`attention_head_dim` fixes their width instead, so the number would grow with
-    the channels).
+    the channels), and the patches that it looks at instead of pixels.
 
     Weights of the paper's own UNet fit one to one (`models/Recon_subnetwork.py` of the reference). As there, the last
     convolution of every residual block, of every attention block and of the network starts at zero.
 
     Args:
         num_attention_heads (`int`, defaults to 4): Heads of every attention block; must divide its channels.
+        patch_size (`int`, defaults to 1): Side length in px of the patches that the network takes for its pixels: all
+            of a patch's values are channels of one position, going in and coming out, so that nothing of the image is
+            lost and every level computes `patch_size ** 2` times less. 1 in the reference.
         *: Every argument of [`UNet2DModel`], with the reference's values as defaults.
 
     Raises:
-        ValueError: If an attention block's channels are no multiple of `num_attention_heads`.
+        ValueError: If an attention block's channels are no multiple of `num_attention_heads`, or the patches have no
+            size.
     """
 
     @register_to_config
@@ -65,11 +71,14 @@ class NormGuidedUNet2DModel(UNet2DModel):
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
         num_attention_heads: int = 4,
+        patch_size: int = 1,
     ):
+        if patch_size < 1:
+            raise ValueError(f"patch_size={patch_size}: must be at least 1.")
         super().__init__(
             sample_size=sample_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
+            in_channels=in_channels * patch_size**2,
+            out_channels=out_channels * patch_size**2,
             center_input_sample=center_input_sample,
             time_embedding_type=time_embedding_type,
             time_embedding_dim=time_embedding_dim,
@@ -96,6 +105,8 @@ class NormGuidedUNet2DModel(UNet2DModel):
             num_class_embeds=num_class_embeds,
             num_train_timesteps=num_train_timesteps,
         )
+        # The stock class has just noted the channels of the patches.
+        self.register_to_config(in_channels=in_channels, out_channels=out_channels)
         for module in self.modules():
             if isinstance(module, Attention):
                 if module.inner_dim % num_attention_heads:
@@ -110,6 +121,32 @@ class NormGuidedUNet2DModel(UNet2DModel):
             elif isinstance(module, ResnetBlock2D):
                 _zero(module.conv2)
         _zero(self.conv_out)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            sample (`torch.Tensor` of shape `(N, in_channels, H, W)`): Noised images; H and W multiples of
+                `patch_size` times 2 to the number of levels less one.
+            timestep (`torch.Tensor` of shape `(N,)`, `float` or `int`): How much noise is in them.
+            class_labels (`torch.Tensor` of shape `(N,)`, *optional*): As in [`UNet2DModel`].
+            return_dict (`bool`): Return an `UNet2DOutput`, else a plain tuple.
+
+        Returns:
+            `UNet2DOutput` or `tuple`: The noise, `(N, out_channels, H, W)`.
+        """
+        patch_size = self.config.patch_size
+        if patch_size > 1:
+            sample = F.pixel_unshuffle(sample, patch_size)
+        (noise,) = super().forward(sample, timestep, class_labels, return_dict=False)
+        if patch_size > 1:
+            noise = F.pixel_shuffle(noise, patch_size)
+        return UNet2DOutput(sample=noise) if return_dict else (noise,)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -127,7 +164,11 @@ class NormGuidedUNet2DModel(UNet2DModel):
 
     @staticmethod
     def size_config(
-        base_channels: int, resolution: int, norm_num_groups: int = 32, largest_attention_map: int = 32
+        base_channels: int,
+        resolution: int,
+        norm_num_groups: int = 32,
+        largest_attention_map: int = 32,
+        patch_size: int = 1,
     ) -> dict:
         """
         The size-dependent part of the configuration, as the reference derives it (`models/Recon_subnetwork.py`).
@@ -136,20 +177,21 @@ class NormGuidedUNet2DModel(UNet2DModel):
             base_channels (`int`): Channels at full resolution; a multiple of `norm_num_groups`.
             resolution (`int`): Side length of the images in px.
             norm_num_groups (`int`): Groups of every group norm.
-            largest_attention_map (`int`): Side length in px up to which feature maps get self-attention.
+            largest_attention_map (`int`): Side length up to which feature maps get self-attention.
+            patch_size (`int`): Side length in px of the patches; the levels follow from the number of patches.
 
         Returns:
             `dict`: Keyword arguments of this class.
         """
-        if resolution <= 64:
+        side = resolution // patch_size
+        if side <= 64:
             multipliers = (1, 2, 3, 4)
-        elif resolution <= 128:
+        elif side <= 128:
             multipliers = (1, 1, 2, 3, 4)
         else:
             multipliers = (1, 1, 2, 2, 4, 4)
         attends = [
-            _SMALLEST_ATTENTION_MAP <= resolution // 2**level <= largest_attention_map
-            for level in range(len(multipliers))
+            _SMALLEST_ATTENTION_MAP <= side // 2**level <= largest_attention_map for level in range(len(multipliers))
         ]
         return {
             "sample_size": resolution,
@@ -157,6 +199,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
             "down_block_types": tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends),
             "up_block_types": tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)),
             "norm_num_groups": norm_num_groups,
+            "patch_size": patch_size,
         }
 
 

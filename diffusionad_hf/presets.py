@@ -1,5 +1,7 @@
 """Named sizes of the two networks, and untrained pipelines of them."""
 
+import math
+
 from .modeling_anomaly_segmenter import AnomalySegmenter
 from .modeling_norm_guided_unet import NormGuidedUNet2DModel
 from .pipeline_diffusionad import DiffusionADPipeline
@@ -29,16 +31,18 @@ def build_pipeline(preset: str = "small", resolution: int = 256) -> DiffusionADP
     """
     if preset not in PRESETS:
         raise ValueError(f'preset="{preset}": must be one of {", ".join(PRESETS)}.')
-    multiple = AnomalySegmenter.size_multiple
-    if resolution < multiple or resolution % multiple:
-        raise ValueError(
-            f"resolution={resolution}: the networks halve the image five times, so it must be a multiple of "
-            f"{multiple}."
-        )
     unet_sizes = dict(PRESETS[preset])
     segmenter_base_channels = unet_sizes.pop("segmenter_base_channels")
+    config = NormGuidedUNet2DModel.size_config(resolution=resolution, **unet_sizes)
+    smallest_map = config["patch_size"] * 2 ** (len(config["block_out_channels"]) - 1)
+    multiple = math.lcm(AnomalySegmenter.size_multiple, smallest_map)
+    if resolution < multiple or resolution % multiple:
+        raise ValueError(
+            f"resolution={resolution}: the networks halve the image again and again, so it must be a multiple of "
+            f"{multiple}."
+        )
     return DiffusionADPipeline(
-        unet=NormGuidedUNet2DModel(**NormGuidedUNet2DModel.size_config(resolution=resolution, **unet_sizes)),
+        unet=NormGuidedUNet2DModel(**config),
         segmenter=AnomalySegmenter(base_channels=segmenter_base_channels),
         scheduler=NormGuidedScheduler(),
     )

@@ -37,7 +37,7 @@ def images(photo):
     return [photo, photo[::-1], noisy, photo[:32, :32], np.full((64, 32, 3), 200, np.uint8)]
 
 
-def make_pipeline() -> DiffusionADPipeline:
+def make_pipeline(patch_size: int = 1) -> DiffusionADPipeline:
     """With every kind of block, and as few as that takes: each one costs time to trace."""
     torch.manual_seed(0)
     unet = NormGuidedUNet2DModel(
@@ -47,6 +47,7 @@ def make_pipeline() -> DiffusionADPipeline:
         up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
         layers_per_block=1,
         norm_num_groups=8,
+        patch_size=patch_size,
     )
     pipe = DiffusionADPipeline(unet, AnomalySegmenter(base_channels=4), NormGuidedScheduler())
     with torch.no_grad():
@@ -114,6 +115,14 @@ def test_scores_maps_and_verdicts_are_the_pipelines(kind, exports, calibrated, i
         assert ours.is_anomalous.tolist() == theirs.is_anomalous.tolist()
         assert ours.p_value.tolist() == theirs.p_value.tolist()
     assert exported.threshold == calibrated.threshold
+
+
+@pytest.mark.parametrize("kind", ["openvino", "onnx"])
+def test_a_unet_of_patches_gives_the_same_scores(kind, images, tmp_path):
+    pipe = make_pipeline(patch_size=2)
+    export_pipeline(pipe, tmp_path / kind, format=kind)
+    exported = quiet(load_model(tmp_path / kind))
+    np.testing.assert_allclose(exported(images).anomaly_score, pipe(images).anomaly_score, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["openvino", "onnx"])

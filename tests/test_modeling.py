@@ -1,11 +1,17 @@
 """The networks: sizes, structure, and that they can be told apart by what goes in."""
 
+import einops
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusionad_hf import PRESETS, AnomalySegmenter, NormGuidedUNet2DModel, build_pipeline
 from diffusionad_hf.convert import convert_unet_weights
 from tests.reference import reference_weights
+
+PIXELS_TO_CHANNELS = "n c (h p) (w q) -> n (c p q) h w"
+CHANNELS_TO_PIXELS = "n (c p q) h w -> n c (h p) (w q)"
+SIDES = {"p": 2, "q": 2}
 
 
 def millions(module):
@@ -68,6 +74,57 @@ def test_the_number_of_heads_changes_the_output_and_survives_saving(tmp_path):
             outputs[heads] = loaded(x, 200).sample
             torch.testing.assert_close(outputs[heads], unet(x, 200).sample, atol=1e-4, rtol=1e-3)
     assert not torch.allclose(outputs[1], outputs[4], atol=1e-3)
+
+
+PATCHES = NormGuidedUNet2DModel.size_config(16, 64, norm_num_groups=16, patch_size=2)
+
+
+def random_unet(**config):
+    torch.manual_seed(0)
+    unet = NormGuidedUNet2DModel(**config).eval()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return unet
+
+
+def test_a_unet_of_patches_says_pixels_and_survives_saving(tmp_path):
+    unet = random_unet(**PATCHES)
+    assert (unet.config.in_channels, unet.config.out_channels, unet.config.sample_size) == (3, 3, 64)
+    unet.save_pretrained(tmp_path)
+    loaded = NormGuidedUNet2DModel.from_pretrained(tmp_path)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(x, 200).sample, unet(x, 200, return_dict=False)[0])
+        assert unet(x, 200).sample.shape == x.shape
+
+
+def test_a_unet_of_patches_is_the_stock_one_on_an_image_with_a_channel_for_every_pixel_of_a_patch():
+    unet = random_unet(**PATCHES)
+    stock = NormGuidedUNet2DModel(**(PATCHES | {"patch_size": 1, "in_channels": 12, "out_channels": 12})).eval()
+    stock.load_state_dict(unet.state_dict())
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        found, expected = unet(x, 200).sample, stock(einops.rearrange(x, PIXELS_TO_CHANNELS, **SIDES), 200).sample
+    torch.testing.assert_close(found, einops.rearrange(expected, CHANNELS_TO_PIXELS, **SIDES))
+
+
+def test_patches_compute_a_quarter():
+    def flops(patch_size):
+        config = NormGuidedUNet2DModel.size_config(16, 64, norm_num_groups=16, patch_size=patch_size)
+        # The same levels, so that nothing but the patches differs.
+        config |= {name: PATCHES[name] for name in ("block_out_channels", "down_block_types", "up_block_types")}
+        unet = NormGuidedUNet2DModel(**config)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(torch.rand(1, 3, 64, 64), 200)
+        return counter.get_total_flops()
+
+    assert flops(2) < 0.27 * flops(1)
+
+
+def test_patches_without_a_size_are_refused():
+    with pytest.raises(ValueError, match="patch_size=0.*at least 1"):
+        NormGuidedUNet2DModel(**(PATCHES | {"patch_size": 0}))
 
 
 def test_an_untrained_unet_predicts_zero_as_the_reference_does():

@@ -57,7 +57,8 @@ _PATIENCE = timedelta(hours=3)
 def main(argv: list[str] | None = None) -> int:
     """Runs a training; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for name in ("httpx", "httpx2"):  # the Hub client's HTTP library, by version
+    # The Hub client's HTTP library, by version; and Accelerate, which tells of every file of every checkpoint.
+    for name in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     args = parse_arguments(argv)
     try:

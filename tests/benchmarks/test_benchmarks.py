@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import inference, startup, training
+from benchmarks import inference, pareto, startup, training
 from benchmarks.machine import count_flops, find_device, matmul_peak, measure_in_turns, spread
 from diffusionad_hf import build_pipeline
+from tests.dataset_factory import write_image
 
+SLIMMEST = "tiny, patches, slim segmenter"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,7 +43,7 @@ def test_help_names_every_measurement_and_imports_none():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     files = {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
-    for name in ("inference", "training", "synthesis", "metrics", "startup", "space"):
+    for name in ("inference", "training", "synthesis", "metrics", "startup", "space", "runtimes", "pareto"):
         assert name in files and name in done.stdout
 
 
@@ -149,3 +152,33 @@ def test_startup(tmp_path):
 def test_a_failing_start_says_why():
     with pytest.raises(SystemExit, match="ZeroDivisionError"):
         startup._run([sys.executable, "-c", "1 / 0"])
+
+
+def test_on_the_front_is_what_none_beats():
+    points = {"slow": (9, 0.9), "fast": (1, 0.5), "beaten": (2, 0.5), "equal": (1, 0.5), "middle": (3, 0.7)}
+    assert pareto.front(points) == ["fast", "equal", "middle", "slow"]
+
+
+def test_sizes_are_trained_once_and_compared_in_every_runtime(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("openvino", reason="the runtimes are compared; pip install diffusionad-hf[openvino]")
+    for i in range(6):
+        write_image(tmp_path / f"parts/train/good/{i}.png")
+    for i in range(2):
+        write_image(tmp_path / f"parts/test/good/{i}.png")
+        write_image(
+            tmp_path / f"parts/test/hole/{i}.png", True, mask_path=tmp_path / f"parts/ground_truth/hole/{i}_mask.png"
+        )
+    options = ["--train_dir", tmp_path / "parts", "--work_dir", tmp_path / "work", "--resolution", 32]
+    options += ["--max_train_steps", 2, "--train_batch_size", 2, "--repeats", 1, "--sizes", SLIMMEST]
+    options += ["--json", tmp_path / "sizes.json", "--plot", tmp_path / "sizes.png"]
+    monkeypatch.setattr(sys, "argv", ["pareto", *map(str, [*options, "--train_only"])])
+    pareto.main()
+    weights = tmp_path / "work/tiny-patches-slim-segmenter/unet/diffusion_pytorch_model.safetensors"
+    trained = weights.stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", ["pareto", *map(str, options)])
+    pareto.main()
+    assert weights.stat().st_mtime_ns == trained, "trained again"
+    size = json.loads((tmp_path / "sizes.json").read_text())["sizes"][SLIMMEST]
+    assert size["gflop"] > 0 and 0 <= size["pixel_ap"] <= 1
+    assert len(size["runtimes"]) == 5 and all(runtime["on_front"] for runtime in size["runtimes"].values())
+    assert Image.open(tmp_path / "sizes.png").width > 500 and SLIMMEST in capsys.readouterr().out
