@@ -22,12 +22,14 @@ from benchmarks.machine import count_flops, describe, report
 from benchmarks.runtimes import run as measure_runtimes
 from diffusionad_hf import PRESETS, DiffusionADPipeline
 
-# What was tried: fewer channels; patches instead of pixels for the UNet; a segmenter of half the channels.
+# What was tried: fewer channels; one residual block a level instead of two; patches instead of pixels for the UNet; a
+# segmenter of half the channels.
 SIZES: dict[str, dict[str, int]] = {
     **{name: PRESETS[name] for name in ("small", "tiny")},
     "small, patches": {"base_channels": 32, "segmenter_base_channels": 16, "patch_size": 2},
     "tiny, patches": {**PRESETS["tiny"], "patch_size": 2},
-    "tiny, patches, slim segmenter": {**PRESETS["tiny"], "patch_size": 2, "segmenter_base_channels": 8},
+    "tiny, one block": {**PRESETS["tiny"], "layers_per_block": 1},
+    "tiny, one block, slim segmenter": {**PRESETS["tiny"], "layers_per_block": 1, "segmenter_base_channels": 8},
 }
 _TRAINING = ("--preset", "small", "--unet_learning_rate", "5e-4", "--segmenter_learning_rate", "1e-3")
 

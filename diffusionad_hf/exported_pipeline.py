@@ -14,6 +14,7 @@ import torch
 from diffusers.utils import logging
 from torch import nn
 
+from .files import replace_file
 from .pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
 from .scheduling_norm_guided import NormGuidedScheduler
 
@@ -115,10 +116,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
         if settings["calibration_scores"] != self.record["calibration_scores"]:
             settings["calibrated_with"] = self.unet.arithmetic
         self.record = {**self.record, **settings}
-        file = Path(save_directory) / self.config_name
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(json.dumps(self.record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(file)
+        replace_file(Path(save_directory) / self.config_name, json.dumps(self.record, indent=2, sort_keys=True) + "\n")
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Writes a folder that [`from_pretrained`] loads: the graph's files and `exported_model.json`."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .files import replace_file, replacing
 from .pipeline_diffusionad import DiffusionADPipeline, InvalidImageError, load_image
 from .visualization import find_regions, location_words, mask_image, overlay, region_threshold, save_image
 
@@ -355,7 +356,8 @@ def write_json(path: Path, model: str, results: Sequence[Inspection | Failure]) 
         "images": [asdict(result) for result in results if isinstance(result, Inspection)],
         "failures": [asdict(result) for result in results if isinstance(result, Failure)],
     }
-    _write_whole(path, json.dumps(_finite(content), indent=2) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(_finite(content), indent=2) + "\n")
 
 
 def write_csv(path: Path, results: Sequence[Inspection | Failure]) -> None:
@@ -372,9 +374,8 @@ def write_csv(path: Path, results: Sequence[Inspection | Failure]) -> None:
         "where",
         "error",
     ]
-    partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=columns, restval="")
         writer.writeheader()
         for result in results:
@@ -387,14 +388,6 @@ def write_csv(path: Path, results: Sequence[Inspection | Failure]) -> None:
             row["largest_box"] = "" if largest is None else " ".join(map(str, largest["box"]))
             row["where"] = "; ".join(result.where)
             writer.writerow({name: "" if value is None else value for name, value in row.items()})
-    partial.replace(path)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _finite(value: Any) -> Any:

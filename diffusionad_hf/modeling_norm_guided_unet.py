@@ -169,6 +169,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
         norm_num_groups: int = 32,
         largest_attention_map: int = 32,
         patch_size: int = 1,
+        layers_per_block: int = 2,
     ) -> dict:
         """
         The size-dependent part of the configuration, as the reference derives it (`models/Recon_subnetwork.py`).
@@ -179,6 +180,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
             norm_num_groups (`int`): Groups of every group norm.
             largest_attention_map (`int`): Side length up to which feature maps get self-attention.
             patch_size (`int`): Side length in px of the patches; the levels follow from the number of patches.
+            layers_per_block (`int`): Residual blocks of every level on the way down; one more on the way up.
 
         Returns:
             `dict`: Keyword arguments of this class.
@@ -200,6 +202,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
             "up_block_types": tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)),
             "norm_num_groups": norm_num_groups,
             "patch_size": patch_size,
+            "layers_per_block": layers_per_block,
         }
 
 

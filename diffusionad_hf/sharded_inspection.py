@@ -12,7 +12,6 @@ whole or not there, and whose names say what they hold:
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from .data import require
+from .files import replace_file, replacing
 from .inspection import Failure, Inspection, Item, inspect_batches
 from .inspection_inputs import Inputs
 from .pipeline_diffusionad import DiffusionADPipeline
@@ -149,7 +149,7 @@ def open_run(
             elif done:
                 raise ValueError(f"{folder}: holds shards and no {_RUN_FILE} to say of what; delete it to start anew.")
             else:
-                _write_atomically(record, json.dumps(description, indent=2).encode() + b"\n")
+                _write(record, json.dumps(description, indent=2) + "\n")
             for partial in folder.glob(".*.partial"):
                 partial.unlink()
             size = _ROWS_PER_SHARD
@@ -328,18 +328,12 @@ def _write_shard(folder: Path, shard: Shard, rows: list[dict[str, Any]]) -> None
     pa, parquet = require("pyarrow"), require("pyarrow.parquet")
     sink = pa.BufferOutputStream()
     parquet.write_table(pa.Table.from_pylist(rows, schema=_schema()), sink)
-    _write_atomically(folder / shard.file_name, sink.getvalue())
+    _write(folder / shard.file_name, sink.getvalue())
 
 
-def _write_atomically(path: Path, data: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+def _write(path: Path, content: Any) -> None:
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            # Or a machine that fails may leave a file of the right name and no content.
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_file(path, content)
     except OSError as error:
         raise OSError(
             f"{path}: cannot be written ({error.strerror}); what is there is kept: run the same again to go on."
@@ -367,9 +361,9 @@ def merge_shards(folder: Path, target: Path, num_parts: int) -> Summary:
                 "delete the folder to start anew."
             )
     summary = Summary()
-    partial = target.with_name(f".{target.name}.partial")
+    schema = pa.schema([pa.field("row", pa.int64()), *_schema()])
     try:
-        with parquet.ParquetWriter(partial, pa.schema([pa.field("row", pa.int64()), *_schema()])) as writer:
+        with replacing(target) as partial, parquet.ParquetWriter(partial, schema) as writer:
             for shard in shards:
                 table = _read_shard(folder, shard)
                 numbers = pa.array(range(summary.images, summary.images + len(table)), pa.int64())
@@ -379,11 +373,8 @@ def merge_shards(folder: Path, target: Path, num_parts: int) -> Summary:
                 summary.anomalous += table["verdict"].to_pylist().count("anomalous")
                 summary.failed += len(errors)
                 summary.errors += errors[: 10 - len(summary.errors)]
-        partial.replace(target)
     except OSError as error:
         raise OSError(f"{target}: cannot be written ({error}); the shards are kept: run the same again.") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return summary
 
 

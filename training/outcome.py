@@ -14,9 +14,9 @@ import torch
 
 from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.calibration import calibrate
+from diffusionad_hf.files import replace_file, replace_folder, restore_folder
 
 from .dataset import NormalImages
-from .files import replace_file, replace_folder, restore_folder
 from .losses import DiffusionADObjective
 from .validation import Validation
 

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusionad_hf import DiffusionADPipeline, NormGuidedScheduler, build_pipeline  # noqa: E402
+from diffusionad_hf.files import restore_folder  # noqa: E402
 from training.arguments import parse_arguments  # noqa: E402
 from training.categories import ALL, check_publishing, train_all, train_and_publish  # noqa: E402
 from training.checkpoints import (  # noqa: E402
@@ -35,7 +36,6 @@ from training.checkpoints import (  # noqa: E402
     save_checkpoint,
 )
 from training.dataset import NormalImages, StepSampler, split_holdout  # noqa: E402
-from training.files import restore_folder  # noqa: E402
 from training.images import load_images  # noqa: E402
 from training.losses import DiffusionADObjective  # noqa: E402
 from training.memory import keep_freed_memory  # noqa: E402

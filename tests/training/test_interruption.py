@@ -17,7 +17,6 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from training import train
-from training.files import replace_file, replace_folder, restore_folder
 
 from .runs import WEIGHTS, arguments, run, same, start, weights
 
@@ -121,34 +120,6 @@ def test_a_full_disk_ends_the_training_in_one_line_and_it_resumes(
     monkeypatch.undo()
     assert run(data, tmp_path, resume_from_checkpoint="latest") == 0
     assert same(weights(tmp_path), weights(trained))
-
-
-def test_a_file_and_a_folder_are_the_former_or_the_new_one(tmp_path, monkeypatch):
-    def write(text):
-        return lambda folder: (folder.mkdir(), (folder / "a").write_text(text))
-
-    file, folder = tmp_path / "file", tmp_path / "folder"
-    replace_file(file, "1")
-    replace_folder(folder, write("1"))
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    rename = Path.rename
-    for at in (killed, lambda source, target: rename(source, target) if source == folder else killed()):
-        monkeypatch.setattr(os, "replace", killed)
-        monkeypatch.setattr(Path, "rename", at)
-        with pytest.raises(KeyboardInterrupt):
-            replace_file(file, "2")
-        with pytest.raises(KeyboardInterrupt):
-            replace_folder(folder, write("2"))
-        monkeypatch.undo()
-        restore_folder(folder)
-        assert file.read_text() == (folder / "a").read_text() == "1"
-    replace_file(file, "3")
-    replace_folder(folder, write("3"))
-    assert file.read_text() == (folder / "a").read_text() == "3"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".file.partial", "file", "folder"][1:]
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------

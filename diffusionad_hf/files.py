@@ -2,17 +2,31 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replace_file", "replace_folder", "restore_folder"]
+__all__ = ["replace_file", "replace_folder", "replacing", "restore_folder"]
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a text file."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the path to write to; the file takes its own place at the end, and none is left of one that failed."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes a file; text in UTF-8, its line ends as they are."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        # Or a machine that fails may leave a file of the right name and no content.
+        os.fsync(file.fileno())
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:

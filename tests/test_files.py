@@ -1,0 +1,56 @@
+"""Files and folders are there whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from diffusionad_hf.files import replace_file, replace_folder, replacing, restore_folder
+
+
+def test_a_file_and_a_folder_are_the_former_or_the_new_one(tmp_path, monkeypatch):
+    def write(text):
+        return lambda folder: (folder.mkdir(), (folder / "a").write_text(text))
+
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    replace_file(file, "1")
+    replace_folder(folder, write("1"))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    rename = Path.rename
+    for at in (killed, lambda source, target: rename(source, target) if source == folder else killed()):
+        monkeypatch.setattr(os, "replace", killed)
+        monkeypatch.setattr(Path, "rename", at)
+        with pytest.raises(KeyboardInterrupt):
+            replace_file(file, "2")
+        with pytest.raises(KeyboardInterrupt):
+            replace_folder(folder, write("2"))
+        monkeypatch.undo()
+        restore_folder(folder)
+        assert file.read_text() == (folder / "a").read_text() == "1"
+    replace_file(file, "3")
+    replace_folder(folder, write("3"))
+    assert file.read_text() == (folder / "a").read_text() == "3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_failed_write_leaves_the_former_file_and_nothing_beside_it(tmp_path):
+    file = tmp_path / "file"
+    replace_file(file, b"1")
+    with pytest.raises(ZeroDivisionError), replacing(file) as partial:
+        partial.write_text("2")
+        assert file.read_text() == "1"
+        1 / 0  # noqa: B018
+    assert file.read_text() == "1" and list(tmp_path.iterdir()) == [file]
+
+
+def test_the_disk_has_the_content_before_the_file_has_its_name(tmp_path, monkeypatch):
+    order = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (order.append("sync"), sync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("name"), replace(*paths)))
+    replace_file(tmp_path / "file", "Zoë\r\n")
+    assert order == ["sync", "name"]
+    assert (tmp_path / "file").read_bytes() == b"Zo\xc3\xab\r\n"
