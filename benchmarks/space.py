@@ -23,6 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -168,7 +169,8 @@ def main() -> None:
     parser.add_argument("--models", required=True, help="folder of one or more models; the first is used")
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
     parser.add_argument("--callers", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--requests", type=int, default=200, help="of a round, from all callers together")
+    parser.add_argument("--rounds", type=int, default=5, help="memory and disk are looked at before and after each")
     parser.add_argument("--repeats", type=int, default=20, help="of the single request and of the threshold's move")
     parser.add_argument("--json", type=Path, help="where to write the figures as well")
     arguments = parser.parse_args()
@@ -186,11 +188,14 @@ def main() -> None:
         moves = threshold_ms(url, images[0], arguments.repeats)
         if moves:
             report |= {"threshold_ms": statistics.median(moves), "threshold_ms_worst": max(moves)}
-        # Twice, for what the first run fills once and for all, such as caches and thread stacks, is no leak.
-        load(url, images, scores, arguments.callers, arguments.requests)
-        before = memory_mb(process), disk_mb(folder)
-        report |= load(url, images, scores, arguments.callers, arguments.requests)
-        report |= {"memory_mb": [before[0], memory_mb(process)], "disk_mb": [before[1], disk_mb(folder)]}
+        # Again and again: what the first round fills once and for all, such as caches and thread stacks, is no leak.
+        memory, disk, kinds = [memory_mb(process)], [disk_mb(folder)], Counter()
+        for _ in range(arguments.rounds):
+            answered = load(url, images, scores, arguments.callers, arguments.requests)
+            kinds.update(answered.pop("answers"))
+            memory.append(memory_mb(process))
+            disk.append(disk_mb(folder))
+        report |= {"answers": dict(kinds), **answered, "memory_mb": memory, "disk_mb": disk}
         process.terminate()
         process.wait()
         report["disk_mb_after_exit"] = sum(map(disk_mb, folder.glob("diffusionad-space-*")))

@@ -120,7 +120,7 @@ def _is_finished(args: argparse.Namespace) -> bool:
         # What accelerate is configured for is known only once it runs.
         del now["mixed_precision"]
     check_same_training(recorded, now, f"--output_dir {args.output_dir}")
-    return True
+    return recorded["max_train_steps"] == args.max_train_steps
 
 
 def _publish(args: argparse.Namespace) -> None:

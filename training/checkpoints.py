@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from .optimization import STEADY_SCHEDULES
 from .processes import together
 
 __all__ = [
@@ -19,7 +20,8 @@ __all__ = [
 ]
 
 _STATE_FILE = "training_state.json"
-# What may differ between a run and its continuation: where it writes, how long it goes on, how it reports.
+# What may differ between a run and its continuation: where it writes and how it reports. So may the number of steps
+# where the learning rates do not depend on it.
 _FREE_ARGUMENTS = {
     "output_dir",
     "resume_from_checkpoint",
@@ -142,8 +144,9 @@ def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -
     Raises:
         ValueError: If they differ; names the first argument that does, and both values.
     """
+    free = _FREE_ARGUMENTS | ({"max_train_steps"} if now.get("lr_schedule") in STEADY_SCHEDULES else set())
     for name, value in now.items():
-        if name in then and name not in _FREE_ARGUMENTS and then[name] != value:
+        if name in then and name not in free and then[name] != value:
             raise ValueError(
                 f"{where}: that training had --{name} {then[name]}, this one has {value}; give the same, or start "
                 "afresh in another --output_dir."

@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["averaging", "learning_rates"]
+__all__ = ["STEADY_SCHEDULES", "averaging", "learning_rates"]
+
+# Those whose rates at a step do not depend on how many there will be.
+STEADY_SCHEDULES = ("constant", "reference")
 
 
 def learning_rates(args: argparse.Namespace, step: int) -> tuple[float, float]:

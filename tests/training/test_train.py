@@ -116,6 +116,20 @@ def test_resuming_another_configuration_is_refused_with_both_values(option, then
     assert f"--{option} {then}" in error and f"has {now}" in error
 
 
+@pytest.mark.parametrize("schedule", ["constant", "reference"])
+def test_a_finished_training_goes_on_for_longer_where_the_rates_do_not_depend_on_that(schedule, data, tmp_path):
+    options = {"lr_schedule": schedule, "validation_steps": 1}
+    assert run(data, tmp_path / "whole", max_train_steps=2, **options) == 0
+    assert run(data, tmp_path / "parts", max_train_steps=1, **options) == 0
+    assert run(data, tmp_path / "parts", max_train_steps=2, resume_from_checkpoint="latest", **options) == 0
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_going_on_for_longer_is_refused_where_the_rates_follow_from_the_length(data, two_steps, capsys):
+    assert run(data, two_steps, max_train_steps=3, resume_from_checkpoint="latest") == 2
+    assert "--max_train_steps 2, this one has 3" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_resuming_with_another_number_of_processes_is_refused(data, tmp_path, two_steps, capsys):
     shutil.copytree(two_steps / "checkpoint-2", tmp_path / "checkpoint-2")
     state = tmp_path / "checkpoint-2/training_state.json"
