@@ -18,6 +18,34 @@ __all__ = ["ModelMixin", "NormGuidedUNet2DModel"]
 _SMALLEST_ATTENTION_MAP = 8
 
 
+class ExactGroupNorm(nn.GroupNorm):
+    """
+    [`torch.nn.GroupNorm`], as exact in the channels-last layout as in the contiguous one.
+
+    On a CPU, torch takes the variance of channels-last maps as the difference of two big sums: where a map's mean is
+    three times its deviation, the result is off by 3e-4 instead of 1e-6.
+    """
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """As [`torch.nn.GroupNorm`]."""
+        by_channel = sample.ndim == 4 and sample.is_contiguous(memory_format=torch.channels_last)
+        # Exported graphs hold the norm as such, which their runtimes know.
+        exported = torch.jit.is_tracing()
+        stock = sample.dtype != torch.float32 or sample.device.type != "cpu" or torch.is_grad_enabled()
+        if stock or exported or not by_channel:
+            return super().forward(sample)
+        # (N, G, C / G): sums over a channel's pixels run along memory, and each channel's own mean is taken off first.
+        groups = (len(sample), self.num_groups, -1)
+        mean = sample.mean((2, 3), keepdim=True)
+        variance = (sample - mean).square_().mean((2, 3)).view(groups)
+        mean = mean.view(groups)
+        group_mean = mean.mean(2, keepdim=True)
+        group_variance = (variance + (mean - group_mean).square()).mean(2, keepdim=True)
+        scale = (group_variance + self.eps).rsqrt() * self.weight.view(1, self.num_groups, -1)
+        shift = self.bias.view(1, self.num_groups, -1) - group_mean * scale
+        return torch.addcmul(shift.view(len(sample), -1, 1, 1), sample, scale.view(len(sample), -1, 1, 1))
+
+
 class NormGuidedUNet2DModel(UNet2DModel):
     r"""
     Predicts the noise in a noised image; stock [`UNet2DModel`] plus the two things its configuration cannot say: the
@@ -120,6 +148,8 @@ class NormGuidedUNet2DModel(UNet2DModel):
                 _zero(module.to_out[0])
             elif isinstance(module, ResnetBlock2D):
                 _zero(module.conv2)
+            elif type(module) is nn.GroupNorm:
+                module.__class__ = ExactGroupNorm
         _zero(self.conv_out)
 
     def forward(

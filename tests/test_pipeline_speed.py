@@ -23,17 +23,14 @@ def test_one_batch_of_both_scales_gives_what_two_plain_passes_give(autograd):
     np.testing.assert_allclose(output.anomaly_map[0], expected_map.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("chosen", [torch.contiguous_format, torch.channels_last])
-def test_the_segmenter_computes_channels_last_and_the_unet_as_its_weights_are(chosen):
+def test_on_a_cpu_both_networks_compute_channels_last():
     # At 32 px the smallest map is a single pixel, which has no layout to hand on.
     pipe, images, seen = make_pipeline(64), torch.rand(2, 3, 64, 64), {}
-    expected = pipe(images).anomaly_score
-    pipe.unet.to(memory_format=chosen)
     for name, network in (("unet", pipe.unet), ("segmenter", pipe.segmenter)):
         network.conv_out.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
-    np.testing.assert_allclose(pipe(images).anomaly_score, expected, atol=1e-5)
-    assert seen["unet"].is_contiguous(memory_format=chosen)
-    assert seen["segmenter"].is_contiguous(memory_format=torch.channels_last)
+    pipe(images)
+    for name, sample in seen.items():
+        assert sample.is_contiguous(memory_format=torch.channels_last), name
 
 
 def test_weights_keep_their_layout(pipe):
