@@ -166,7 +166,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
 
     sizes = result["sizes"]
     runtimes = list(next(iter(sizes.values()))["runtimes"])
-    chosen = [runtimes[0], min(runtimes[1:], key=lambda r: sum(size["runtimes"][r]["ms"] for size in sizes.values()))]
+    chosen = [runtimes[0], min(runtimes, key=lambda r: sum(size["runtimes"][r]["ms"] for size in sizes.values()))]
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, runtime in zip(figure.subplots(1, 2, sharey=True), chosen, strict=True):
         points = {name: cost_and_accuracy(size, runtime) for name, size in sizes.items()}

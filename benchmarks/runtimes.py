@@ -13,6 +13,7 @@ which other programs hardly change.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -32,7 +33,7 @@ from diffusionad_hf.exported_pipeline import load_model
 from diffusionad_hf.inspection import find_images
 from diffusionad_hf.pipeline_diffusionad import load_image
 
-EAGER = "torch eager fp32"
+EAGER, EAGER_BF16 = "torch eager fp32", "torch eager bf16"
 VARIANTS = (("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "fp16"), ("openvino", "int8"))
 
 
@@ -102,7 +103,7 @@ def run(
     noise_images = [rng.random((size, size, 3), dtype=np.float32) for _ in range(4)]
     normal = [load_image(file) for file in find_images(calibration_images or [])[0]] or noise_images
 
-    pipes = {EAGER: pipe}
+    pipes = {EAGER: pipe, EAGER_BF16: copy.deepcopy(pipe).to(dtype=torch.bfloat16)}
     with tempfile.TemporaryDirectory() as folder:
         for kind, precision in VARIANTS:
             given = normal if precision == "int8" else ()
@@ -131,7 +132,7 @@ def run(
                     "score_difference_mean": float(moved.mean()),
                     "score_difference_largest": float(moved.max()),
                 }
-        computes_in = {name: each.unet.arithmetic for name, each in pipes.items() if name != EAGER}
+        computes_in = {name: each.unet.arithmetic for name, each in pipes.items() if "torch" not in name}
     for values in found.values():
         values["times_faster"] = found[EAGER]["ms"] / values["ms"]
         values["times_faster_processor"] = found[EAGER]["processor_ms_lowest"] / values["processor_ms_lowest"]

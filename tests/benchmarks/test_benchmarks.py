@@ -180,5 +180,5 @@ def test_sizes_are_trained_once_and_compared_in_every_runtime(tmp_path, monkeypa
     assert weights.stat().st_mtime_ns == trained, "trained again"
     size = json.loads((tmp_path / "sizes.json").read_text())["sizes"][SLIMMEST]
     assert size["gflop"] > 0 and 0 <= size["pixel_ap"] <= 1
-    assert len(size["runtimes"]) == 5 and all(runtime["on_front"] for runtime in size["runtimes"].values())
+    assert len(size["runtimes"]) == 6 and all(runtime["on_front"] for runtime in size["runtimes"].values())
     assert Image.open(tmp_path / "sizes.png").width > 500 and SLIMMEST in capsys.readouterr().out
