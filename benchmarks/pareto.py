@@ -6,8 +6,9 @@
 
 Every size is trained with the same options, images, anomalies and number of steps, from the same seed, and evaluated
 on all test images; its time is that of one image at a time in every runtime of `python -m benchmarks runtimes`. A size
-that is trained already in --work_dir is not trained again, and one that was interrupted goes on: the same command with
-other --sizes adds to the picture. On the front is what no other size beats in both time and accuracy.
+that is trained already in --work_dir is not trained again, and one that was interrupted goes on. Time does not depend
+on the weights, so --time_at tells it for resolutions that nothing was trained at. On the front is what no other size
+beats in both time and accuracy.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from benchmarks.machine import count_flops, describe, report
 from benchmarks.runtimes import run as measure_runtimes
 from diffusionad_hf import PRESETS, DiffusionADPipeline
 
-# What was tried: fewer channels; one residual block a level instead of two; patches instead of pixels for the UNet; a
-# segmenter of half the channels.
+# What was tried: fewer channels; one residual block a level instead of two; patches instead of pixels for the UNet
+# (`light` too); a segmenter of half the channels.
 SIZES: dict[str, dict[str, int]] = {
-    **{name: PRESETS[name] for name in ("small", "tiny")},
+    **{name: PRESETS[name] for name in ("small", "tiny", "light")},
     "small, patches": {"base_channels": 32, "segmenter_base_channels": 16, "patch_size": 2},
-    "tiny, patches": {**PRESETS["tiny"], "patch_size": 2},
     "tiny, one block": {**PRESETS["tiny"], "layers_per_block": 1},
     "tiny, one block, slim segmenter": {**PRESETS["tiny"], "layers_per_block": 1, "segmenter_base_channels": 8},
 }
@@ -48,18 +48,21 @@ def main() -> None:
     add("--train_only", action="store_true", help="measure nothing yet: time wants a machine with nothing else to do")
     add("--calibration_images", nargs="+", help="normal images for int8: files, folders or patterns; noise without")
     add("--threads", type=int, help="threads of torch and of the runtimes; torch's own choice without")
+    add("--time_at", type=int, nargs="+", default=[], metavar="R", help="also time them at R px, on random weights")
     add("--repeats", type=int, default=7, help="timed calls of each runtime; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="also write everything here")
     add("--plot", type=Path, metavar="FILE", help="draw time against accuracy, and which sizes are on the front")
     args = parser.parse_args()
 
+    # For this process only: what loses gets no name in the package.
+    PRESETS.update(SIZES)
     folders = {name: train(name, args) for name in args.sizes}
     if args.train_only:
         return
     result = {
         "machine": describe(torch.device("cpu")),
         "training": {name: getattr(args, name) for name in ("resolution", "max_train_steps", "train_batch_size")},
-        "sizes": {name: measure(folder, args) for name, folder in folders.items()},
+        "sizes": {name: measure(name, folder, args) for name, folder in folders.items()},
     }
     for runtime in next(iter(result["sizes"].values()))["runtimes"]:
         for name in front({name: cost_and_accuracy(size, runtime) for name, size in result["sizes"].items()}):
@@ -78,8 +81,6 @@ def train(name: str, args: argparse.Namespace) -> Path:
     # A training writes this last.
     if (output_dir / ARGUMENTS_FILE).is_file():
         return output_dir
-    # For this process only: what loses gets no name in the package.
-    PRESETS[name] = SIZES[name]
     options: dict[str, Any] = {
         "data_dir": args.train_dir,
         "category": args.category,
@@ -103,7 +104,7 @@ def train(name: str, args: argparse.Namespace) -> Path:
     return output_dir
 
 
-def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Accuracy and cost of a trained size."""
     from diffusionad_hf.data import load_category
     from diffusionad_hf.evaluation import evaluate_pipeline
@@ -127,6 +128,15 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         **{name: metrics[name] for name in ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30")},
         "threads": found["threads"],
         "runtimes": found["runtimes"],
+        "ms_at": {
+            str(side): {
+                runtime: values["ms"]
+                for runtime, values in measure_runtimes(
+                    preset=name, resolution=side, repeats=args.repeats, threads=args.threads
+                )["runtimes"].items()
+            }
+            for side in args.time_at
+        },
     }
 
 
@@ -157,7 +167,13 @@ def table(result: dict[str, Any]) -> str:
             line += f" {size['runtimes'][runtime]['ms']:11.1f} ms"
             line += " *" if size["runtimes"][runtime].get("on_front") else "  "
         lines.append(line)
-    return "\n".join([*lines, "* on the front of time against pixel AP in that runtime"])
+    lines.append("* on the front of time against pixel AP in that runtime")
+    for side in next(iter(sizes.values()))["ms_at"]:
+        lines.append(f"\nat {side} px, random weights")
+        for name, size in sizes.items():
+            times = "".join(f" {size['ms_at'][side][runtime]:14.1f} ms" for runtime in runtimes)
+            lines.append(f"{name:30} {'':29}{times}")
+    return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
@@ -175,7 +191,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
         for name, (cost, accuracy) in points.items():
             axes.scatter(cost, accuracy, color="tab:blue" if name in on_front else "tab:gray", zorder=2)
             axes.annotate(name, (cost, accuracy), textcoords="offset points", xytext=(6, -12), fontsize=8)
-        axes.set(title=runtime, xlabel="ms an image, one at a time", xscale="log")
+        axes.set(title=runtime, xlabel="ms an image, one at a time")
+        axes.set_xlim(left=0)
         axes.margins(0.25)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("pixel average precision")

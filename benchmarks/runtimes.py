@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe, measure_in_turns, report
-from diffusionad_hf import DiffusionADPipeline, build_pipeline
+from diffusionad_hf import PRESETS, DiffusionADPipeline, build_pipeline
 from diffusionad_hf.evaluation import image_metrics
 from diffusionad_hf.export import export_pipeline
 from diffusionad_hf.exported_pipeline import load_model
@@ -152,7 +152,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="pipeline folder or Hub id; random weights of --preset without")
-    parser.add_argument("--preset", default="small", choices=("paper", "small", "tiny"))
+    parser.add_argument("--preset", default="small", choices=list(PRESETS))
     parser.add_argument("--resolution", type=int, default=256, help="side of the images in px, without --model")
     parser.add_argument("--data_dir", help="data set with a labelled test split, for the image AUROC")
     parser.add_argument("--category", help="which category of it")

@@ -76,7 +76,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--device", metavar="D", help="cpu, cuda, cuda:1, mps ...; the GPU, if there is one, by default"
     )
     parser.add_argument(
-        "--batch-size", type=positive_integer, default=4, metavar="N", help="images per pass (default: 4)"
+        "--batch-size",
+        type=positive_integer,
+        metavar="N",
+        help="images per pass (default: 16; on a CPU as many as fill 256 px squared, so 1 of that size)",
     )
 
 
@@ -261,14 +264,15 @@ def _inspect_sharded(args: argparse.Namespace) -> int:
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         inputs = _decided_by_main(state, lambda: _find_inputs(args))
         pipe = _load_inspector(args)
+        batch_size = args.batch_size or pipe.default_batch_size
         folder = args.parquet.with_name(f"{args.parquet.name}.shards")
         run = _decided_by_main(
             state,
             lambda: stack.enter_context(
                 open_run(
                     folder,
-                    describe_run(pipe, inputs, args.model, args.batch_size),
-                    args.batch_size,
+                    describe_run(pipe, inputs, args.model, batch_size),
+                    batch_size,
                     inputs.num_rows,
                     state.num_processes,
                 )

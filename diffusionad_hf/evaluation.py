@@ -469,7 +469,7 @@ def evaluate_pipeline(
     pipe: Any,
     dataset: Any,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     limit: int | None = None,
     progress: bool = True,
     n_bootstrap: int = 1000,
@@ -485,7 +485,7 @@ def evaluate_pipeline(
         pipe: the pipeline; its `threshold`, if calibrated, decides the false-alarm and miss rates.
         dataset: a `datasets.Dataset` with the columns of `diffusionad_hf.data`, or a `DatasetDict`, whose "test" is
             taken.
-        batch_size: images a call.
+        batch_size: images a call; the pipeline's default without.
         limit: evaluate only this many images, spread evenly over the dataset so that every defect type stays present.
         progress: show a progress bar.
         n_bootstrap: resamples behind the intervals.
@@ -497,6 +497,7 @@ def evaluate_pipeline(
     datasets = require("datasets")
     if isinstance(dataset, dict):
         dataset = dataset["test"]
+    batch_size = pipe.default_batch_size if batch_size is None else batch_size
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size and limit must be at least 1, got {batch_size} and {limit}.")
     if not len(dataset):

@@ -156,7 +156,7 @@ def inspect_files(
     files: Sequence[Path],
     output_dir: Path | None = None,
     *,
-    batch_size: int = 4,
+    batch_size: int | None = None,
 ) -> Iterator[Inspection | Failure]:
     """
     Inspects files batch by batch and writes their pictures as it goes.
@@ -165,7 +165,7 @@ def inspect_files(
         pipe: The pipeline.
         files: Image files.
         output_dir: Folder for the overlay, mask and reconstruction of every image; none are written without it.
-        batch_size: Images per pass.
+        batch_size: Images per pass; the pipeline's default without.
 
     Yields:
         [`Inspection`] or [`Failure`]: One per file, in order.
@@ -174,6 +174,7 @@ def inspect_files(
         OSError: If a picture cannot be written.
     """
     names = picture_names(files)
+    batch_size = batch_size or pipe.default_batch_size
     items = [Item(str(file), file, names[file]) for file in files]
     batches = (items[start : start + batch_size] for start in range(0, len(items), batch_size))
     for _, results in inspect_batches(pipe, batches, output_dir):

@@ -52,6 +52,9 @@ _COMPONENT_MODULES = {
 _SMALLEST_SIDE = 8
 # Counts up whenever a saved pipeline needs a newer version of this package to be read right.
 _FORMAT = 1
+# Images per pass, and pixels per pass on a CPU: four images of 128 px, one of 256 px.
+_MOST_AT_ONCE = 16
+_CPU_PIXELS_AT_ONCE = 256**2
 # Threads that decode images; more than that waits for the disk.
 _READERS = 8
 # Filters of warnings belong to the whole process: two threads that change them for a while would mix them up.
@@ -155,8 +158,10 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     @property
     def default_batch_size(self) -> int:
-        """Images per pass where the caller does not say."""
-        return 4 if self._execution_device.type == "cpu" else 16
+        """Images per pass where the caller does not say; on a CPU, more pixels at once leave its cache."""
+        if self._execution_device.type != "cpu":
+            return _MOST_AT_ONCE
+        return min(_MOST_AT_ONCE, max(1, _CPU_PIXELS_AT_ONCE // self.config.image_size**2))
 
     # ---- the call ---------------------------------------------------------------------------------------------------
 
@@ -183,8 +188,8 @@ class DiffusionADPipeline(DiffusionPipeline):
             image: A PIL image, a path, a numpy array `(H, W)`, `(H, W, C)` or a batch `(N, H, W, C)`, a tensor `(C, H,
                 W)` or a batch `(N, C, H, W)`, or a list of them, sizes mixed. Integers are scaled by their type's
                 range, floats lie in [0, 1].
-            batch_size (`int`, *optional*): Images per pass; 4 on a CPU and 16 elsewhere when `None`. Does not change
-                the result. Halved, with a warning, where so many do not fit into memory.
+            batch_size (`int`, *optional*): Images per pass; [`default_batch_size`] when `None`. Does not change the
+                result. Halved, with a warning, where so many do not fit into memory.
             generator (`torch.Generator`, *optional*): Draws the noise, image after image, instead of the configured
                 seed.
             noise (`torch.Tensor` of shape `(2, N, C, H, W)`, *optional*): The noise itself, small scale first.

@@ -10,11 +10,13 @@ from .scheduling_norm_guided import NormGuidedScheduler
 __all__ = ["PRESETS", "build_pipeline"]
 
 # `paper` is the size of the published models. `tiny` attends from 16 px down: on a CPU, half of its time went into the
-# 32 px maps.
+# 32 px maps. `light` is `tiny` on patches instead of pixels: half the time, and somewhat less exact maps.
+_TINY = {"base_channels": 16, "segmenter_base_channels": 16, "norm_num_groups": 16, "largest_attention_map": 16}
 PRESETS = {
     "paper": {"base_channels": 128, "segmenter_base_channels": 64},
     "small": {"base_channels": 32, "segmenter_base_channels": 16},
-    "tiny": {"base_channels": 16, "segmenter_base_channels": 16, "norm_num_groups": 16, "largest_attention_map": 16},
+    "tiny": _TINY,
+    "light": {**_TINY, "patch_size": 2},
 }
 
 
@@ -23,7 +25,7 @@ def build_pipeline(preset: str = "small", resolution: int = 256) -> DiffusionADP
     An untrained pipeline of a named size.
 
     Args:
-        preset: `"paper"`, `"small"` or `"tiny"`.
+        preset: `"paper"`, `"small"`, `"tiny"` or `"light"`.
         resolution: Side length of the images in px; a multiple of 32.
 
     Raises:

@@ -33,6 +33,13 @@ def test_on_a_cpu_both_networks_compute_channels_last():
         assert sample.is_contiguous(memory_format=torch.channels_last), name
 
 
+@pytest.mark.parametrize("side, images", [(512, 1), (256, 1), (128, 4), (96, 7), (32, 16)])
+def test_on_a_cpu_a_pass_takes_as_many_images_as_its_cache_likes(side, images):
+    pipe = make_pipeline()
+    pipe.register_to_config(image_size=side)
+    assert pipe.default_batch_size == images
+
+
 def test_weights_keep_their_layout(pipe):
     pipe(torch.rand(1, 3, 32, 32))
     assert all(parameter.is_contiguous() for parameter in pipe.unet.parameters())

@@ -170,6 +170,7 @@ def test_sizes_are_trained_once_and_compared_in_every_runtime(tmp_path, monkeypa
         )
     options = ["--train_dir", tmp_path / "parts", "--work_dir", tmp_path / "work", "--resolution", 32]
     options += ["--max_train_steps", 2, "--train_batch_size", 2, "--repeats", 1, "--sizes", SLIMMEST]
+    options += ["--time_at", 64]
     options += ["--json", tmp_path / "sizes.json", "--plot", tmp_path / "sizes.png"]
     monkeypatch.setattr(sys, "argv", ["pareto", *map(str, [*options, "--train_only"])])
     pareto.main()
@@ -180,5 +181,6 @@ def test_sizes_are_trained_once_and_compared_in_every_runtime(tmp_path, monkeypa
     assert weights.stat().st_mtime_ns == trained, "trained again"
     size = json.loads((tmp_path / "sizes.json").read_text())["sizes"][SLIMMEST]
     assert size["gflop"] > 0 and 0 <= size["pixel_ap"] <= 1
+    assert size["ms_at"]["64"].keys() == size["runtimes"].keys()
     assert len(size["runtimes"]) == 6 and all(runtime["on_front"] for runtime in size["runtimes"].values())
     assert Image.open(tmp_path / "sizes.png").width > 500 and SLIMMEST in capsys.readouterr().out
