@@ -149,6 +149,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
             elif isinstance(module, ResnetBlock2D):
                 _zero(module.conv2)
             elif type(module) is nn.GroupNorm:
+                # The stock blocks make their norms themselves; ours has the same parameters.
                 module.__class__ = ExactGroupNorm
         _zero(self.conv_out)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.cli import main
-from diffusionad_hf.inspection import find_images
+from diffusionad_hf.inspection import find_images, inspect_files
 from tests.test_pipeline_images import UNUSABLE, unusable
 
 
@@ -302,3 +302,20 @@ def test_evaluate_prints_and_writes_the_metrics(model_dir, tmp_path, capsys):
     printed, written = capsys.readouterr().out, json.loads((tmp_path / "e.json").read_text())
     assert f"{written['image_auroc']:.4f}" in printed and f"{written['aupro_30']:.4f}" in printed
     assert written["num_images"] == 8 and {p.name for p in (tmp_path / "plots").iterdir()} >= {"roc_curve.png"}
+
+
+def test_a_pass_takes_the_pipelines_default_number_of_images_unless_asked(tmp_path, pipe, photo, monkeypatch):
+    files = [tmp_path / f"{i}.png" for i in range(pipe.default_batch_size + 1)]
+    for file in files:
+        Image.fromarray(photo).save(file)
+    passes, inspect = [], DiffusionADPipeline._inspect
+    monkeypatch.setattr(
+        DiffusionADPipeline,
+        "_inspect",
+        lambda self, pixels, *args: (passes.append(len(pixels)), inspect(self, pixels, *args))[1],
+    )
+    assert len(list(inspect_files(pipe, files))) == len(files)
+    assert passes == [pipe.default_batch_size, 1]
+    passes.clear()
+    list(inspect_files(pipe, files[:5], batch_size=3))
+    assert passes == [3, 2]
