@@ -1,8 +1,10 @@
 """Every measurement runs, at toy size, and reports what its results are judged by."""
 
+import copy
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,43 @@ def test_inference(tmp_path, capsys):
     assert sum(operation["share"] for operation in result["profiles"]["tiny"]) <= 1
     printed = capsys.readouterr().out
     assert "paper's way, no autograd" in printed and "GFLOP an image" in printed and "convolution" in printed
+
+
+def test_the_first_call_is_the_one_that_compiles(tmp_path, monkeypatch):
+    def compiled(pipe, mode):
+        pipe = copy.deepcopy(pipe)
+
+        def slow_once(*_):
+            hook.remove()
+            time.sleep(1)
+
+        hook = pipe.unet.register_forward_pre_hook(slow_once)
+        return pipe
+
+    monkeypatch.setattr(inference, "_compiled", compiled)
+    options = ["--presets", "tiny", "--resolution", "32", "--batch_sizes", "1", "--no_baseline", "--device", "cpu"]
+    plain, slow = run(inference.main, tmp_path, *options, "--compile", "default")["rows"]
+    assert slow["way"] == "pipeline, compiled (default)" and slow["score_difference"] < 1e-5
+    assert plain["first_call_seconds"] < 1 < slow["first_call_seconds"]
+
+
+def test_memory_on_a_gpu_is_shown():
+    row = {
+        "model": "tiny",
+        "image_size": 256,
+        "way": "pipeline",
+        "dtype": "float32",
+        "batch_size": 1,
+        "gflop_per_image": 22.6,
+        "first_call_seconds": 1.0,
+        "working_memory_bytes": 1_230_000_000,
+        "score_difference": 0.0,
+        "seconds_per_image": spread([0.1, 0.2, 0.3]),
+        "images_per_second": 5.0,
+        "share_of_peak": 0.5,
+    }
+    printed = inference._table({"matmul_peak_flops": {"float32": 1e12}, "rows": [row], "profiles": {}})
+    assert "1.23 GB" in printed
 
 
 def test_inference_of_a_model_of_ones_own(tmp_path, model_dir):
