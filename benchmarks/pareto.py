@@ -45,6 +45,7 @@ def main() -> None:
     add("--resolution", type=int, default=128, help="side of the images in px; default: %(default)s")
     add("--max_train_steps", type=int, default=300, help="default: %(default)s")
     add("--train_batch_size", type=int, default=8, help="default: %(default)s")
+    add("--distill_from", metavar="M", help="pipeline folder or Hub id of a model for all of them to learn from too")
     add("--train_only", action="store_true", help="measure nothing yet: time wants a machine with nothing else to do")
     add("--calibration_images", nargs="+", help="normal images for int8: files, folders or patterns; noise without")
     add("--threads", type=int, help="threads of torch and of the runtimes; torch's own choice without")
@@ -61,7 +62,9 @@ def main() -> None:
         return
     result = {
         "machine": describe(torch.device("cpu")),
-        "training": {name: getattr(args, name) for name in ("resolution", "max_train_steps", "train_batch_size")},
+        "training": {
+            name: getattr(args, name) for name in ("resolution", "max_train_steps", "train_batch_size", "distill_from")
+        },
         "sizes": {name: measure(name, folder, args) for name, folder in folders.items()},
     }
     for runtime in next(iter(result["sizes"].values()))["runtimes"]:
@@ -91,6 +94,7 @@ def train(name: str, args: argparse.Namespace) -> Path:
         "lr_warmup_steps": max(1, args.max_train_steps // 15),
         "train_batch_size": args.train_batch_size,
         "ema_decay": 0.98,
+        "distill_from": args.distill_from,
         "validation_steps": max(1, args.max_train_steps // 3),
         "checkpointing_steps": max(1, args.max_train_steps // 6),
         "mixed_precision": "bf16",

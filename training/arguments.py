@@ -140,6 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--init_from", default=None, help="Start from the weights of this pipeline folder or Hub id, of the same size."
     )
+    add(
+        "--distill_from",
+        default=None,
+        help="Learn also from the answers of this pipeline folder or Hub id, trained on the same images, which may be "
+        "of another size; networks of the same size start with its weights. With --category all, a folder of the "
+        "categories' pipelines.",
+    )
     add("--gradient_checkpointing", action="store_true", help="Trade time for memory, in both networks.")
     add("--channels_last", action="store_true", help="Lay the networks out as the GPU's convolutions like it.")
     add("--compile", action="store_true", help="Compile the networks with torch.compile; the first step takes long.")

@@ -53,6 +53,8 @@ def train_all(args: argparse.Namespace, train: Callable[[argparse.Namespace], in
         own = {"category": name, "output_dir": str(folder), "resume_from_checkpoint": "latest"}
         if args.foreground_dir is not None:
             own["foreground_dir"] = str(Path(args.foreground_dir) / name)
+        if args.distill_from is not None:
+            own["distill_from"] = str(Path(args.distill_from) / folder.name)
         try:
             code = train_and_publish(argparse.Namespace(**{**vars(args), **own}), train)
         except (OSError, ValueError, ImportError) as error:

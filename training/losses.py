@@ -1,4 +1,4 @@
-"""The losses of DiffusionAD and one forward pass of training."""
+"""The losses of DiffusionAD, that of distillation, and one forward pass of training."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusionad_hf import NormGuidedScheduler
 
-__all__ = ["FOCAL_WEIGHT", "DiffusionADObjective", "binary_focal_loss", "noise_loss"]
+__all__ = ["FOCAL_WEIGHT", "DiffusionADObjective", "binary_focal_loss", "distillation_loss", "noise_loss"]
 
 FOCAL_WEIGHT = 5.0
 
@@ -47,6 +47,29 @@ def noise_loss(
     return ((small + big) * normal).sum() / normal.sum().clamp(min=1)
 
 
+def distillation_loss(
+    noise_pred: torch.Tensor,
+    logits: torch.Tensor,
+    teacher_noise_pred: torch.Tensor,
+    teacher_logits: torch.Tensor,
+) -> torch.Tensor:
+    """
+    How far a network's answers are from a teacher's: mean squared error of the predicted noise of both scales, plus
+    the mean cross entropy to the teacher's probabilities less its least value, so that 0 is agreement.
+
+    Unlike [`noise_loss`] it takes anomalous samples too, for which only the teacher knows what they would look like
+    without their anomaly, and it has no share of the noise itself, which nobody can predict.
+
+    Args:
+        noise_pred, teacher_noise_pred: `(2, N, C, H, W)`, small scale first.
+        logits, teacher_logits: Of any shape.
+    """
+    noise = (noise_pred - teacher_noise_pred).square().flatten(1).mean(dim=1).sum()
+    probabilities = teacher_logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(teacher_logits, probabilities)
+    return noise + F.binary_cross_entropy_with_logits(logits, probabilities) - entropy
+
+
 class DiffusionADObjective(nn.Module):
     """
     Both networks and their common loss as one module, which is what distributed wrappers want.
@@ -68,6 +91,7 @@ class DiffusionADObjective(nn.Module):
         noise: torch.Tensor,
         timesteps_small: torch.Tensor,
         timesteps_big: torch.Tensor,
+        teacher: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -76,10 +100,13 @@ class DiffusionADObjective(nn.Module):
             labels: `(N,)`, 1 for samples with an anomaly.
             noise: `(2, N, 3, H, W)`, small scale first.
             timesteps_small, timesteps_big: `(N,)`.
+            teacher: What another objective returned for the same arguments, to learn from too; see
+                [`distillation_loss`].
 
         Returns:
-            `dict[str, torch.Tensor]`: The scalars `loss` (what to minimise), `noise`, `focal`, `smooth_l1`; and
-            `logits` `(N, 1, H, W)` and `reconstruction` `(N, 3, H, W)`.
+            `dict[str, torch.Tensor]`: The scalars `loss` (what to minimise), `noise`, `focal`, `smooth_l1`, and with
+            a teacher `distillation`; and `noise_pred` `(2, N, 3, H, W)`, small scale first, `logits` `(N, 1, H, W)`
+            and `reconstruction` `(N, 3, H, W)`.
         """
         noised_small = self.scheduler.add_noise(images, noise[0], timesteps_small)
         noised_big = self.scheduler.add_noise(images, noise[1], timesteps_big)
@@ -104,7 +131,17 @@ class DiffusionADObjective(nn.Module):
             "smooth_l1": F.smooth_l1_loss(logits.sigmoid(), masks),
         }
         loss = losses["noise"] + FOCAL_WEIGHT * losses["focal"] + losses["smooth_l1"]
-        return {"loss": loss, **losses, "logits": logits, "reconstruction": reconstruction}
+        noise_pred = torch.stack([noise_pred_small, noise_pred_big])
+        if teacher is not None:
+            losses["distillation"] = distillation_loss(noise_pred, logits, teacher["noise_pred"], teacher["logits"])
+            loss = loss + losses["distillation"]
+        return {
+            "loss": loss,
+            **losses,
+            "noise_pred": noise_pred,
+            "logits": logits,
+            "reconstruction": reconstruction,
+        }
 
     def _predict_noise(self, noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return self.unet(noised, timesteps).sample.float()

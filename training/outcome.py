@@ -27,7 +27,15 @@ logger = logging.getLogger("training")
 # Written last: where it is, the training is finished.
 ARGUMENTS_FILE = "training_arguments.json"
 # Where things lay on this machine is nobody's business who gets the model.
-_PATHS = {"data_dir", "texture_dir", "foreground_dir", "output_dir", "init_from", "resume_from_checkpoint"}
+_PATHS = {
+    "data_dir",
+    "texture_dir",
+    "foreground_dir",
+    "output_dir",
+    "init_from",
+    "distill_from",
+    "resume_from_checkpoint",
+}
 
 
 def validate(

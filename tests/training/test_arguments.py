@@ -29,6 +29,7 @@ NONSENSE = [
     ("resolution", 100, {}),
     ("resolution", 64.5, {}),
     ("init_from", "no/such/model", {}),
+    ("distill_from", "no/such/model", {}),
     ("gradient_checkpointing", "perhaps", {}),
     ("channels_last", "perhaps", {}),
     ("compile", "perhaps", {}),

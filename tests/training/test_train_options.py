@@ -51,7 +51,8 @@ def prepared(data, **options):
 
 
 def built(**options):
-    return train.build_networks(parse_arguments(["--data_dir", "d", "--output_dir", "o", *_flags(options)]))
+    """The pipeline to train."""
+    return train.build_networks(parse_arguments(["--data_dir", "d", "--output_dir", "o", *_flags(options)]))[0]
 
 
 def losses(folder):
