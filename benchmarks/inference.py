@@ -70,7 +70,9 @@ def papers_way(
     alphas = pipe.scheduler.alphas_cumprod
 
     def network(sample: torch.Tensor, timestep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        predicted = pipe.unet(sample, torch.tensor([timestep], device=device)).sample
+        steps = torch.tensor([timestep], device=device)
+        # The paper's networks predict the noise; of the others it is taken.
+        predicted = pipe.scheduler.predict_noise(pipe.unet(sample, steps).sample, sample, steps)
         a = float(alphas[timestep])
         return predicted, ((sample - (1 - a) ** 0.5 * predicted) / a**0.5).clamp(-1, 1)
 

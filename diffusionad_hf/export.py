@@ -220,7 +220,9 @@ class _InspectionGraph(nn.Module):
         noised_big = self.scheduler.add_noise(pixels, noise[1], t_big)
         noised = torch.cat([noised_small, noised_big]).to(self.unet.dtype)
         timesteps = torch.cat([t_small.expand(batch), t_big.expand(batch)])
-        noise_pred_small, noise_pred_big = self.unet(noised, timesteps).sample.float().chunk(2)
+        output_small, output_big = self.unet(noised, timesteps).sample.float().chunk(2)
+        noise_pred_small = self.scheduler.predict_noise(output_small, noised_small, t_small)
+        noise_pred_big = self.scheduler.predict_noise(output_big, noised_big, t_big)
         reconstruction = self.scheduler.norm_guided_step(
             noise_pred_small, noise_pred_big, noised_small, noised_big, t_small, t_big
         ).reconstruction

@@ -48,9 +48,9 @@ class ExactGroupNorm(nn.GroupNorm):
 
 class NormGuidedUNet2DModel(UNet2DModel):
     r"""
-    Predicts the noise in a noised image; stock [`UNet2DModel`] plus the two things its configuration cannot say: the
-    number of attention heads per level (`attention_head_dim` fixes their width instead, so the number would grow with
-    the channels), and the patches that it looks at instead of pixels.
+    Predicts the noise in a noised image, or the image itself; stock [`UNet2DModel`] plus the two things its
+    configuration cannot say: the number of attention heads per level (`attention_head_dim` fixes their width instead,
+    so the number would grow with the channels), and the patches that it looks at instead of pixels.
 
     Weights of the paper's own UNet fit one to one (`models/Recon_subnetwork.py` of the reference). As there, the last
     convolution of every residual block, of every attention block and of the network starts at zero.
@@ -169,15 +169,16 @@ class NormGuidedUNet2DModel(UNet2DModel):
             return_dict (`bool`): Return an `UNet2DOutput`, else a plain tuple.
 
         Returns:
-            `UNet2DOutput` or `tuple`: The noise, `(N, out_channels, H, W)`.
+            `UNet2DOutput` or `tuple`: The noise, `(N, out_channels, H, W)`, or what else the scheduler's
+            `prediction_type` says.
         """
         patch_size = self.config.patch_size
         if patch_size > 1:
             sample = F.pixel_unshuffle(sample, patch_size)
-        (noise,) = super().forward(sample, timestep, class_labels, return_dict=False)
+        (output,) = super().forward(sample, timestep, class_labels, return_dict=False)
         if patch_size > 1:
-            noise = F.pixel_shuffle(noise, patch_size)
-        return UNet2DOutput(sample=noise) if return_dict else (noise,)
+            output = F.pixel_shuffle(output, patch_size)
+        return UNet2DOutput(sample=output) if return_dict else (output,)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):

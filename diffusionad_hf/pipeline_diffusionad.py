@@ -386,9 +386,11 @@ class DiffusionADPipeline(DiffusionPipeline):
         # Channels-last takes less time on a CPU; the convolutions hand it on. On a GPU, the UNet's weights decide.
         layout = torch.channels_last if pixels.device.type == "cpu" else torch.contiguous_format
         noised = torch.cat([noised_small, noised_big]).to(self.unet.dtype, memory_format=layout)
-        noise_pred = self.unet(noised, torch.cat([t_small, t_big])).sample
+        output = self.unet(noised, torch.cat([t_small, t_big])).sample
         # A copy: CUDA graphs reuse the memory of what one network gives for what the next one does.
-        noise_pred_small, noise_pred_big = noise_pred.to(torch.float32, copy=True).chunk(2)
+        output_small, output_big = output.to(torch.float32, copy=True).chunk(2)
+        noise_pred_small = self.scheduler.predict_noise(output_small, noised_small, t_small)
+        noise_pred_big = self.scheduler.predict_noise(output_big, noised_big, t_big)
         step = self.scheduler.norm_guided_step(
             noise_pred_small, noise_pred_big, noised_small, noised_big, t_small, t_big, guidance_weight
         )

@@ -38,8 +38,14 @@ class NormGuidedScheduler(DDPMScheduler):
         small_timestep (`int`): Timestep of the small noise scale at inference (keeps detail, may keep the defect).
         big_timestep (`int`): Timestep of the big noise scale at inference (erases both).
         timestep_boundary (`int`): Training draws small timesteps below it and big ones from it up.
+        prediction_type (`str`): What the network predicts: `"epsilon"`, the noise (the reference); `"sample"`, the
+            clean image, so that a narrow network need not carry noise from its input to its output; or
+            `"v_prediction"`.
         guidance_weight (`float`): How strongly the big scale's answer pulls the small one's; 0 turns guidance off.
         *: Every argument of [`DDPMScheduler`], with the reference's values as defaults.
+
+    Raises:
+        ValueError: If there is no such `prediction_type`.
     """
 
     @register_to_config
@@ -65,6 +71,8 @@ class NormGuidedScheduler(DDPMScheduler):
         timestep_boundary: int = 300,
         guidance_weight: float = 1.0,
     ):
+        if prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(f'prediction_type="{prediction_type}": must be epsilon, sample or v_prediction.')
         super().__init__(
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
@@ -113,6 +121,28 @@ class NormGuidedScheduler(DDPMScheduler):
         small = torch.randint(0, boundary, (batch_size,), generator=generator, device=source)
         big = torch.randint(boundary, last, (batch_size,), generator=generator, device=source)
         return small.to(device), big.to(device)
+
+    def predict_noise(self, model_output: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        The noise that a network's output stands for, by `prediction_type`: the output itself, or what `x_t` holds
+        besides the predicted image, or what follows from the predicted velocity `sqrt(a) eps - sqrt(1 - a) x_0`.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(N, C, H, W)`): What the network gave.
+            sample (`torch.Tensor` of shape `(N, C, H, W)`): The noised images x_t.
+            timesteps (`torch.Tensor` of shape `(N,)`): Timestep of each image.
+        """
+        if self.config.prediction_type == "epsilon":
+            return model_output
+        signal_scale, noise_scale = self._scales(timesteps, sample)
+        if self.config.prediction_type == "sample":
+            return (sample - signal_scale * model_output) / noise_scale
+        return signal_scale * model_output + noise_scale * sample
+
+    def signal_to_noise(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """`a / (1 - a)` of each timestep, in float32 and of the same shape."""
+        signal_scale, noise_scale = self._scales(timesteps, self._signal_scale)
+        return (signal_scale / noise_scale).square().view(timesteps.shape).to(timesteps.device)
 
     def predict_original(
         self, noise_pred: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor

@@ -50,6 +50,32 @@ def test_one_step_with_the_true_noise_gives_the_image_back(scheduler):
     )
 
 
+def what_a_network_would_predict(kind, x, noise, t):
+    alphas = torch.tensor([a(int(i)) for i in t], dtype=torch.float64).view(-1, 1, 1, 1)
+    velocity = alphas.sqrt().float() * noise - (1 - alphas).sqrt().float() * x
+    return {"epsilon": noise, "sample": x, "v_prediction": velocity}[kind]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_whatever_the_network_predicts_stands_for_the_noise(kind):
+    scheduler = NormGuidedScheduler(prediction_type=kind)
+    x, noise, t = torch.rand(SHAPE), torch.randn(SHAPE), torch.tensor([0, 200, 999])
+    output = what_a_network_would_predict(kind, x, noise, t)
+    found = scheduler.predict_noise(output, scheduler.add_noise(x, noise, t), t)
+    torch.testing.assert_close(found, noise, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prediction_that_nobody_knows_is_named():
+    with pytest.raises(ValueError, match='prediction_type="image": must be epsilon, sample or v_prediction'):
+        NormGuidedScheduler(prediction_type="image")
+
+
+def test_signal_to_noise_follows_its_definition(scheduler):
+    t = torch.tensor([[0, 200], [400, 999]])
+    expected = [[a(int(i)) / (1 - a(int(i))) for i in row] for row in t]
+    torch.testing.assert_close(scheduler.signal_to_noise(t), torch.tensor(expected), rtol=1e-4, atol=0)
+
+
 def test_predictions_are_clamped(scheduler):
     prediction = scheduler.predict_original(torch.randn(SHAPE) * 50, torch.zeros(SHAPE), torch.full((3,), 900))
     assert prediction.min() == -1 and prediction.max() == 1

@@ -8,7 +8,14 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusionad_hf import NormGuidedScheduler
 
-__all__ = ["FOCAL_WEIGHT", "DiffusionADObjective", "binary_focal_loss", "distillation_loss", "noise_loss"]
+__all__ = [
+    "FOCAL_WEIGHT",
+    "DiffusionADObjective",
+    "binary_focal_loss",
+    "distillation_loss",
+    "noise_loss",
+    "noise_weights",
+]
 
 FOCAL_WEIGHT = 5.0
 
@@ -29,22 +36,32 @@ def binary_focal_loss(
 
 
 def noise_loss(
-    noise_pred_small: torch.Tensor, noise_pred_big: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor
+    noise_pred: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | float = 1.0
 ) -> torch.Tensor:
     """
     Mean squared error of both scales, over the NORMAL samples only (paper, eq. 9); 0 for a batch without one.
 
     Args:
-        noise_pred_small, noise_pred_big: Predicted noise, `(N, C, H, W)`.
-        noise: The noise itself, `(2, N, C, H, W)`, small scale first.
+        noise_pred: Predicted noise, `(2, N, C, H, W)`, small scale first.
+        noise: The noise itself, alike.
         labels: `(N,)`, 0 for normal samples.
+        weights: `(2, N)`, see [`noise_weights`].
     """
-    small, big = (
-        (pred - true).square().flatten(1).mean(dim=1)
-        for pred, true in zip((noise_pred_small, noise_pred_big), noise, strict=True)
-    )
-    normal = (labels == 0).to(small.dtype)
-    return ((small + big) * normal).sum() / normal.sum().clamp(min=1)
+    errors = weights * (noise_pred - noise).square().flatten(2).mean(dim=2)
+    normal = (labels == 0).to(errors.dtype)
+    return (errors.sum(dim=0) * normal).sum() / normal.sum().clamp(min=1)
+
+
+def noise_weights(scheduler: NormGuidedScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """
+    How much a squared error of the noise counts, of the shape of `timesteps`.
+
+    1, as in the paper, unless the network predicts the image itself: an error of the image is one of the noise
+    `sqrt(SNR)` times as large, a hundred times at the first timestep, which would leave the others no say. There it is
+    `min(1, 1 / SNR)`, the min-SNR weighting of arXiv 2303.09556 with gamma = 1.
+    """
+    ratio = scheduler.signal_to_noise(timesteps)
+    return (1 / ratio).clamp(max=1) if scheduler.config.prediction_type == "sample" else torch.ones_like(ratio)
 
 
 def distillation_loss(
@@ -52,6 +69,7 @@ def distillation_loss(
     logits: torch.Tensor,
     teacher_noise_pred: torch.Tensor,
     teacher_logits: torch.Tensor,
+    weights: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
     """
     How far a network's answers are from a teacher's: mean squared error of the predicted noise of both scales, plus
@@ -63,8 +81,9 @@ def distillation_loss(
     Args:
         noise_pred, teacher_noise_pred: `(2, N, C, H, W)`, small scale first.
         logits, teacher_logits: Of any shape.
+        weights: `(2, N)`, see [`noise_weights`].
     """
-    noise = (noise_pred - teacher_noise_pred).square().flatten(1).mean(dim=1).sum()
+    noise = (weights * (noise_pred - teacher_noise_pred).square().flatten(2).mean(dim=2)).mean(dim=1).sum()
     probabilities = teacher_logits.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(teacher_logits, probabilities)
     return noise + F.binary_cross_entropy_with_logits(logits, probabilities) - entropy
@@ -112,28 +131,32 @@ class DiffusionADObjective(nn.Module):
         noised_big = self.scheduler.add_noise(images, noise[1], timesteps_big)
         if self.unet.is_gradient_checkpointing and torch.is_grad_enabled():
             # On top of the UNet's own checkpoints, which alone leave one scale's in memory while the other's are used.
-            noise_pred_small, noise_pred_big = (
-                checkpoint(self._predict_noise, noised, timesteps, use_reentrant=False)
-                for noised, timesteps in ((noised_small, timesteps_small), (noised_big, timesteps_big))
+            noise_pred = torch.stack(
+                [
+                    checkpoint(self._predict_noise, noised, timesteps, use_reentrant=False)
+                    for noised, timesteps in ((noised_small, timesteps_small), (noised_big, timesteps_big))
+                ]
             )
         else:
-            noise_pred_small, noise_pred_big = self._predict_noise(
+            noise_pred = self._predict_noise(
                 torch.cat([noised_small, noised_big]), torch.cat([timesteps_small, timesteps_big])
-            ).chunk(2)
+            ).unflatten(0, (2, -1))
         reconstruction = self.scheduler.norm_guided_step(
-            noise_pred_small, noise_pred_big, noised_small, noised_big, timesteps_small, timesteps_big
+            *noise_pred, noised_small, noised_big, timesteps_small, timesteps_big
         ).reconstruction
         logits = self.segmenter(torch.cat([images, reconstruction], dim=1)).float()
 
+        weights = noise_weights(self.scheduler, torch.stack([timesteps_small, timesteps_big]))
         losses = {
-            "noise": noise_loss(noise_pred_small, noise_pred_big, noise, labels),
+            "noise": noise_loss(noise_pred, noise, labels, weights),
             "focal": binary_focal_loss(logits, masks),
             "smooth_l1": F.smooth_l1_loss(logits.sigmoid(), masks),
         }
         loss = losses["noise"] + FOCAL_WEIGHT * losses["focal"] + losses["smooth_l1"]
-        noise_pred = torch.stack([noise_pred_small, noise_pred_big])
         if teacher is not None:
-            losses["distillation"] = distillation_loss(noise_pred, logits, teacher["noise_pred"], teacher["logits"])
+            losses["distillation"] = distillation_loss(
+                noise_pred, logits, teacher["noise_pred"], teacher["logits"], weights
+            )
             loss = loss + losses["distillation"]
         return {
             "loss": loss,
@@ -144,4 +167,5 @@ class DiffusionADObjective(nn.Module):
         }
 
     def _predict_noise(self, noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return self.unet(noised, timesteps).sample.float()
+        output = self.unet(noised, timesteps).sample.float()
+        return self.scheduler.predict_noise(output, noised, timesteps)

@@ -174,6 +174,15 @@ def test_the_benchmarks_random_model_tells_images_apart():
     assert abs(first - second) > 1e-3
 
 
+@pytest.mark.parametrize("preset", ["tiny", "light"])
+def test_the_papers_way_gives_the_pipelines_score(preset):
+    pipe = inference._load(None, preset, 64)
+    (photo,) = inference._photos(1, 64)
+    pixels = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
+    _, score = inference.papers_way(pipe, pixels, pipe._seeded_noise(1)[0][:, None], autograd=False)
+    assert score == pytest.approx(float(pipe(photo).anomaly_score[0]), abs=1e-5)
+
+
 def test_training(tmp_path):
     options = ["--presets", "tiny", "--resolution", "64", "--batch_sizes", "2", "--gradient_checkpointing"]
     result = run(training.main, tmp_path, *options, "--dtypes", "bfloat16", "--device", "cpu")

@@ -29,9 +29,9 @@ def test_networks_of_the_teachers_size_start_with_its_weights():
             assert torch.equal(getattr(pupil, network).state_dict()[name], tensor), name
 
 
-def test_a_smaller_network_comes_to_answer_as_its_teacher():
+def test_a_network_of_another_size_comes_to_answer_as_its_teacher():
     torch.manual_seed(0)
-    teacher, pupil = build_pipeline("tiny", 64), build_pipeline("light", 64)
+    teacher, pupil = build_pipeline("tiny", 64), build_pipeline("small", 64)
     # Its last convolution starts at zero, so that an untrained teacher would have nothing to say.
     torch.nn.init.normal_(teacher.unet.conv_out.weight, std=0.05)
     take_weights_that_fit(teacher, pupil)

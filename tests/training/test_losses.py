@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from diffusionad_hf import NormGuidedScheduler
 from diffusionad_hf.convert import convert_segmenter_weights, convert_unet_weights, pipeline_from_checkpoint
 from tests.reference import FIXTURES, write_reference_checkpoint
-from training.losses import DiffusionADObjective, binary_focal_loss, distillation_loss, noise_loss
+from training.losses import DiffusionADObjective, binary_focal_loss, distillation_loss, noise_loss, noise_weights
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +78,17 @@ def test_gradients_agree_with_the_reference(golden_step):
 
 
 def test_a_batch_without_a_normal_sample_has_no_noise_loss():
-    prediction = torch.randn(2, 3, 8, 8, requires_grad=True)
-    loss = noise_loss(prediction, prediction, torch.zeros(2, 2, 3, 8, 8), torch.tensor([1, 1]))
+    prediction = torch.randn(2, 2, 3, 8, 8, requires_grad=True)
+    loss = noise_loss(prediction, torch.zeros(2, 2, 3, 8, 8), torch.tensor([1, 1]))
     loss.backward()
     assert loss == 0 and not prediction.grad.any()
 
 
 def test_noise_loss_ignores_anomalous_samples():
-    prediction = torch.zeros(2, 1, 4, 4)
+    prediction = torch.zeros(2, 2, 1, 4, 4)
     noise = torch.stack([torch.full((2, 1, 4, 4), 2.0), torch.full((2, 1, 4, 4), 3.0)])
     noise[:, 1] = 100
-    assert float(noise_loss(prediction, prediction, noise, torch.tensor([0, 1]))) == pytest.approx(4 + 9)
+    assert float(noise_loss(prediction, noise, torch.tensor([0, 1]))) == pytest.approx(4 + 9)
 
 
 def test_focal_loss_follows_its_definition():
@@ -140,3 +142,49 @@ def test_the_teacher_has_its_say_on_anomalous_samples(golden_step):
     assert float(taught["distillation"]) == pytest.approx(2 * 0.25, rel=1e-3)
     assert float(taught["loss"] - plain["loss"]) == pytest.approx(0.5, rel=1e-3)
     assert float(agreeing["distillation"]) == pytest.approx(0, abs=1e-5)
+
+
+def test_every_timestep_counts_alike_where_noise_is_predicted_and_little_where_it_is_tiny_otherwise():
+    t = torch.tensor([[0, 120], [400, 999]])
+    assert torch.equal(noise_weights(NormGuidedScheduler(), t), torch.ones(2, 2))
+    scheduler = NormGuidedScheduler(prediction_type="sample")
+    weights, ratio = noise_weights(scheduler, t), scheduler.signal_to_noise(t)
+    assert (weights[1] == 1).all() and torch.allclose(weights[0] * ratio[0], torch.ones(2))
+    # So a wrong image counts as that image, or less: never a hundred times.
+    x, wrong, noise = torch.zeros(4, 3, 8, 8), torch.full((4, 3, 8, 8), 0.5), torch.randn(4, 3, 8, 8)
+    steps = t.flatten()
+    found = scheduler.predict_noise(wrong, scheduler.add_noise(x, noise, steps), steps)
+    squares = (found - noise).square().mean(dim=(1, 2, 3)) * weights.flatten()
+    assert squares[:2].tolist() == pytest.approx([0.25, 0.25], rel=1e-3) and (squares[2:] < 0.25).all()
+
+
+def test_weights_multiply_the_errors_of_their_samples():
+    noise_pred = torch.ones(2, 2, 1, 4, 4)
+    weights = torch.tensor([[0.5, 3.0], [0.25, 5.0]])
+    nothing = torch.zeros_like(noise_pred)
+    assert float(noise_loss(noise_pred, nothing, torch.tensor([0, 1]), weights)) == pytest.approx(0.75)
+    logits = torch.zeros(2, 1, 4, 4)
+    assert float(distillation_loss(noise_pred, logits, nothing, logits, weights)) == pytest.approx(0.5 * 8.75)
+
+
+def test_the_true_image_is_no_loss_for_a_network_that_predicts_images():
+    class Knows(torch.nn.Module):
+        is_gradient_checkpointing = False
+
+        def forward(self, noised, timesteps):
+            return UNet2DOutput(sample=torch.cat([images, images]))
+
+    images = torch.rand(2, 3, 32, 32)
+    objective = DiffusionADObjective(
+        Knows(), torch.nn.Conv2d(6, 1, 1), NormGuidedScheduler(prediction_type="sample", guidance_weight=0.0)
+    )
+    result = objective(
+        images,
+        torch.zeros(2, 1, 32, 32),
+        torch.tensor([0, 0]),
+        torch.randn(2, 2, 3, 32, 32),
+        torch.tensor([0, 250]),
+        torch.tensor([300, 999]),
+    )
+    assert float(result["noise"]) < 1e-8
+    torch.testing.assert_close(result["reconstruction"], images, atol=1e-4, rtol=1e-4)
