@@ -1,13 +1,13 @@
 """What the measurements share: the machine, its matmul peak, the clock, and how results are written."""
 
 import argparse
+import gc
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,19 @@ from diffusionad_hf.evaluation import describe_hardware
 
 __all__ = [
     "DTYPES",
+    "PeakMemory",
     "add_options",
+    "compile_everything",
     "count_flops",
     "describe",
     "find_device",
     "matmul_peak",
     "measure_in_turns",
-    "peak_memory",
     "report",
+    "save",
+    "set_free",
     "spread",
+    "take_turns",
     "timed",
 ]
 
@@ -88,6 +92,11 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def take_turns(device: torch.device) -> bool:
+    """Whether all that is compared can be held at once, to be measured in turns: in main memory, not in a GPU's."""
+    return device.type == "cpu"
+
+
 def measure_in_turns(
     functions: dict[str, Callable[[], Any]], device: torch.device, repeats: int, warmup: int = 1
 ) -> dict[str, list[float]]:
@@ -135,21 +144,56 @@ def count_flops(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[dict[str, int | None]]:
+class PeakMemory:
     """
-    Yields a dict that holds, afterwards, by how much the GPU's memory in use rose at most, under `bytes`.
+    A context that holds, afterwards, by how much the GPU's memory in use rose at most, as `bytes`.
 
     `None` in main memory: there freed memory is kept and used again, so that only a process of its own tells.
     """
-    found: dict[str, int | None] = {"bytes": None}
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        self.restart()
+        return self
+
+    def restart(self) -> None:
+        """Forgets the peak so far, but not what was in use at first."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+
+
+def compile_everything() -> None:
+    """
+    Lets torch.compile compile as many sizes and types as a benchmark measures.
+
+    Beyond eight variants of a function it would go on uncompiled, and only its log would say so.
+    """
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def set_free(device: torch.device) -> None:
+    """Gives a GPU back what nothing holds any more."""
+    gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    yield found
-    if device.type == "cuda":
-        found["bytes"] = torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.empty_cache()
+
+
+def save(result: dict[str, Any], file: Path | None) -> None:
+    """Writes the result as JSON where asked for; called as it grows, for measurements take long and may be cut off."""
+    if file is not None:
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def report(result: dict[str, Any], table: str, file: Path | None) -> None:
@@ -157,5 +201,5 @@ def report(result: dict[str, Any], table: str, file: Path | None) -> None:
     machine = ", ".join(result["machine"].values())
     print(f"{machine}\n\n{table}")
     if file is not None:
-        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        save(result, file)
         print(f"\nAll of it in {file}.", file=sys.stderr)

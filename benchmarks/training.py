@@ -5,9 +5,12 @@
 
 A step is what `training/train.py` does with a batch: anomalies synthesised, noise and timesteps drawn, both networks
 forward and backward, one step of Adam (fused on a GPU, or with `--fused`). Images come from memory, so that reading
-them is not in it. Settings take turns, `--repeats` times; the median counts. Operations are those of the
-convolutions and matrix products of the forward pass times three, what is computed twice for gradient checkpointing
-not counted again; the peak is the best square matrix product of the same type in the same run.
+them is not in it. On a CPU settings take turns, on a GPU one is measured after another, with the memory that the
+former held set free, `--repeats` times each; the median counts. What cannot be measured, such as a batch that does not
+fit into memory, has its reason instead; compiled networks are not measured with gradient checkpointing, which
+torch.compile cannot compile. Compiling takes place in the first step, which is not in the peak memory. Operations are
+those of the convolutions and matrix products of the forward pass times three, what is computed twice for gradient
+checkpointing not counted again; the peak is the best square matrix product of the same type in the same run.
 """
 
 import argparse
@@ -21,14 +24,18 @@ import torch.nn.functional as F
 from benchmarks.inference import count_image
 from benchmarks.machine import (
     DTYPES,
+    PeakMemory,
     add_options,
+    compile_everything,
     describe,
     find_device,
     matmul_peak,
     measure_in_turns,
-    peak_memory,
     report,
+    save,
+    set_free,
     spread,
+    take_turns,
     timed,
 )
 from diffusionad_hf import PRESETS, build_pipeline
@@ -56,10 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     device = find_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
+    compile_everything()
     peaks = {name: matmul_peak(device, DTYPES[name]) for name in args.dtypes}
     result: dict[str, Any] = {"machine": describe(device), "matmul_peak_flops": peaks, "rows": []}
     for preset in args.presets:
-        result["rows"] += list(_measure(preset, device, args, peaks))
+        for row in _measure(preset, device, args, peaks):
+            result["rows"].append(row)
+            save(result, args.json)
     report(result, _table(result), args.json)
 
 
@@ -75,32 +85,48 @@ def _measure(
         [False, True] if args.compile else [False],
     )
     synthesizer = AnomalySynthesizer(ProceduralTextures(args.resolution, 60), seed=0)
-    rows, calls = [], {}
-    for batch, dtype, layout, checkpointing, compiled in settings:
-        with peak_memory(device) as memory:
-            step = _training_step(preset, device, args, synthesizer, batch, dtype, layout, checkpointing, compiled)
-            first = timed(step, device)
-        calls[str(len(rows))] = step
-        rows.append(
-            {
-                "preset": preset,
-                "image_size": args.resolution,
-                "batch_size": batch,
-                "dtype": dtype,
-                "layout": layout,
-                "gradient_checkpointing": checkpointing,
-                "compiled": compiled,
-                "gflop_per_image": flops / 1e9,
-                "first_step_seconds": first,
-                "peak_memory_bytes": memory["bytes"],
-            }
-        )
-    seconds = measure_in_turns(calls, device, args.repeats)
-    for key, row in enumerate(rows):
-        row["seconds_per_step"] = spread(seconds[str(key)])
+
+    def finish(row: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
+        row["seconds_per_step"] = spread(seconds)
         row["images_per_second"] = row["batch_size"] / row["seconds_per_step"]["median"]
         row["share_of_peak"] = flops * row["images_per_second"] / peaks[row["dtype"]]
-        yield row
+        return row
+
+    rows, steps = [], {}
+    for batch, dtype, layout, checkpointing, compiled in settings:
+        if checkpointing and compiled:
+            continue
+        row = {
+            "preset": preset,
+            "image_size": args.resolution,
+            "batch_size": batch,
+            "dtype": dtype,
+            "layout": layout,
+            "gradient_checkpointing": checkpointing,
+            "compiled": compiled,
+            "gflop_per_image": flops / 1e9,
+        }
+        step = None
+        set_free(device)
+        try:
+            with PeakMemory(device) as memory:
+                step = _training_step(preset, device, args, synthesizer, batch, dtype, layout, checkpointing, compiled)
+                row["first_step_seconds"] = timed(step, device)
+                # What compiling took is not what training takes; and Adam has its memory from the first step on.
+                memory.restart()
+                step()
+            row["peak_memory_bytes"] = memory.bytes
+            if take_turns(device):
+                steps[str(len(rows))] = step
+                rows.append(row)
+            else:
+                yield finish(row, measure_in_turns({"": step}, device, args.repeats)[""])
+        except RuntimeError as error:
+            row["error"] = " ".join(str(error).split())[:200]
+            yield row
+    seconds = measure_in_turns(steps, device, args.repeats)
+    for key, row in enumerate(rows):
+        yield finish(row, seconds[str(key)])
 
 
 def _training_step(
@@ -122,7 +148,7 @@ def _training_step(
         if layout == "channels_last":
             network.to(memory_format=torch.channels_last)
         if compiled:
-            network.compile()
+            network.compile(dynamic=False)
     objective = DiffusionADObjective(pipe.unet, pipe.segmenter, pipe.scheduler).train().to(device)
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-4, fused=args.fused or device.type == "cuda")
     images = F.interpolate(torch.rand(batch, 3, 16, 16), size=args.resolution, mode="bilinear")
@@ -156,12 +182,17 @@ def _table(result: dict[str, Any]) -> str:
         f"{'s/step':>8} {'lowest':>8} {'highest':>8} {'images/s':>9} {'of peak':>7} {'memory':>8} {'first':>8}",
     ]
     for row in result["rows"]:
+        setting = (
+            f"{row['preset']:<7} {row['image_size']:>4} {row['batch_size']:>5} {row['dtype']:<9} {row['layout']:<14} "
+            f"{'yes' if row['gradient_checkpointing'] else 'no':<13} {'yes' if row['compiled'] else 'no':<8} "
+        )
+        if "error" in row:
+            lines.append(setting + row["error"])
+            continue
         seconds = row["seconds_per_step"]
         memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
         lines.append(
-            f"{row['preset']:<7} {row['image_size']:>4} {row['batch_size']:>5} {row['dtype']:<9} {row['layout']:<14} "
-            f"{'yes' if row['gradient_checkpointing'] else 'no':<13} {'yes' if row['compiled'] else 'no':<8} "
-            f"{seconds['median']:>8.3f} {seconds['lowest']:>8.3f} {seconds['highest']:>8.3f} "
+            f"{setting}{seconds['median']:>8.3f} {seconds['lowest']:>8.3f} {seconds['highest']:>8.3f} "
             f"{row['images_per_second']:>9.2f} {row['share_of_peak']:>7.0%} {memory:>8} "
             f"{row['first_step_seconds']:>6.1f} s"
         )

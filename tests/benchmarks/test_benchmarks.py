@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks import __main__ as command
 from benchmarks import inference, pareto, startup, training
 from benchmarks.machine import count_flops, find_device, matmul_peak, measure_in_turns, spread
-from diffusionad_hf import build_pipeline
+from diffusionad_hf import DiffusionADPipeline, build_pipeline
 from tests.dataset_factory import write_image
 
 SLIMMEST = "tiny, one block, slim segmenter"
@@ -138,6 +138,40 @@ def test_the_first_call_is_the_one_that_compiles(tmp_path, monkeypatch):
     plain, slow = run(inference.main, tmp_path, *options, "--compile", "default")["rows"]
     assert slow["way"] == "pipeline, compiled (default)" and slow["score_difference"] < 1e-5
     assert plain["first_call_seconds"] < 1 < slow["first_call_seconds"]
+
+
+def test_one_after_another_as_on_a_gpu_and_what_does_not_fit_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "take_turns", lambda device: False)
+    compute = DiffusionADPipeline._inspect
+
+    def limited(self, pixels, *arguments):
+        if len(pixels) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return compute(self, pixels, *arguments)
+
+    monkeypatch.setattr(DiffusionADPipeline, "_inspect", limited)
+    options = ["--presets", "tiny", "--resolution", "32", "--batch_sizes", "1", "2", "--no_baseline"]
+    fits, too_large = run(inference.main, tmp_path, *options, "--device", "cpu")["rows"]
+    assert is_spread(fits["seconds_per_image"]) and "error" not in fits
+    assert too_large["batch_size"] == 2 and "2 images at once do not fit" in too_large["error"]
+    assert "seconds_per_image" not in too_large and "2 images at once do not fit" in capsys.readouterr().out
+
+
+def test_training_one_after_another_as_on_a_gpu_and_what_does_not_fit_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "take_turns", lambda device: False)
+    objective = training.DiffusionADObjective
+    step = objective.forward
+
+    def limited(self, images, **inputs):
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(self, images, **inputs)
+
+    monkeypatch.setattr(objective, "forward", limited)
+    options = ["--presets", "tiny", "--resolution", "64", "--batch_sizes", "3", "2", "--layouts", "contiguous"]
+    too_large, fits = run(training.main, tmp_path, *options, "--device", "cpu")["rows"]
+    assert "out of memory" in too_large["error"] and "out of memory" in capsys.readouterr().out
+    assert is_spread(fits["seconds_per_step"])
 
 
 def test_memory_on_a_gpu_is_shown():
