@@ -216,7 +216,9 @@ class DiffusionADPipeline(DiffusionPipeline):
         device = self._execution_device
         batch_size = self.default_batch_size if batch_size is None else batch_size
         self.check_inputs(images, batch_size, noise, generator, num_noises, small_timestep, big_timestep, output_type)
-        draws = None if noise is not None or generator is not None else self._seeded_noise(num_noises)
+        draws = []
+        if noise is None and generator is None:
+            draws = [draw.to(device) for draw in self._seeded_noise(num_noises)]
 
         maps, scores, reconstructions, kept = [], [], [], []
         starts = range(0, len(images), batch_size)
@@ -245,6 +247,9 @@ class DiffusionADPipeline(DiffusionPipeline):
                 flat = probability.flatten(1)
                 top = flat.topk(min(self.config.top_k, flat.shape[1]), dim=1).values
                 scores.append(top.mean(dim=1).cpu())
+                if output_type != "pt" and all(size == tuple(probability.shape[-2:]) for size in sizes):
+                    # Nothing to resize on the device: one transfer for all.
+                    probability, reconstruction = probability.cpu(), reconstruction.cpu()
                 for i, size in enumerate(sizes):
                     maps.append(self._postprocess(probability[i], size, output_type))
                     reconstructions.append(self._postprocess(reconstruction[i].clamp(0, 1), size, output_type))
@@ -612,7 +617,8 @@ def load_image(image: ImageInput, name: str = "image") -> torch.Tensor:
         channels_last = torch.from_numpy(np.ascontiguousarray(_native(image, name)))
         tensor = _from_values(channels_last.permute(2, 0, 1) if image.ndim == 3 else channels_last, name)
     elif isinstance(image, torch.Tensor):
-        tensor = _from_values(image.detach(), name)
+        # Resized where all others are: a GPU resizes no bytes, and floats a little differently.
+        tensor = _from_values(image.detach().cpu(), name)
     else:
         raise InvalidImageError(f"{name}: cannot inspect a {type(image).__name__}.")
     height, width = tensor.shape[-2:]
@@ -732,8 +738,14 @@ def _from_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: an error of its own on a GPU, a `RuntimeError` among others elsewhere."""
-    # In this order: PyTorch on Linux, on Windows, on Apple's GPU; oneDNN, which says no more, on a CPU.
-    words = ("can't allocate memory", "not enough memory", "out of memory", "could not create a")
+    # In this order: PyTorch on Linux, on Windows, on Apple's GPU; oneDNN, cuDNN and cuBLAS, which say no more.
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    words += (
+        "could not create a",
+        "unable to find an engine",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 

@@ -303,6 +303,11 @@ def prepare_batch(
     All that is random about a sample is a function of the seed, the epoch and its index, so it depends neither on how
     many processes share the work nor on whether the training was resumed.
     """
+    # The loader's memory is pinned: the device copies while this process goes on.
+    batch = {
+        name: values.to(device, non_blocking=True) if name in ("image", "foreground") else values
+        for name, values in batch.items()
+    }
     foreground = batch.get("foreground")
     made = []
     # A batch may straddle two epochs.
@@ -310,10 +315,10 @@ def prepare_batch(
         rows = (batch["epoch"] == epoch).nonzero()[:, 0]
         made.append(
             synthesizer(
-                batch["image"][rows].to(device),
+                batch["image"][rows],
                 batch["index"][rows].tolist(),
                 epoch,
-                None if foreground is None else foreground[rows].to(device),
+                None if foreground is None else foreground[rows],
             )
         )
     images = torch.cat([part.images for part in made])
