@@ -24,14 +24,16 @@ from benchmarks.runtimes import run as measure_runtimes
 from diffusionad_hf import PRESETS, DiffusionADPipeline
 
 # What was tried: fewer channels; one residual block a level instead of two; patches instead of pixels for the UNet
-# (`light` too); a segmenter of half the channels; predicting the image instead of the noise (`light` too).
+# (`light` too); a segmenter of half the channels; predicting the image instead of the noise (`tiny` and `light` too).
+_TINY_NOISE = {**PRESETS["tiny"], "prediction_type": "epsilon"}
 SIZES: dict[str, dict[str, Any]] = {
     **{name: PRESETS[name] for name in ("small", "tiny", "light")},
-    "small, patches": {"base_channels": 32, "segmenter_base_channels": 16, "patch_size": 2},
-    "tiny, predicting images": {**PRESETS["tiny"], "prediction_type": "sample"},
-    "light, predicting noise": {**PRESETS["light"], "prediction_type": "epsilon"},
-    "tiny, one block": {**PRESETS["tiny"], "layers_per_block": 1},
-    "tiny, one block, slim segmenter": {**PRESETS["tiny"], "layers_per_block": 1, "segmenter_base_channels": 8},
+    "small, image": {**PRESETS["small"], "prediction_type": "sample"},
+    "small, patches": {**PRESETS["small"], "patch_size": 2},
+    "tiny, noise": _TINY_NOISE,
+    "light, noise": {**_TINY_NOISE, "patch_size": 2},
+    "tiny, noise, one block": {**_TINY_NOISE, "layers_per_block": 1},
+    "tiny, noise, one block, slim segmenter": {**_TINY_NOISE, "layers_per_block": 1, "segmenter_base_channels": 8},
 }
 _TRAINING = ("--preset", "small", "--unet_learning_rate", "5e-4", "--segmenter_learning_rate", "1e-3")
 

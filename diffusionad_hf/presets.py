@@ -1,6 +1,7 @@
 """Named sizes of the two networks, and untrained pipelines of them."""
 
 import math
+from typing import Any
 
 from .modeling_anomaly_segmenter import AnomalySegmenter
 from .modeling_norm_guided_unet import NormGuidedUNet2DModel
@@ -10,33 +11,42 @@ from .scheduling_norm_guided import NormGuidedScheduler
 __all__ = ["PRESETS", "build_pipeline"]
 
 # `paper` is the size of the published models. `tiny` attends from 16 px down: on a CPU, half of its time went into the
-# 32 px maps. `light` is `tiny` on patches instead of pixels, in half the time: its 16 channels are too few for the
-# noise of a patch beside its image, so it predicts the image.
-_TINY = {"base_channels": 16, "segmenter_base_channels": 16, "norm_num_groups": 16, "largest_attention_map": 16}
-PRESETS = {
+# 32 px maps. `light` is `tiny` on patches instead of pixels, in half the time. Both predict the image instead of the
+# noise, which 16 channels have to carry beside the image otherwise, and of a patch hardly can.
+_TINY = {
+    "base_channels": 16,
+    "segmenter_base_channels": 16,
+    "norm_num_groups": 16,
+    "largest_attention_map": 16,
+    "prediction_type": "sample",
+}
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"base_channels": 128, "segmenter_base_channels": 64},
     "small": {"base_channels": 32, "segmenter_base_channels": 16},
     "tiny": _TINY,
-    "light": {**_TINY, "patch_size": 2, "prediction_type": "sample"},
+    "light": {**_TINY, "patch_size": 2},
 }
 
 
-def build_pipeline(preset: str = "small", resolution: int = 256) -> DiffusionADPipeline:
+def build_pipeline(
+    preset: str = "small", resolution: int = 256, prediction_type: str | None = None
+) -> DiffusionADPipeline:
     """
     An untrained pipeline of a named size.
 
     Args:
         preset: `"paper"`, `"small"`, `"tiny"` or `"light"`.
         resolution: Side length of the images in px; a multiple of 32.
+        prediction_type: What the UNet is to predict, see [`NormGuidedScheduler`]; the preset's own when `None`.
 
     Raises:
-        ValueError: If the preset is unknown or the networks cannot take the resolution.
+        ValueError: If the preset or the prediction is unknown, or the networks cannot take the resolution.
     """
     if preset not in PRESETS:
         raise ValueError(f'preset="{preset}": must be one of {", ".join(PRESETS)}.')
     unet_sizes = dict(PRESETS[preset])
     segmenter_base_channels = unet_sizes.pop("segmenter_base_channels")
-    prediction_type = unet_sizes.pop("prediction_type", "epsilon")
+    own_prediction_type = unet_sizes.pop("prediction_type", "epsilon")
     config = NormGuidedUNet2DModel.size_config(resolution=resolution, **unet_sizes)
     smallest_map = config["patch_size"] * 2 ** (len(config["block_out_channels"]) - 1)
     multiple = math.lcm(AnomalySegmenter.size_multiple, smallest_map)
@@ -48,5 +58,5 @@ def build_pipeline(preset: str = "small", resolution: int = 256) -> DiffusionADP
     return DiffusionADPipeline(
         unet=NormGuidedUNet2DModel(**config),
         segmenter=AnomalySegmenter(base_channels=segmenter_base_channels),
-        scheduler=NormGuidedScheduler(prediction_type=prediction_type),
+        scheduler=NormGuidedScheduler(prediction_type=prediction_type or own_prediction_type),
     )

@@ -138,6 +138,13 @@ def _parser() -> argparse.ArgumentParser:
         help="Side length in px at which images are trained and inspected; a multiple of 32.",
     )
     add(
+        "--prediction_type",
+        default=None,
+        choices=("epsilon", "sample", "v_prediction"),
+        help="What the UNet is to predict: the noise (the paper), the image itself, or the velocity. Without it, what "
+        "the architecture is made for: paper and small predict the noise, tiny and light the image.",
+    )
+    add(
         "--init_from", default=None, help="Start from the weights of this pipeline folder or Hub id, of the same size."
     )
     add(

@@ -38,7 +38,7 @@ def load_teacher(model: str, pupil: DiffusionADPipeline) -> DiffusionADPipeline:
 
 def take_weights_that_fit(teacher: DiffusionADPipeline, pupil: DiffusionADPipeline) -> list[str]:
     """
-    Starts the networks that have the teacher's size with its weights.
+    Starts the networks that have the teacher's size, and predict what it predicts, with its weights.
 
     Returns:
         `list[str]`: Which ones, `"unet"`, `"segmenter"` or both.
@@ -46,9 +46,9 @@ def take_weights_that_fit(teacher: DiffusionADPipeline, pupil: DiffusionADPipeli
     taken = []
     for name in ("unet", "segmenter"):
         theirs, ours = (getattr(pipe, name) for pipe in (teacher, pupil))
-        if [(n, t.shape) for n, t in theirs.state_dict().items()] == [
-            (n, t.shape) for n, t in ours.state_dict().items()
-        ]:
+        shapes = [[(key, tensor.shape) for key, tensor in n.state_dict().items()] for n in (theirs, ours)]
+        types = [pipe.scheduler.config.prediction_type for pipe in (teacher, pupil)]
+        if shapes[0] == shapes[1] and (name == "segmenter" or types[0] == types[1]):
             ours.load_state_dict(theirs.state_dict())
             taken.append(name)
     return taken

@@ -257,7 +257,7 @@ def prepare_data(args: argparse.Namespace) -> tuple[NormalImages, NormalImages, 
 
 def build_networks(args: argparse.Namespace) -> tuple[DiffusionADPipeline, DiffusionADPipeline | None]:
     """The pipeline to train, from random weights or those of another one, and the one it learns from, if any."""
-    pipe, teacher = build_pipeline(args.architecture, args.resolution), None
+    pipe, teacher = build_pipeline(args.architecture, args.resolution, args.prediction_type), None
     if args.distill_from is not None:
         teacher = load_teacher(args.distill_from, pipe)
     if args.init_from is not None:
@@ -278,8 +278,14 @@ def build_networks(args: argparse.Namespace) -> tuple[DiffusionADPipeline, Diffu
 
 
 def start_from(model: str, pipe: DiffusionADPipeline) -> None:
-    """Takes the weights of another pipeline; raises `ValueError` where its networks are of another size."""
+    """Takes the weights of another pipeline; raises `ValueError` where its networks are others."""
     source = DiffusionADPipeline.from_pretrained(model, dtype=torch.float32)
+    theirs, ours = (p.scheduler.config.prediction_type for p in (source, pipe))
+    if theirs != ours:
+        raise ValueError(
+            f"--init_from {model}: its UNet predicts {theirs}, this one is to predict {ours}; give --prediction_type "
+            f"{theirs}."
+        )
     for name in ("unet", "segmenter"):
         try:
             getattr(pipe, name).load_state_dict(getattr(source, name).state_dict())

@@ -17,7 +17,7 @@ from benchmarks.machine import count_flops, find_device, matmul_peak, measure_in
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
 from tests.dataset_factory import write_image
 
-SLIMMEST = "tiny, one block, slim segmenter"
+SLIMMEST = "tiny, noise, one block, slim segmenter"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -256,7 +256,7 @@ def test_sizes_are_trained_once_and_compared_in_every_runtime(tmp_path, monkeypa
     options += ["--json", tmp_path / "sizes.json", "--plot", tmp_path / "sizes.png"]
     monkeypatch.setattr(sys, "argv", ["pareto", *map(str, [*options, "--train_only"])])
     pareto.main()
-    weights = tmp_path / "work/tiny-one-block-slim-segmenter/unet/diffusion_pytorch_model.safetensors"
+    weights = tmp_path / "work/tiny-noise-one-block-slim-segmenter/unet/diffusion_pytorch_model.safetensors"
     trained = weights.stat().st_mtime_ns
     monkeypatch.setattr(sys, "argv", ["pareto", *map(str, options)])
     pareto.main()

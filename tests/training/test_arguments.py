@@ -28,6 +28,7 @@ NONSENSE = [
     ("resolution", 0, {}),
     ("resolution", 100, {}),
     ("resolution", 64.5, {}),
+    ("prediction_type", "the-future", {}),
     ("init_from", "no/such/model", {}),
     ("distill_from", "no/such/model", {}),
     ("gradient_checkpointing", "perhaps", {}),

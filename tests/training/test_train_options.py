@@ -144,7 +144,24 @@ def test_init_from_starts_with_the_weights_of_another_model(data, two_steps, tmp
         network, _, key = name.partition(".")
         assert torch.equal(getattr(pipe, network).state_dict()[key], tensor), name
     with pytest.raises(ValueError, match="another size; give the --architecture"):
-        built(preset="small", resolution=32, init_from=two_steps)
+        built(preset="small", resolution=32, init_from=two_steps, prediction_type="sample")
+
+
+def test_what_the_unet_predicts_is_the_architectures_own_unless_asked_for(two_steps):
+    def predicted(**options):
+        return built(resolution=64, **options).scheduler.config.prediction_type
+
+    assert [predicted(architecture=name) for name in ("paper", "small", "tiny", "light")] == [
+        "epsilon",
+        "epsilon",
+        "sample",
+        "sample",
+    ]
+    assert predicted(preset="tiny", prediction_type="epsilon") == "epsilon"
+    assert predicted(preset="small", prediction_type="v_prediction") == "v_prediction"
+    # Its weights would mean something else.
+    with pytest.raises(ValueError, match="its UNet predicts sample, .* give --prediction_type sample"):
+        built(preset="tiny", resolution=32, init_from=two_steps, prediction_type="epsilon")
 
 
 @pytest.mark.parametrize("option", ["gradient_checkpointing", "channels_last"])
