@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         choices=("epsilon", "sample", "v_prediction"),
         help="What the UNet is to predict: the noise (the paper), the image itself, or the velocity. Without it, what "
-        "the architecture is made for: paper and small predict the noise, tiny and light the image.",
+        "the architecture is made for: paper predicts the noise, the others the image.",
     )
     add(
         "--init_from", default=None, help="Start from the weights of this pipeline folder or Hub id, of the same size."
