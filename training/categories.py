@@ -118,9 +118,10 @@ def _is_finished(args: argparse.Namespace) -> bool:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: damaged ({error}); delete it, and the training is finished again.") from error
     now = vars(args).copy()
-    if now["mixed_precision"] is None:
-        # What accelerate is configured for is known only once it runs.
-        del now["mixed_precision"]
+    for name in ("mixed_precision", "prediction_type"):
+        if now[name] is None:
+            # What accelerate is configured for and what the networks are made for is known only once it runs.
+            del now[name]
     check_same_training(recorded, now, f"--output_dir {args.output_dir}")
     return recorded["max_train_steps"] == args.max_train_steps
 

@@ -144,6 +144,8 @@ def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -
     Raises:
         ValueError: If they differ; names the first argument that does, and both values.
     """
+    # Trainings from before there was this option learnt the noise, which their weights do not tell.
+    then = {"prediction_type": "epsilon"} | then
     free = _FREE_ARGUMENTS | ({"max_train_steps"} if now.get("lr_schedule") in STEADY_SCHEDULES else set())
     for name, value in now.items():
         if name in then and name not in free and then[name] != value:

@@ -128,7 +128,10 @@ def train(args: argparse.Namespace, interrupt: "Interrupt") -> int:
         accelerator.register_for_checkpointing(averaged)
 
     # 3. Resume, or start afresh.
-    arguments = vars(args) | {"mixed_precision": accelerator.mixed_precision}
+    arguments = vars(args) | {
+        "mixed_precision": accelerator.mixed_precision,
+        "prediction_type": pipe.scheduler.config.prediction_type,
+    }
     launched = {"num_processes": accelerator.num_processes}
     state = {"step": 0, "best": None, "losses": {}}
     if found is not None:

@@ -130,6 +130,17 @@ def test_going_on_for_longer_is_refused_where_the_rates_follow_from_the_length(d
     assert "--max_train_steps 2, this one has 3" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_resuming_what_learnt_the_noise_as_a_network_of_images_is_refused(data, tmp_path, two_steps, capsys):
+    shutil.copytree(two_steps / "checkpoint-2", tmp_path / "checkpoint-2")
+    file = tmp_path / "checkpoint-2/training_state.json"
+    state = json.loads(file.read_text())
+    assert state["arguments"].pop("prediction_type") == "sample"
+    # As it was written before there was a choice.
+    file.write_text(json.dumps(state))
+    assert run(data, tmp_path, max_train_steps=2, resume_from_checkpoint="latest") == 2
+    assert "--prediction_type epsilon, this one has sample" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_resuming_with_another_number_of_processes_is_refused(data, tmp_path, two_steps, capsys):
     shutil.copytree(two_steps / "checkpoint-2", tmp_path / "checkpoint-2")
     state = tmp_path / "checkpoint-2/training_state.json"
