@@ -11,7 +11,7 @@ from diffusionad_hf.pipeline_diffusionad import DiffusionADPipeline, conformal_t
 from tests.conftest import make_pipeline
 
 
-@pytest.mark.parametrize("rate, needed", [(0.05, 19), (0.1, 9), (0.01, 99), (0.3, 3), (0.5, 1)])
+@pytest.mark.parametrize("rate, needed", [(0.05, 19), (0.1, 9), (0.01, 99), (0.3, 3), (0.5, 1), (1 / 49, 48)])
 def test_images_needed_is_the_least_number_with_a_finite_threshold(rate, needed):
     assert images_needed(rate) == needed
     assert np.isfinite(conformal_threshold(range(needed), rate))
@@ -35,6 +35,12 @@ def test_exactly_the_promised_share_of_the_calibration_images_lies_above():
     calibrate(pipe, images, false_alarm_rate=0.1)
     # k = floor(0.1 * 40) = 4: the threshold is the 4th largest score, which itself is not above it.
     assert pipe(images).is_anomalous.sum() == 3
+
+
+def test_exactly_as_many_images_as_are_needed_give_no_warning(caplog):
+    pipe = make_pipeline()
+    calibrate(pipe, torch.rand(3, 3, 32, 32), false_alarm_rate=0.25)
+    assert np.isfinite(pipe.threshold) and not caplog.messages
 
 
 def test_maps_of_earlier_batches_are_let_go(monkeypatch):

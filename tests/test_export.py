@@ -3,8 +3,10 @@
 import json
 import logging
 import shutil
+import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ REASON = 'the runtimes are not installed: pip install -c constraints.txt -e ".[o
 for runtime in ("openvino", "nncf", "onnx", "onnxruntime"):
     pytest.importorskip(runtime, reason=REASON)
 
-from diffusionad_hf.export import ORIGINAL, export_pipeline  # noqa: E402
+from diffusionad_hf.export import ORIGINAL, _compare, _InspectionGraph, _probe, export_pipeline  # noqa: E402
 
 DEMO = Path(__file__).parents[1] / "space/checkpoints/demo-part"
 
@@ -136,6 +138,16 @@ def test_the_graph_alone_gives_the_score(kind, exports, calibrated):
     np.testing.assert_allclose(outputs["anomaly_score"].numpy(), expected, atol=1e-4)
 
 
+def test_a_top_k_beyond_the_images_pixels_is_the_mean_of_all():
+    pipe = make_pipeline()
+    pipe.register_to_config(top_k=32 * 32 + 1)
+    torch.manual_seed(1)
+    pixels, noise = torch.rand(2, 3, 32, 32), torch.randn(2, 2, 3, 32, 32)
+    with torch.no_grad():
+        *_, scores = _InspectionGraph(pipe, half=False)(pixels, noise)
+    np.testing.assert_allclose(scores, pipe(list(pixels), noise=noise).anomaly_score, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["openvino", "onnx"])
 def test_float16_is_half_as_large_and_close(kind, exports, calibrated, images, tmp_path):
     exported = quiet(export_pipeline(calibrated, tmp_path / "half", format=kind, precision="fp16"))
@@ -224,6 +236,15 @@ def test_a_threshold_of_other_scores_is_said_on_loading(onnx_dir, caplog):
     assert len(caplog.messages) == 1
 
 
+def test_without_a_threshold_there_is_none_to_warn_of(onnx_dir, caplog):
+    rewritten(onnx_dir, precision="int8", calibration_scores=None, threshold=None)
+    assert load_model(onnx_dir).threshold is None and not caplog.messages
+
+
+def test_others_than_its_owner_may_read_an_exported_model(exports):
+    assert stat.S_IMODE((exports / "onnx").stat().st_mode) == 0o755
+
+
 def test_saved_elsewhere_it_is_whole(exports, tmp_path, photo):
     pipe = load_model(exports / "onnx", threshold=0.123)
     pipe.save_pretrained(tmp_path / "copy")
@@ -303,6 +324,17 @@ def test_a_graph_that_gives_other_scores_is_not_kept(pipe, tmp_path):
     with pytest.raises(ValueError, match="scores differ from the pipeline's"):
         export_pipeline(inverted, tmp_path / "out", format="onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_whose_scores_are_no_numbers_is_refused(calibrated):
+    class Broken:
+        record = {"precision": "int8"}
+
+        def __call__(self, images, **options):
+            return SimpleNamespace(anomaly_score=np.full(len(images), np.nan))
+
+    with pytest.raises(ValueError, match="scores differ from the pipeline's"):
+        _compare(calibrated, Broken(), [_probe(32)], torch.randn(2, 1, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -421,6 +453,14 @@ def test_size_device_precision_and_variant_are_fixed(exports, photo, tmp_path, c
     for elsewhere in ("cuda", torch.device("cuda:1"), torch.float16):
         with pytest.raises(ValueError, match="runs on the CPU in its own precision"):
             exported.to(elsewhere)
+    for ask in (
+        lambda: exported.to("cpu", torch.float16),
+        lambda: exported.to(device="cuda"),
+        lambda: exported.to(dtype=torch.float16),
+        lambda: load_model(exports / "onnx", device="cuda"),
+    ):
+        with pytest.raises(ValueError, match="runs on the CPU in its own precision"):
+            ask()
     exported.register_to_config(image_size=64)
     with pytest.raises(ValueError, match="image_size=64: this model was exported for 32 px"):
         exported(photo)

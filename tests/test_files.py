@@ -8,10 +8,11 @@ import pytest
 from diffusionad_hf.files import replace_file, replace_folder, replacing, restore_folder
 
 
-def test_a_file_and_a_folder_are_the_former_or_the_new_one(tmp_path, monkeypatch):
-    def write(text):
-        return lambda folder: (folder.mkdir(), (folder / "a").write_text(text))
+def write(text):
+    return lambda folder: (folder.mkdir(), (folder / "a").write_text(text))
 
+
+def test_a_file_and_a_folder_are_the_former_or_the_new_one(tmp_path, monkeypatch):
     file, folder = tmp_path / "file", tmp_path / "folder"
     replace_file(file, "1")
     replace_folder(folder, write("1"))
@@ -34,6 +35,19 @@ def test_a_file_and_a_folder_are_the_former_or_the_new_one(tmp_path, monkeypatch
     replace_folder(folder, write("3"))
     assert file.read_text() == (folder / "a").read_text() == "3"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("then", ["written again", "read"])
+def test_a_former_folder_that_a_kill_left_beside_the_new_one_goes(then, tmp_path):
+    folder = tmp_path / "folder"
+    write("1")(tmp_path / ".folder.former")
+    write("2")(folder)
+    if then == "read":
+        restore_folder(folder)
+    else:
+        replace_folder(folder, write("3"))
+    assert (folder / "a").read_text() == ("2" if then == "read" else "3")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_failed_write_leaves_the_former_file_and_nothing_beside_it(tmp_path):

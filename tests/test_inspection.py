@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from PIL import Image
 
 from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.cli import main
-from diffusionad_hf.inspection import find_images, inspect_files
+from diffusionad_hf.inspection import Inspection, find_images, inspect_files, write_csv, write_json
+from tests.conftest import make_pipeline
 from tests.test_pipeline_images import UNUSABLE, unusable
 
 
@@ -52,6 +54,21 @@ def test_inputs_that_name_nothing_are_said(photos):
         "no file matches this pattern.",
         "no such file or folder.",
     ]
+
+
+def test_suffixes_count_in_upper_case_too(tmp_path):
+    for name in ("A.PNG", "b.Jpg", "c.TXT"):
+        (tmp_path / name).touch()
+    files, _ = find_images([tmp_path])
+    assert [file.name for file in files] == ["A.PNG", "b.Jpg"]
+
+
+def test_two_stars_in_a_pattern_reach_every_depth(photos):
+    (photos / "deep" / "down").mkdir()
+    (photos / "deep" / "down" / "c.png").touch()
+    files, _ = find_images([photos / "**" / "*.png"])
+    names = [file.relative_to(photos).as_posix() for file in files]
+    assert names == ["a.png", "b.png", "deep/a.png", "deep/down/c.png"]
 
 
 # ---- inspect
@@ -135,6 +152,60 @@ def test_one_bad_file_never_stops_the_others(kind, photos, photo, model_dir, tmp
     assert [f["file"] for f in report["failures"]] == [str(bad)]
     assert str(bad) in capsys.readouterr().err
     assert [row["error"] != "" for row in csv.DictReader((out / "r.csv").open())].count(True) == 1
+
+
+def test_results_after_a_bad_file_are_those_of_their_own_images(pipe, photo, tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for i, file in enumerate(files):
+        Image.fromarray(np.roll(photo, 9 * i, axis=0)).save(file)
+    files[1].write_bytes(b"no image")
+    results = list(inspect_files(pipe, files, batch_size=4))
+    assert [result.file for result in results] == [str(file) for file in files]
+    scores = [results[i].score for i in (0, 2, 3)]
+    expected = [float(pipe(files[i]).anomaly_score[0]) for i in (0, 2, 3)]
+    assert min(np.diff(sorted(expected))) > 1e-5, "or they could not be told apart"
+    assert scores == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_normal_image_has_no_regions_though_single_pixels_lie_above_the_threshold(photo, tmp_path):
+    file = tmp_path / "a.png"
+    Image.fromarray(photo).save(file)
+    pipe = make_pipeline()
+    found = pipe(file)
+    score, peak = float(found.anomaly_score[0]), float(found.anomaly_map[0].max())
+    assert score < peak
+    pipe.register_to_config(threshold=(score + peak) / 2)
+    (result,) = inspect_files(pipe, [file])
+    assert result.verdict == "normal" and result.regions == [] and result.where == []
+
+
+def test_the_mask_follows_the_threshold(photo, tmp_path):
+    file = tmp_path / "a.png"
+    Image.fromarray(photo).save(file)
+    pipe = make_pipeline()
+    anomaly_map = pipe(file).anomaly_map[0]
+    for share in (0.9, 0.7):
+        threshold = float(np.quantile(anomaly_map, share))
+        pipe.register_to_config(threshold=threshold)
+        (result,) = inspect_files(pipe, [file], tmp_path / "out")
+        mask = np.asarray(Image.open(result.pictures["mask"]))
+        assert result.verdict == "anomalous"
+        np.testing.assert_array_equal(mask > 0, anomaly_map >= threshold)
+
+
+def test_a_threshold_that_no_score_exceeds_is_null_in_json(tmp_path):
+    write_json(tmp_path / "r.json", "model", [Inspection("a.png", 0.1, math.inf, "normal", 0.5, 0.1, [], [])])
+    written = (tmp_path / "r.json").read_text()
+    assert json.loads(written)["images"][0]["threshold"] is None and "Infinity" not in written
+
+
+def test_the_table_counts_the_regions_and_shows_the_largest(tmp_path):
+    areas = {(0, 0, 2, 2): 4, (5, 5, 8, 8): 9, (1, 4, 2, 5): 1}
+    regions = [{"box": box, "area_px": area} for box, area in areas.items()]
+    write_csv(tmp_path / "r.csv", [Inspection("a.png", 0.9, 0.5, "anomalous", 0.05, 0.1, ["top left"], regions)])
+    with (tmp_path / "r.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["regions"] == "3" and row["largest_box"] == "5 5 8 8"
 
 
 def test_batch_size_does_not_change_a_result(photos, model_dir, tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +22,18 @@ from accelerate.state import AcceleratorState  # noqa: E402
 
 from diffusionad_hf import DiffusionADPipeline, sharded_inspection  # noqa: E402
 from diffusionad_hf.cli import main  # noqa: E402
-from diffusionad_hf.inspection import Item, _read_ahead, inspect_files  # noqa: E402
+from diffusionad_hf.inspection import Failure, Item, _read_ahead, inspect_files  # noqa: E402
 from diffusionad_hf.inspection_inputs import DatasetInputs  # noqa: E402
-from diffusionad_hf.sharded_inspection import Run, Shard, plan_share  # noqa: E402
+from diffusionad_hf.sharded_inspection import (  # noqa: E402
+    Run,
+    Shard,
+    _write_shard,
+    describe_run,
+    inspect_share,
+    merge_shards,
+    plan_share,
+)
+from tests.conftest import make_pipeline  # noqa: E402
 
 BATCH = 2
 # What `accelerate launch ... -m diffusionad_hf.cli inspect` runs.
@@ -251,6 +261,27 @@ def test_processes_share_the_rows_evenly_and_read_no_part_twice(tmp_path):
     assert sorted(part for inputs in parts for part in inputs.read) == list(range(8))
 
 
+def test_rows_before_and_after_finished_ones_of_a_shard_are_merged_with_them(tmp_path, monkeypatch):
+    def nothing_found(pipe, batches, output_dir):
+        return ((batch, [Failure(item.name, "damaged") for item in batch]) for batch in batches)
+
+    monkeypatch.setattr(sharded_inspection, "inspect_batches", nothing_found)
+    # As a process leaves it that was stopped within a shard of eight rows, of which others did the beginning.
+    done = Shard(0, 2, 4, False)
+    _write_shard(tmp_path, done, [{"file": "0/2"}, {"file": "0/3"}])
+    alone = SimpleNamespace(process_index=0, num_processes=1)
+    assert sum(inspect_share(None, Rows(10), Run(tmp_path, 2, 8, (done,)), alone)) == 8
+    assert merge_shards(tmp_path, tmp_path / "r.parquet", 1).images == 10
+    assert pq.read_table(tmp_path / "r.parquet")["file"].to_pylist() == [f"0/{i}" for i in range(10)]
+
+
+def test_a_part_of_which_there_is_no_shard_is_named(tmp_path):
+    _write_shard(tmp_path, Shard(0, 0, 1, True), [{"file": "a"}])
+    with pytest.raises(ValueError, match="the shards of part 1 do not follow each other to its end"):
+        merge_shards(tmp_path, tmp_path / "r.parquet", 2)
+    assert not (tmp_path / "r.parquet").exists()
+
+
 def test_images_are_read_while_the_model_works_and_only_so_many():
     made, read = [], threading.Event()
 
@@ -380,6 +411,23 @@ def test_a_run_is_not_continued_with_anything_else(photos, model_dir, tmp_path, 
         error = capsys.readouterr().err
         assert then in error and now in error and "delete the folder" in error and error.count("\n") == 1, error
         assert shards(tmp_path / "r.parquet.shards") == before
+
+
+OTHERWISE = {
+    "unet": lambda pipe: next(pipe.unet.parameters()).data.add_(1),
+    "seed": lambda pipe: pipe.register_to_config(seed=pipe.config.seed + 1),
+    "top_k": lambda pipe: pipe.register_to_config(top_k=pipe.config.top_k + 1),
+    "scheduler": lambda pipe: pipe.scheduler.register_to_config(guidance_weight=0.5),
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_whatever_changes_the_results_makes_it_another_run(what):
+    pipe, inputs = make_pipeline(), SimpleNamespace(description="4 files")
+    before = describe_run(pipe, inputs, "model", BATCH)
+    assert describe_run(make_pipeline(), inputs, "model", BATCH) == before
+    OTHERWISE[what](pipe)
+    assert describe_run(pipe, inputs, "model", BATCH) != before
 
 
 def test_a_damaged_shard_is_named(photos, model_dir, tmp_path, capsys):

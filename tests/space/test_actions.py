@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,18 @@ def test_the_report_is_one_page_and_escapes_names(results, model, parts):
     assert "Defect found" in page or "No defect found" in page
     with pytest.raises(UploadError):
         download(folder, "../photo.jpg", 0.3, 0.5)
+
+
+def test_the_report_warns_of_a_photo_unlike_the_normal_ones(results, model, parts, tmp_path):
+    white = tmp_path / "white.png"
+    Image.new("RGB", (96, 96), "white").save(white)
+    unknown = replace(model.calibration, familiarity=None)
+    warned = []
+    for photo, calibration in ((white, model.calibration), (parts[0], model.calibration), (white, unknown)):
+        folder = inspect_one(results, "anna", model, photo, "photo.png", calibration, Settings()).folder
+        page = download(folder, "report", 0.3, 0.5).read_text(encoding="utf-8")
+        warned.append("the verdict may mean nothing" in page)
+    assert warned == [True, False, False]
 
 
 def test_other_settings_change_the_score_drop_the_p_value_and_leave_the_model_as_it_was(results, model, parts):
@@ -271,6 +284,13 @@ def test_calibration_is_split_conformal_on_the_given_images_and_travels_as_a_fil
     assert result.p_value == loaded.p_value(result.score)
     with pytest.raises(UploadError, match="belongs to flange"):
         read_calibration(done.file, "other")
+
+
+def test_a_calibration_file_keeps_what_normal_images_look_like(model):
+    calibration = model.calibration
+    again = Calibration.from_json(json.loads(json.dumps(calibration.to_json("flange"))), "flange")
+    assert again.familiarity.limit == calibration.familiarity.limit
+    np.testing.assert_array_equal(again.familiarity.grids, calibration.familiarity.grids)
 
 
 def test_too_few_images_are_refused_and_too_low_a_rate_promises_nothing(results, model, parts):

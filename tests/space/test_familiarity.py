@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from familiarity import FEWEST_IMAGES, Familiarity, describe, main
+from familiarity import FEWEST_IMAGES, MOST_IMAGES, SLACK, Familiarity, _distances, describe, main
 from PIL import Image, ImageFilter, ImageOps
 
 from diffusionad_hf.pipeline_diffusionad import load_image
@@ -75,6 +75,30 @@ def test_too_few_images_tell_nothing(parts):
     assert Familiarity.of([describe(load_image(p)) for p in parts[: FEWEST_IMAGES - 1]]) is None
 
 
+def test_the_fewest_images_that_are_asked_for_are_enough(parts):
+    familiarity = Familiarity.of([describe(load_image(part)) for part in parts[:FEWEST_IMAGES]])
+    assert familiarity.strangeness(load_image(parts[0])) == 0
+
+
+def test_a_photo_and_its_thumbnail_look_alike():
+    photo = torch.rand(3, 1024, 1024, generator=torch.Generator().manual_seed(0))
+    large, small = (describe(image).astype(int) for image in (photo, torch.nn.functional.avg_pool2d(photo, 8)))
+    assert np.abs(large - small).mean() < 6
+
+
+def test_the_normal_image_farthest_from_the_others_sets_the_limit(parts):
+    usual, odd = describe(load_image(parts[0])), describe(load_image(parts[0]).flip(1))
+    grids = [usual] * 9 + [odd]
+    distance = float(_distances(odd, np.stack(grids))[:-1].min())
+    assert Familiarity.of(grids).limit == pytest.approx(SLACK * distance)
+
+
+def test_what_many_images_teach_can_be_read_again():
+    grids = np.random.default_rng(0).integers(0, 256, (MOST_IMAGES + 1, 1280), dtype=np.uint8)
+    data = json.loads(json.dumps(Familiarity.of(list(grids)).to_json()))
+    assert len(Familiarity.from_json(data).grids) == MOST_IMAGES
+
+
 def test_it_travels_as_json_and_damage_is_noticed(familiarity, parts):
     data = json.loads(json.dumps(familiarity.to_json()))
     image = load_image(parts[3])
@@ -83,8 +107,10 @@ def test_it_travels_as_json_and_damage_is_noticed(familiarity, parts):
         {},
         {**data, "limit": 0},
         {**data, "limit": "x"},
+        {**data, "limit": float("nan")},
         {**data, "grids": []},
         {**data, "grids": ["AAAA"]},
+        {**data, "grids": data["grids"] * MOST_IMAGES},
     ):
         with pytest.raises(ValueError, match="damaged"):
             Familiarity.from_json(broken)

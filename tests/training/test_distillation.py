@@ -73,6 +73,20 @@ def test_a_training_tells_how_far_it_is_from_its_teacher(data, tmp_path, capsys)
     assert "distill_from" not in json.loads((tmp_path / "pupil" / ARGUMENTS_FILE).read_text())
 
 
+def test_a_teacher_answers_as_it_would_in_use(data, trained, tmp_path, monkeypatch):
+    forward, modes = DiffusionADObjective.forward, []
+
+    def watched(self, *args, **kwargs):
+        if not torch.is_grad_enabled():  # the pupil's has gradients
+            modes.append(self.training)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(DiffusionADObjective, "forward", watched)
+    assert run(data, tmp_path, max_train_steps=1, distill_from=trained) == 0
+    # With the batch statistics that its training kept, not with those of two images.
+    assert modes == [False]
+
+
 def test_a_resumed_distillation_ends_with_the_weights_of_one_never_interrupted(data, trained, tmp_path):
     options = {"distill_from": trained, "checkpoints_total_limit": 5}
     assert run(data, tmp_path, **options) == 0

@@ -9,6 +9,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusionad_hf import NormGuidedScheduler
 from diffusionad_hf.convert import convert_segmenter_weights, convert_unet_weights, pipeline_from_checkpoint
+from tests.conftest import make_pipeline
 from tests.reference import FIXTURES, write_reference_checkpoint
 from training.losses import DiffusionADObjective, binary_focal_loss, distillation_loss, noise_loss, noise_weights
 
@@ -188,3 +189,22 @@ def test_the_true_image_is_no_loss_for_a_network_that_predicts_images():
     )
     assert float(result["noise"]) < 1e-8
     torch.testing.assert_close(result["reconstruction"], images, atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_answer():
+    pipe = make_pipeline()
+    objective = DiffusionADObjective(pipe.unet, pipe.segmenter, pipe.scheduler).eval()
+    # A timestep of its own for every sample and scale.
+    inputs = [
+        torch.rand(2, 3, 32, 32),
+        torch.zeros(2, 1, 32, 32),
+        torch.zeros(2),
+        torch.randn(2, 2, 3, 32, 32),
+        torch.tensor([100, 250]),
+        torch.tensor([400, 900]),
+    ]
+    plain = objective(*inputs)
+    pipe.unet.enable_gradient_checkpointing()
+    checkpointed = objective(*inputs)
+    for name in ("noise_pred", "reconstruction", "logits"):
+        torch.testing.assert_close(checkpointed[name], plain[name], atol=1e-3, rtol=1e-3)

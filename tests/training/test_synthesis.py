@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
+from scipy import ndimage
 
 from training import synthesis
 from training.synthesis import AnomalySynthesizer, perlin_noise, shuffle_tiles
@@ -405,21 +406,70 @@ def test_lines_are_thin():
     assert 0.005 < area < 0.1
 
 
-def test_displaced_pieces_are_pixels_of_the_image_from_elsewhere():
-    # Every pixel of an image has a colour of its own, which tells where it came from.
-    size = 64
+def test_lines_lie_in_a_part_of_the_image():
+    make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, line_probability=1.0)
+    masks = make(torch.rand(40, 3, 64, 64), range(40), 0, torch.ones(40, 1, 64, 64)).masks[:, 0]
+    boxes = [mask.nonzero() for mask in masks if mask.any()]
+    shares = [float((box.amax(0) - box.amin(0) + 1).prod()) / 64**2 for box in boxes]
+    assert len(shares) > 30 and np.median(shares) < 0.6
+
+
+def test_lines_are_of_many_widths():
+    ramp = torch.linspace(-1, 1, 128)[:, None].expand(128, 128)[None, None, None].repeat(2, 1, 1, 1, 1)
+    thin, wide = synthesis._lines(ramp, np.full((2, 2), 4), np.array([0.0, 1.0])).sum((1, 2, 3, 4))
+    assert 0 < 2 * thin <= wide
+
+
+def test_corners_that_rotation_leaves_empty_are_no_lines():
+    make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, line_probability=1.0)
+    masks = make(torch.rand(60, 3, 64, 64), range(60), 0, torch.ones(60, 1, 64, 64)).masks
+    nothing_else = -F.max_pool2d(-masks, 5, 1)  # 1 where all of 5 x 5 px are anomalous
+    assert masks.any() and nothing_else.mean() < 1e-3
+
+
+def colours_that_tell_the_place(count, size):
+    """Images whose every pixel has a colour of its own, black in blue."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    image = torch.stack([y / 100, x / 100, torch.zeros(size, size)])[None].repeat(20, 1, 1, 1)
+    return torch.stack([y / 100, x / 100, torch.zeros(size, size)])[None].repeat(count, 1, 1, 1)
+
+
+def moves(image, mask):
+    """By how much each pixel of an anomaly was moved, down and right, as the colours of its image tell."""
+    rows, columns = mask[0].nonzero(as_tuple=True)
+    from_row, from_column = (image[:2, rows, columns] * 100).round().long()
+    return (rows - from_row) % len(mask[0]), (columns - from_column) % len(mask[0])
+
+
+def test_displaced_pieces_are_pixels_of_the_image_from_elsewhere():
+    size = 64
     make = make_synthesizer(make_bank(size=size), anomaly_probability=1.0, displaced_probability=1.0)
-    made = make(image, range(20), 0, torch.ones(20, 1, size, size))
+    made = make(colours_that_tell_the_place(20, size), range(20), 0, torch.ones(20, 1, size, size))
     assert made.labels.sum() > 10
     for i in made.labels.nonzero()[:, 0]:
-        rows, columns = made.masks[i, 0].nonzero(as_tuple=True)
-        from_row, from_column = (made.images[i, :2, rows, columns] * 100).round().long()
-        down, right = (rows - from_row) % size, (columns - from_column) % size
+        down, right = moves(made.images[i], made.masks[i])
         assert down.unique().numel() == right.unique().numel() == 1  # one move for the whole piece
         distance = math.hypot(*(min(int(d[0]), size - int(d[0])) / size for d in (down, right)))
         assert 0.08 < distance < 0.42
+
+
+def test_pieces_are_displaced_in_every_direction_however_rare_they_are():
+    size, images = 64, colours_that_tell_the_place(120, 64)
+    options = {"displaced_probability": 0.2, "self_augmentation_probability": 0.0}
+    make = make_synthesizer(make_bank(size=size), anomaly_probability=1.0, **options)
+    made = make(images, range(120), 0, torch.ones(120, 1, size, size))
+    directions = set()
+    for i in made.labels.nonzero()[:, 0]:
+        if not made.images[i, 2].any():  # no texture, which all the others are made of
+            down, right = moves(made.images[i], made.masks[i])
+            directions.add((bool(down[0] < size / 2), bool(right[0] < size / 2)))
+    assert len(directions) == 4
+
+
+def test_displaced_pieces_are_large_enough_for_a_feature_however_fine_the_other_anomalies():
+    options = {"displaced_probability": 1.0, "perlin_scales": (5, 6)}
+    make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, **options)
+    made = make(torch.rand(20, 3, 64, 64), range(20), 0, torch.ones(20, 1, 64, 64))
+    assert made.masks.any() and np.median([ndimage.label(mask)[1] for mask in made.masks[:, 0].numpy()]) < 12
 
 
 def test_displaced_pieces_mark_only_what_shows():
@@ -478,3 +528,47 @@ def test_erasing_stays_inside_the_foreground(images, foreground):
     assert torch.equal(made.images[outside], images[outside])
     part = make(images[[5]], [5], 0, foreground[[5]])
     assert torch.equal(part.images[0], made.images[5])
+
+
+def disc(size, row, column, radius=0.05):
+    y, x = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
+    return (y - row) ** 2 + (x - column) ** 2 <= radius**2
+
+
+def erase(images, foreground):
+    make = make_synthesizer(make_bank(size=images.shape[-1]), anomaly_probability=1.0, erased_probability=1.0)
+    return make(images, range(len(images)), 0, foreground)
+
+
+def test_only_features_of_the_product_are_erased():
+    # Two alike, of which one lies beside the product: were that one erased, nothing would be marked.
+    images = torch.where(disc(64, 0.5, 0.2) | disc(64, 0.5, 0.8), 0.1, 0.6).expand(12, 3, 64, 64)
+    foreground = torch.zeros(12, 1, 64, 64)
+    foreground[..., :32] = 1
+    assert erase(images, foreground).labels.all()
+
+
+def test_an_opening_of_the_product_is_no_feature_of_it():
+    opening, hole = disc(64, 0.5, 0.25, 0.065), disc(64, 0.5, 0.75)
+    images = torch.where(opening | hole, 0.1, 0.6).expand(30, 3, 64, 64)
+    made = erase(images, (~opening).float().expand(30, 1, 64, 64))
+    assert (made.masks[:, 0, hole].mean(1) > 0.5).all()
+
+
+def test_a_feature_is_covered_with_a_piece_of_the_product_however_plain_the_background():
+    hole = disc(64, 0.5, 0.5)
+    foreground = torch.zeros(12, 1, 64, 64)
+    foreground[..., 12:52, 12:52] = 1
+    grain = 0.02 * torch.randn(12, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.where(foreground > 0, torch.where(hole, 0.1, 0.6).expand(12, 3, 64, 64) + grain, 0.0)
+    filled = erase(images, foreground).images[:, :, hole]
+    assert filled.mean((1, 2)).median() == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_the_faint_edges_of_a_feature_vanish_with_it(size):
+    y, x = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
+    spot = 0.4 * torch.exp(-((y - 0.5) ** 2 + (x - 0.5) ** 2) / (2 * 0.02**2))
+    made = erase((0.6 - spot).expand(6, 3, size, size), torch.ones(6, 1, size, size))
+    left = (made.images - 0.6).abs().amax((1, 2, 3))
+    assert made.labels.all() and left.median() < 0.04
