@@ -277,14 +277,14 @@ def _inspect_batch(
             continue
         anomaly_map, score = output.anomaly_map[row], float(output.anomaly_score[row])
         verdict = None if threshold is None else ("anomalous" if output.is_anomalous[row] else "normal")
-        # A normal image has no regions to show, whatever single pixels of its map say.
+        # A normal image has no regions to show, in its mask neither, whatever single pixels of its map say.
         regions = [] if verdict == "normal" else find_regions(anomaly_map, drawn)
         pictures = {}
         if output_dir is not None:
             photo = Image.fromarray(_eight_bit(image.permute(1, 2, 0).numpy()))
             drawings = {
                 "overlay": overlay(photo, anomaly_map, threshold=drawn, contour=verdict != "normal"),
-                "mask": mask_image(anomaly_map, drawn),
+                "mask": Image.new("L", photo.size) if verdict == "normal" else mask_image(anomaly_map, drawn),
                 "reconstruction": Image.fromarray(_eight_bit(output.reconstruction[row])),
             }
             for kind, drawing in drawings.items():

@@ -175,8 +175,10 @@ def test_a_normal_image_has_no_regions_though_single_pixels_lie_above_the_thresh
     score, peak = float(found.anomaly_score[0]), float(found.anomaly_map[0].max())
     assert score < peak
     pipe.register_to_config(threshold=(score + peak) / 2)
-    (result,) = inspect_files(pipe, [file])
+    (result,) = inspect_files(pipe, [file], tmp_path / "out")
     assert result.verdict == "normal" and result.regions == [] and result.where == []
+    mask = Image.open(result.pictures["mask"])
+    assert mask.size == Image.open(file).size and not np.asarray(mask).any()
 
 
 def test_the_mask_follows_the_threshold(photo, tmp_path):
