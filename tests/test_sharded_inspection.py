@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 
 from diffusionad_hf import DiffusionADPipeline, sharded_inspection  # noqa: E402
 from diffusionad_hf.cli import main  # noqa: E402
-from diffusionad_hf.inspection import Failure, Item, _read_ahead, inspect_files  # noqa: E402
+from diffusionad_hf.inspection import Item, _read_ahead, inspect_files  # noqa: E402
 from diffusionad_hf.inspection_inputs import DatasetInputs  # noqa: E402
 from diffusionad_hf.sharded_inspection import (  # noqa: E402
     Run,
@@ -261,16 +261,13 @@ def test_processes_share_the_rows_evenly_and_read_no_part_twice(tmp_path):
     assert sorted(part for inputs in parts for part in inputs.read) == list(range(8))
 
 
-def test_rows_before_and_after_finished_ones_of_a_shard_are_merged_with_them(tmp_path, monkeypatch):
-    def nothing_found(pipe, batches, output_dir):
-        return ((batch, [Failure(item.name, "damaged") for item in batch]) for batch in batches)
-
-    monkeypatch.setattr(sharded_inspection, "inspect_batches", nothing_found)
+def test_rows_before_and_after_finished_ones_of_a_shard_are_merged_with_them(tmp_path, model_dir):
+    pipe = DiffusionADPipeline.from_pretrained(model_dir)
     # As a process leaves it that was stopped within a shard of eight rows, of which others did the beginning.
     done = Shard(0, 2, 4, False)
     _write_shard(tmp_path, done, [{"file": "0/2"}, {"file": "0/3"}])
     alone = SimpleNamespace(process_index=0, num_processes=1)
-    assert sum(inspect_share(None, Rows(10), Run(tmp_path, 2, 8, (done,)), alone)) == 8
+    assert sum(inspect_share(pipe, Rows(10), Run(tmp_path, 2, 8, (done,)), alone)) == 8
     assert merge_shards(tmp_path, tmp_path / "r.parquet", 1).images == 10
     assert pq.read_table(tmp_path / "r.parquet")["file"].to_pylist() == [f"0/{i}" for i in range(10)]
 

@@ -9,11 +9,13 @@ import torch
 
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
 from tests.dataset_factory import make_mvtec
+from training.arguments import parse_arguments
 from training.distillation import load_teacher, take_weights_that_fit
 from training.losses import DiffusionADObjective
 from training.outcome import ARGUMENTS_FILE
+from training.train import build_networks
 
-from .runs import run, same, weights
+from .runs import arguments, run, same, weights
 
 
 def rows(folder):
@@ -100,6 +102,12 @@ def test_a_resumed_distillation_ends_with_the_weights_of_one_never_interrupted(d
 
 
 def test_init_from_decides_where_both_are_given(data, trained, two_steps, tmp_path, capsys):
+    command = arguments(data, tmp_path, distill_from=trained, init_from=two_steps)
+    pupil, teacher = build_networks(parse_arguments(command))
+    for pipe, folder in ((pupil, two_steps), (teacher, trained)):
+        for name, tensor in weights(folder).items():
+            network, _, key = name.partition(".")
+            assert torch.equal(getattr(pipe, network).state_dict()[key], tensor), name
     assert run(data, tmp_path, max_train_steps=1, distill_from=trained, init_from=two_steps) == 0
     assert "started with its weights" not in capsys.readouterr().err
 
