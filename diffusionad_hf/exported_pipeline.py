@@ -1,5 +1,6 @@
 """Models of `diffusionad export` behind the pipeline's own call, and one function that loads either kind."""
 
+import functools
 import hashlib
 import importlib
 import json
@@ -190,6 +191,16 @@ class _Graph(nn.Module):
         self.arithmetic = f"{record['format']} {record['precision']} with {floats}"
 
 
+@functools.cache
+def _core_of(openvino: ModuleType) -> Any:
+    """
+    One for the process, and for good: each gives the thread a stack for its signal handlers, and when two go in the
+    order in which they came, the second puts that of the first back, which is freed by then. The next signal that
+    Python handles, Ctrl-C or the end of a child, would kill the process.
+    """
+    return openvino.Core()
+
+
 def _load_openvino(file: Path, precision: str) -> tuple[Run, str]:
     """The computation, and in what it computes where it is not int8."""
     openvino = require_runtime("openvino")
@@ -202,7 +213,7 @@ def _load_openvino(file: Path, precision: str) -> tuple[Run, str]:
         # Left to itself, OpenVINO computes in bfloat16 where the processor can, which nearly halves the time.
         options["INFERENCE_PRECISION_HINT"] = "f32"
     try:
-        compiled = openvino.Core().compile_model(str(file), "CPU", options)
+        compiled = _core_of(openvino).compile_model(str(file), "CPU", options)
     except RuntimeError as error:
         raise _unreadable(file, error) from error
 

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +185,27 @@ def test_int8_ranks_the_demo_parts_as_float_does(tmp_path):
     assert (
         abs(image_metrics(ours, labels)["image_auroc"] - image_metrics(theirs, labels)["image_auroc"]) < 1.5 * one_pair
     )
+
+
+_REPLACED = """
+import signal, sys
+from diffusionad_hf.exported_pipeline import load_model
+
+pipe = load_model(sys.argv[1])
+for _ in range(2):
+    pipe = load_model(sys.argv[1])
+del pipe
+caught = []
+signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+signal.raise_signal(signal.SIGTERM)
+assert caught == [signal.SIGTERM]
+"""
+
+
+@pytest.mark.parametrize("kind", ["openvino", "onnx"])
+def test_signals_are_handled_after_models_came_and_went(exports, kind):
+    done = subprocess.run([sys.executable, "-c", _REPLACED, exports / kind], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 # ---- what travels with it
