@@ -5,7 +5,7 @@
     python -m benchmarks pareto --train_dir parts --test_dir other_parts --work_dir sizes --plot sizes.png
 
 Every size is trained with the same options, images, anomalies and number of steps, from the same seed, and evaluated
-on all test images; its time is that of one image at a time in every runtime of `python -m benchmarks runtimes`. A size
+on all test images; its time is that of one image at a time in the runtimes of `python -m benchmarks runtimes`. A size
 that is trained already in --work_dir is not trained again, and one that was interrupted goes on. Time does not depend
 on the weights, so --time_at tells it for resolutions that nothing was trained at. On the front is what no other size
 beats in both time and accuracy.
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import count_flops, describe, report
+from benchmarks.runtimes import add_runtimes
 from benchmarks.runtimes import run as measure_runtimes
 from diffusionad_hf import PRESETS, DiffusionADPipeline
 
@@ -52,6 +53,7 @@ def main() -> None:
     add("--distill_from", metavar="M", help="pipeline folder or Hub id of a model for all of them to learn from too")
     add("--train_only", action="store_true", help="measure nothing yet: time wants a machine with nothing else to do")
     add("--calibration_images", nargs="+", help="normal images for int8: files, folders or patterns; noise without")
+    add_runtimes(parser)
     add("--threads", type=int, help="threads of torch and of the runtimes; torch's own choice without")
     add("--time_at", type=int, nargs="+", default=[], metavar="R", help="also time them at R px, on random weights")
     add("--repeats", type=int, default=7, help="timed calls of each runtime; default: %(default)s")
@@ -127,6 +129,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
         data_dir=test_dir,
         category=args.category,
         calibration_images=args.calibration_images,
+        runtimes=args.runtimes,
         repeats=args.repeats,
         threads=args.threads,
     )
@@ -140,7 +143,11 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
             str(side): {
                 runtime: values["ms"]
                 for runtime, values in measure_runtimes(
-                    preset=name, resolution=side, repeats=args.repeats, threads=args.threads
+                    preset=name,
+                    resolution=side,
+                    runtimes=args.runtimes,
+                    repeats=args.repeats,
+                    threads=args.threads,
                 )["runtimes"].items()
             }
             for side in args.time_at

@@ -17,7 +17,7 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,12 @@ from diffusionad_hf.inspection import find_images
 from diffusionad_hf.pipeline_diffusionad import load_image
 
 EAGER, EAGER_BF16 = "torch eager fp32", "torch eager bf16"
-VARIANTS = (("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "fp16"), ("openvino", "int8"))
+EXPORTS = {
+    f"{kind} {precision}": (kind, precision)
+    for kind, precision in (("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "fp16"), ("openvino", "int8"))
+}
+# Next to eager float32, which all of them are compared with.
+RUNTIMES = (EAGER_BF16, *EXPORTS)
 
 
 def random_pipeline(preset: str, resolution: int) -> DiffusionADPipeline:
@@ -77,10 +82,11 @@ def run(
     category: str | None = None,
     calibration_images: list[str] | None = None,
     limit: int | None = None,
+    runtimes: Sequence[str] = RUNTIMES,
     repeats: int = 7,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Measures every runtime in turn.
+    """Measures the runtimes in turn.
 
     Args:
         model: a pipeline folder or Hub id; random weights of `preset` at `resolution` px without.
@@ -88,6 +94,7 @@ def run(
         data_dir, category: a labelled test set for the image AUROC.
         calibration_images: files, folders or patterns of normal images for int8; noise without.
         limit: use only so many test images.
+        runtimes: those of `RUNTIMES` to compare with eager float32.
         repeats: timed calls of each runtime, after one that is not timed.
         threads: threads of torch and of the runtimes; torch's own choice without.
 
@@ -103,14 +110,18 @@ def run(
     noise_images = [rng.random((size, size, 3), dtype=np.float32) for _ in range(4)]
     normal = [load_image(file) for file in find_images(calibration_images or [])[0]] or noise_images
 
-    pipes = {EAGER: pipe, EAGER_BF16: copy.deepcopy(pipe).to(dtype=torch.bfloat16)}
+    pipes = {EAGER: pipe}
     with tempfile.TemporaryDirectory() as folder:
-        for kind, precision in VARIANTS:
+        for name in runtimes:
+            if name == EAGER_BF16:
+                pipes[name] = copy.deepcopy(pipe).to(dtype=torch.bfloat16)
+                continue
+            kind, precision = EXPORTS[name]
             given = normal if precision == "int8" else ()
             out = Path(folder) / f"{kind}-{precision}"
             export_pipeline(pipe, out, format=kind, precision=precision, calibration_images=given)
-            pipes[f"{kind} {precision}"] = load_model(out)
-            pipes[f"{kind} {precision}"].set_progress_bar_config(disable=True)
+            pipes[name] = load_model(out)
+            pipes[name].set_progress_bar_config(disable=True)
         processor: dict[str, list[float]] = {name: [] for name in pipes}
         calls = {name: inspecting(each, noise_images[0], processor[name]) for name, each in pipes.items()}
         wall = measure_in_turns(calls, torch.device("cpu"), repeats)
@@ -149,6 +160,13 @@ def run(
     }
 
 
+def add_runtimes(parser: argparse.ArgumentParser) -> None:
+    """The option that names them."""
+    parser.add_argument(
+        "--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES, metavar="R", help="default: all of %(choices)s"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="pipeline folder or Hub id; random weights of --preset without")
@@ -158,6 +176,7 @@ def main() -> None:
     parser.add_argument("--category", help="which category of it")
     parser.add_argument("--calibration_images", nargs="+", help="normal images for int8: files, folders or patterns")
     parser.add_argument("--limit", type=int, help="use only so many test images")
+    add_runtimes(parser)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="also write the result here")

@@ -34,7 +34,7 @@ def test_networks_of_the_teachers_size_start_with_its_weights():
 
 def test_a_network_of_another_size_comes_to_answer_as_its_teacher():
     torch.manual_seed(0)
-    teacher, pupil = (build_pipeline(name, 64, "epsilon") for name in ("tiny", "small"))
+    teacher, pupil = (build_pipeline(name, 64, "epsilon") for name in ("small", "tiny"))
     # Its last convolution starts at zero, so that an untrained teacher would have nothing to say.
     torch.nn.init.normal_(teacher.unet.conv_out.weight, std=0.05)
     take_weights_that_fit(teacher, pupil)
