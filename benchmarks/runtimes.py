@@ -161,9 +161,14 @@ def run(
 
 
 def add_runtimes(parser: argparse.ArgumentParser) -> None:
-    """The option that names them."""
+    """Adds the option that names the runtimes to measure."""
     parser.add_argument(
-        "--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES, metavar="R", help="default: all of %(choices)s"
+        "--runtimes",
+        nargs="+",
+        choices=RUNTIMES,
+        default=RUNTIMES,
+        metavar="R",
+        help="compared with eager float32, each name in quotes; default: all of %(choices)s",
     )
 
 

@@ -1,5 +1,6 @@
 """Every measurement runs, at toy size, and reports what its results are judged by."""
 
+import argparse
 import copy
 import json
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import inference, pareto, startup, training
+from benchmarks import inference, pareto, runtimes, startup, training
 from benchmarks.machine import count_flops, find_device, matmul_peak, measure_in_turns, spread
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
 from tests.dataset_factory import write_image
@@ -241,8 +242,15 @@ def test_on_the_front_is_what_none_beats():
     assert pareto.front(points) == ["fast", "equal", "middle", "slow"]
 
 
+def test_unless_told_otherwise_every_runtime_is_measured():
+    parser = argparse.ArgumentParser()
+    runtimes.add_runtimes(parser)
+    assert parser.parse_args([]).runtimes == runtimes.RUNTIMES and len(set(runtimes.RUNTIMES)) == 5
+
+
 def test_sizes_are_trained_once_and_compared_in_the_runtimes_asked_for(tmp_path, monkeypatch, capsys):
     pytest.importorskip("openvino", reason="the runtimes are compared; pip install diffusionad-hf[openvino]")
+    asked = ["torch eager bf16", "onnx fp32", "openvino int8"]
     for i in range(6):
         write_image(tmp_path / f"parts/train/good/{i}.png")
     for i in range(2):
@@ -252,7 +260,7 @@ def test_sizes_are_trained_once_and_compared_in_the_runtimes_asked_for(tmp_path,
         )
     options = ["--train_dir", tmp_path / "parts", "--work_dir", tmp_path / "work", "--resolution", 32]
     options += ["--max_train_steps", 2, "--train_batch_size", 2, "--repeats", 1, "--sizes", SLIMMEST]
-    options += ["--time_at", 64, "--runtimes", "openvino int8"]
+    options += ["--time_at", 64, "--runtimes", *asked]
     options += ["--json", tmp_path / "sizes.json", "--plot", tmp_path / "sizes.png"]
     monkeypatch.setattr(sys, "argv", ["pareto", *map(str, [*options, "--train_only"])])
     pareto.main()
@@ -264,7 +272,6 @@ def test_sizes_are_trained_once_and_compared_in_the_runtimes_asked_for(tmp_path,
     size = json.loads((tmp_path / "sizes.json").read_text())["sizes"][SLIMMEST]
     assert size["gflop"] > 0 and 0 <= size["pixel_ap"] <= 1
     assert size["ms_at"]["64"].keys() == size["runtimes"].keys()
-    assert set(size["runtimes"]) == {"torch eager fp32", "openvino int8"} and all(
-        runtime["on_front"] for runtime in size["runtimes"].values()
-    )
+    assert list(size["runtimes"]) == ["torch eager fp32", *asked]
+    assert all(runtime["on_front"] for runtime in size["runtimes"].values())
     assert Image.open(tmp_path / "sizes.png").width > 500 and SLIMMEST in capsys.readouterr().out
