@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = find_device(args.device)
     if args.keep_freed_memory:
-        from training.memory import keep_freed_memory
+        from diffusionad_hf.training.memory import keep_freed_memory
 
         keep_freed_memory()
     sizes = args.batch_sizes or ([1, 4] if device.type == "cpu" else [1, 16, 64])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusionad_hf.evaluation import describe_hardware
+from diffusionad_hf.evaluation.evaluator import describe_hardware
 
 __all__ = [
     "DTYPES",

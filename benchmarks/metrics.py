@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from diffusionad_hf.evaluation import AnomalyEvaluator, aupro
+from diffusionad_hf.evaluation.evaluator import AnomalyEvaluator, aupro
 
 
 def make_predictions(

@@ -1,7 +1,7 @@
 """Which sizes of the networks give the best accuracy for their cost: trains them alike, then measures both.
 
-    python -m training.demo_parts --out parts --seed 20
-    python -m training.demo_parts --out other_parts --seed 778
+    python -m demo_part.generate --out parts --seed 20
+    python -m demo_part.generate --out other_parts --seed 778
     python -m benchmarks pareto --train_dir parts --test_dir other_parts --work_dir sizes --plot sizes.png
 
 Every size is trained with the same options, images, anomalies and number of steps, from the same seed, and evaluated
@@ -83,8 +83,8 @@ def main() -> None:
 
 def train(name: str, args: argparse.Namespace) -> Path:
     """Trains one size, or finds it trained; returns its pipeline folder."""
-    from training.outcome import ARGUMENTS_FILE
-    from training.train import main as run_training
+    from diffusionad_hf.training.loop import main as run_training
+    from diffusionad_hf.training.outcome import ARGUMENTS_FILE
 
     output_dir = args.work_dir / name.replace(", ", "-").replace(" ", "-")
     # A training writes this last.
@@ -117,7 +117,7 @@ def train(name: str, args: argparse.Namespace) -> Path:
 def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Accuracy and cost of a trained size."""
     from diffusionad_hf.data import load_category
-    from diffusionad_hf.evaluation import evaluate_pipeline
+    from diffusionad_hf.evaluation.evaluator import evaluate_pipeline
 
     test_dir = args.test_dir or args.train_dir
     pipe = DiffusionADPipeline.from_pretrained(folder)

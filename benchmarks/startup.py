@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _commands(photo: str, model: str, device: str) -> dict[str, list[str]]:
-    python, cli = [sys.executable, "-c"], [sys.executable, "-m", "diffusionad_hf.cli"]
+    python, cli = [sys.executable, "-c"], [sys.executable, "-m", "diffusionad_hf"]
     return {
         "torch": [*python, "import torch"],
         "parts": [*python, _PARTS],

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from training.synthesis import AnomalySynthesizer
-from training.textures import FolderTextures, ProceduralTextures
+from diffusionad_hf.training.synthesis import AnomalySynthesizer
+from diffusionad_hf.training.textures import FolderTextures, ProceduralTextures
 
 
 def run(

@@ -39,11 +39,11 @@ from benchmarks.machine import (
     timed,
 )
 from diffusionad_hf import PRESETS, build_pipeline
-from training.losses import DiffusionADObjective
-from training.memory import keep_freed_memory
-from training.synthesis import AnomalySynthesizer
-from training.textures import ProceduralTextures
-from training.train import prepare_batch
+from diffusionad_hf.training.loop import prepare_batch
+from diffusionad_hf.training.losses import DiffusionADObjective
+from diffusionad_hf.training.memory import keep_freed_memory
+from diffusionad_hf.training.synthesis import AnomalySynthesizer
+from diffusionad_hf.training.textures import ProceduralTextures
 
 __all__ = ["main"]
 

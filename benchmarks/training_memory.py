@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusionad_hf import PRESETS, build_pipeline
-from training.losses import DiffusionADObjective
+from diffusionad_hf.training.losses import DiffusionADObjective
 
 # Master weights, their average, and Adam's two averages of the gradients, in float32 throughout.
 BYTES_PER_PARAMETER = 4 + 4 + 4 + 4

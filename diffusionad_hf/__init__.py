@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .exported_pipeline import ExportedDiffusionADPipeline, load_model
+    from .export.exported_pipeline import ExportedDiffusionADPipeline, load_model
     from .modeling_anomaly_segmenter import AnomalySegmenter
     from .modeling_norm_guided_unet import NormGuidedUNet2DModel
     from .pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput, InvalidImageError
@@ -18,14 +18,14 @@ _MODULES = {
     "AnomalySegmenter": "modeling_anomaly_segmenter",
     "DiffusionADPipeline": "pipeline_diffusionad",
     "DiffusionADPipelineOutput": "pipeline_diffusionad",
-    "ExportedDiffusionADPipeline": "exported_pipeline",
+    "ExportedDiffusionADPipeline": "export.exported_pipeline",
     "InvalidImageError": "pipeline_diffusionad",
     "NormGuidedScheduler": "scheduling_norm_guided",
     "NormGuidedSchedulerOutput": "scheduling_norm_guided",
     "NormGuidedUNet2DModel": "modeling_norm_guided_unet",
     "PRESETS": "presets",
     "build_pipeline": "presets",
-    "load_model": "exported_pipeline",
+    "load_model": "export.exported_pipeline",
 }
 
 __all__ = [  # noqa: F822 (`__getattr__` defines them)

@@ -6,7 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replace_file", "replace_folder", "replacing", "restore_folder"]
+__all__ = ["bundled", "replace_file", "replace_folder", "replacing", "restore_folder"]
+
+
+def bundled(path: str) -> Path:
+    """
+    A file or folder that travels with the package.
+
+    Args:
+        path: Where it lies in a clone of the project, such as `"space/examples"`; a wheel keeps it under `_bundled`.
+    """
+    package = Path(__file__).resolve().parent
+    inside = package / "_bundled" / path
+    return inside if inside.exists() else package.parent / path
 
 
 @contextmanager

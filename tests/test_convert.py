@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusionad_hf import DiffusionADPipeline
-from diffusionad_hf.cli import main
+from diffusionad_hf.cli.main import main
 from diffusionad_hf.convert import pipeline_from_checkpoint
 from tests.reference import CONFIGURATIONS, FIXTURES, golden_inputs, reference_weights, write_reference_checkpoint
 

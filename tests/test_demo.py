@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from demo_part import generate as demo_parts
 from diffusionad_hf import DiffusionADPipeline
-from diffusionad_hf.cli import main
-from diffusionad_hf.evaluation import aupro, image_metrics
-from training import demo_parts
+from diffusionad_hf.cli.main import main
+from diffusionad_hf.evaluation.evaluator import aupro, image_metrics
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "space/checkpoints/demo-part"

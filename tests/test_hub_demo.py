@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import HfApi
 
 from diffusionad_hf import DiffusionADPipeline
-from diffusionad_hf.hub import list_models, publish_model
+from diffusionad_hf.hub.publishing import list_models, publish_model
+from tests.hub.test_publishing import BLOCKER
 from tests.loopback_hub import LoopbackHub
-from tests.test_hub import BLOCKER
 
 REPO = "org/diffusionad-demo-part"
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,13 +17,12 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "space"))
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install -e .[space]")
 
 from gradio_client import Client  # noqa: E402
 
-from training.demo_parts import render_part  # noqa: E402
+from demo_part.generate import render_part  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -41,11 +40,10 @@ def parts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory, parts):
     """A folder with one model, `flange`, which knows its normal parts."""
-    from familiarity import FILE_NAME, Familiarity, describe
-
     from diffusionad_hf import build_pipeline
     from diffusionad_hf.calibration import calibrate
     from diffusionad_hf.pipeline_diffusionad import load_image
+    from diffusionad_hf.space.familiarity import FILE_NAME, Familiarity, describe
 
     folder = tmp_path_factory.mktemp("checkpoints") / "flange"
     torch.manual_seed(0)
@@ -80,14 +78,14 @@ def fragile(tmp_path_factory, checkpoints):
 
 @pytest.fixture
 def model(checkpoints):
-    from categories import Models
+    from diffusionad_hf.space.models import Models
 
     return Models(str(checkpoints)).get("flange")
 
 
 @pytest.fixture
 def results(tmp_path):
-    from results import Results
+    from diffusionad_hf.space.results import Results
 
     return Results(tmp_path / "server")
 

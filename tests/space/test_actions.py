@@ -10,7 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from actions import (
+from PIL import Image
+
+from diffusionad_hf import DiffusionADPipeline
+from diffusionad_hf.export.exporting import export_pipeline
+from diffusionad_hf.pipeline_diffusionad import conformal_threshold
+from diffusionad_hf.space.actions import (
     calibrate_on,
     default_threshold,
     download,
@@ -19,14 +24,9 @@ from actions import (
     read_calibration,
     record_of,
 )
-from categories import Calibration, ModelError, Models, Settings, about
-from inspection import load, p_words, promise_words, view
-from PIL import Image
-from uploads import UploadError
-
-from diffusionad_hf import DiffusionADPipeline
-from diffusionad_hf.export import export_pipeline
-from diffusionad_hf.pipeline_diffusionad import conformal_threshold
+from diffusionad_hf.space.models import Calibration, ModelError, Models, Settings, about
+from diffusionad_hf.space.uploads import UploadError
+from diffusionad_hf.space.views import load, p_words, promise_words, view
 
 
 def inspected(results, model, path, name="photo.png", settings=Settings()):  # noqa: B008

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from familiarity import FEWEST_IMAGES, MOST_IMAGES, SLACK, Familiarity, _distances, describe, main
 from PIL import Image, ImageFilter, ImageOps
 
+from demo_part.generate import render_part
 from diffusionad_hf.pipeline_diffusionad import load_image
-from training.demo_parts import render_part
+from diffusionad_hf.space.familiarity import FEWEST_IMAGES, MOST_IMAGES, SLACK, Familiarity, _distances, describe, main
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -51,7 +51,7 @@ def test_an_organisation_s_models_are_the_categories(hub_server, parts):
 
 
 def test_its_card_is_told_under_about(organisation, monkeypatch, tmp_path):
-    from categories import Models, about
+    from diffusionad_hf.space.models import Models, about
 
     organisation.adopt_client(monkeypatch, tmp_path / "home", token=None)
     models = Models("org")
@@ -61,7 +61,7 @@ def test_its_card_is_told_under_about(organisation, monkeypatch, tmp_path):
 
 
 def test_without_a_hub_the_page_says_that_it_has_no_models(monkeypatch, tmp_path, organisation, caplog):
-    from categories import Models
+    from diffusionad_hf.space.models import Models
 
     organisation.adopt_client(monkeypatch, tmp_path / "home", token=None)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")

@@ -5,7 +5,8 @@ import os
 import time
 
 import pytest
-from results import ResultGone, Results
+
+from diffusionad_hf.space.results import ResultGone, Results
 
 
 def test_a_result_opens_for_its_owner_only(results):

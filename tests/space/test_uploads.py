@@ -9,7 +9,8 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from uploads import MAX_FILES, UploadError, collect, read_image, shown_name
+
+from diffusionad_hf.space.uploads import MAX_FILES, UploadError, collect, read_image, shown_name
 
 
 def png(side=32, mode="RGB"):

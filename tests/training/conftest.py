@@ -5,7 +5,7 @@ import signal
 import pytest
 from PIL import Image
 
-from training import demo_parts
+from demo_part import generate as demo_parts
 
 from .runs import forget_accelerator, run
 

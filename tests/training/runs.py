@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
-from training import train
+from diffusionad_hf.training import loop as train
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from training import train
-from training.arguments import option_names, parse_arguments
+from diffusionad_hf.training import loop as train
+from diffusionad_hf.training.arguments import option_names, parse_arguments
 
 from .runs import arguments, run
 
@@ -124,10 +124,10 @@ def test_flags_beat_the_preset_and_the_preset_beats_the_defaults():
     )
 
 
-@pytest.mark.parametrize("preset", [p.stem for p in (ROOT / "training/presets").glob("*.json")])
+@pytest.mark.parametrize("preset", [p.stem for p in (ROOT / "diffusionad_hf/training/presets").glob("*.json")])
 def test_every_preset_reads_and_is_what_its_file_says(preset):
     args = parse_arguments(["--data_dir", "d", "--output_dir", "o", "--preset", preset])
-    values = json.loads((ROOT / f"training/presets/{preset}.json").read_text())
+    values = json.loads((ROOT / f"diffusionad_hf/training/presets/{preset}.json").read_text())
     assert {name: getattr(args, name) for name in values} == values
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from diffusionad_hf.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 
 ARGUMENTS = {"resolution": 32, "output_dir": "a"}
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
+from diffusionad_hf.training.arguments import parse_arguments
+from diffusionad_hf.training.distillation import load_teacher, take_weights_that_fit
+from diffusionad_hf.training.loop import build_networks
+from diffusionad_hf.training.losses import DiffusionADObjective
+from diffusionad_hf.training.outcome import ARGUMENTS_FILE
 from tests.dataset_factory import make_mvtec
-from training.arguments import parse_arguments
-from training.distillation import load_teacher, take_weights_that_fit
-from training.losses import DiffusionADObjective
-from training.outcome import ARGUMENTS_FILE
-from training.train import build_networks
 
 from .runs import arguments, run, same, weights
 

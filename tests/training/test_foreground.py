@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from training.demo_parts import generate
-from training.foreground import ForegroundEstimator, find_foregrounds, load_foreground
-from training.textures import ProceduralTextures
+from demo_part.generate import generate
+from diffusionad_hf.training.foreground import ForegroundEstimator, find_foregrounds, load_foreground
+from diffusionad_hf.training.textures import ProceduralTextures
 
 SCREWS = Path(__file__).parents[3] / "shared" / "data" / "mvtec_ad" / "screw" / "train" / "good"
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "screw_foreground.json"

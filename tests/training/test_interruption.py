@@ -16,7 +16,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from training import train
+from diffusionad_hf.training import loop as train
 
 from .runs import WEIGHTS, arguments, run, same, start, weights
 

@@ -9,9 +9,15 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusionad_hf import NormGuidedScheduler
 from diffusionad_hf.convert import convert_segmenter_weights, convert_unet_weights, pipeline_from_checkpoint
+from diffusionad_hf.training.losses import (
+    DiffusionADObjective,
+    binary_focal_loss,
+    distillation_loss,
+    noise_loss,
+    noise_weights,
+)
 from tests.conftest import make_pipeline
 from tests.reference import FIXTURES, write_reference_checkpoint
-from training.losses import DiffusionADObjective, binary_focal_loss, distillation_loss, noise_loss, noise_weights
 
 
 @pytest.fixture(scope="module")

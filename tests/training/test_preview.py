@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.preview import COLUMNS, TITLE, main
+from diffusionad_hf.training.preview import COLUMNS, TITLE, main
 
 
 @pytest.fixture

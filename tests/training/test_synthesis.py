@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 
-from training import synthesis
-from training.synthesis import AnomalySynthesizer, perlin_noise, shuffle_tiles
+from diffusionad_hf.training import synthesis
+from diffusionad_hf.training.synthesis import AnomalySynthesizer, perlin_noise, shuffle_tiles
 
 SIZE = 48
 

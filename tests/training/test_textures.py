@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.textures import FolderTextures, ProceduralTextures
+from diffusionad_hf.training.textures import FolderTextures, ProceduralTextures
 
 
 def save(path, color, size=(30, 20), mode="RGB"):

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusionad_hf import DiffusionADPipeline
-from training.arguments import parse_arguments
-from training.dataset import split_holdout
-from training.outcome import ARGUMENTS_FILE
-from training.train import build_networks
+from diffusionad_hf.training.arguments import parse_arguments
+from diffusionad_hf.training.dataset import split_holdout
+from diffusionad_hf.training.loop import build_networks
+from diffusionad_hf.training.outcome import ARGUMENTS_FILE
 
 from .runs import arguments, run, same, weights
 

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusionad_hf import PRESETS, DiffusionADPipeline, NormGuidedUNet2DModel, build_pipeline
-from training import train
-from training.arguments import parse_arguments
-from training.optimization import learning_rates
+from diffusionad_hf.training import loop as train
+from diffusionad_hf.training.arguments import parse_arguments
+from diffusionad_hf.training.optimization import learning_rates
 
 from .runs import arguments, run, same, weights
 

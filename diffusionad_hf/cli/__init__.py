@@ -1,0 +1,1 @@
+"""The command line: `diffusionad` and `python -m diffusionad_hf`."""

@@ -1,0 +1,1 @@
+"""Metrics, the evaluation of a pipeline on a dataset, and its plots."""

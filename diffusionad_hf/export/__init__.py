@@ -1,0 +1,1 @@
+"""Models as one graph for OpenVINO or ONNX Runtime."""

@@ -1,0 +1,322 @@
+"""Models of `diffusionad export` behind the pipeline's own call, and one function that loads either kind."""
+
+import functools
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from torch import nn
+
+from ..files import replace_file
+from ..pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
+from ..scheduling_norm_guided import NormGuidedScheduler
+
+__all__ = [
+    "CONFIG_NAME",
+    "EXPORT_FORMAT",
+    "GRAPH_FILES",
+    "SETTINGS",
+    "ExportedDiffusionADPipeline",
+    "load_model",
+    "require_runtime",
+]
+
+logger = logging.get_logger(__name__)
+
+CONFIG_NAME = "exported_model.json"
+# Counts up whenever an exported folder needs a newer version of this package to be read right.
+EXPORT_FORMAT = 1
+# By format: all files of the graph, the one that the runtime is given first.
+GRAPH_FILES = {"openvino": ("model.xml", "model.bin"), "onnx": ("model.onnx",)}
+# What of the pipeline's configuration an exported model keeps.
+SETTINGS = ("image_size", "top_k", "seed", "calibration_scores", "false_alarm_rate", "threshold")
+
+# Pixels `(B, 3, S, S)` and noise `(2, B, 3, S, S)` to the graph's outputs by name.
+Run = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
+
+
+class ExportedDiffusionADPipeline(DiffusionADPipeline):
+    """
+    A [`DiffusionADPipeline`] whose computation is one graph in another runtime, on the CPU: same call, same output.
+
+    Decoding, noise, batching, maps and verdicts are the parent's. Timesteps, guidance weight and image size are part
+    of the graph and cannot be changed; of the intermediates it gives `reconstruction` and `probability`. The runtime
+    uses as many threads as torch has when the model is loaded.
+
+    Attributes:
+        record (`dict`): Contents of `exported_model.json`: format, precision, versions, and on whose scores the
+            threshold was calibrated (`calibrated_with`).
+    """
+
+    config_name = CONFIG_NAME
+    record: dict[str, Any]
+    folder: Path
+
+    def __call__(self, image: Any, **kwargs: Any) -> DiffusionADPipelineOutput | tuple:
+        """
+        As [`DiffusionADPipeline.__call__`].
+
+        Raises:
+            ValueError: Also if another timestep, guidance weight or image size is asked for than the graph was
+                exported with.
+        """
+        for name in ("small_timestep", "big_timestep", "guidance_weight"):
+            fixed = self.scheduler.config[name]
+            if kwargs.get(name) not in (None, fixed):
+                raise ValueError(
+                    f"{name}={kwargs[name]}: this model was exported with {fixed}; leave it out, or use the original."
+                )
+        if self.config.image_size != self.record["image_size"]:
+            raise ValueError(
+                f"image_size={self.config.image_size}: this model was exported for {self.record['image_size']} px; "
+                "export the original again for another size."
+            )
+        return super().__call__(image, **kwargs)
+
+    def _inspect(
+        self,
+        pixels: torch.Tensor,
+        noise: torch.Tensor,
+        small_timestep: int,
+        big_timestep: int,
+        guidance_weight: float | None,
+    ) -> dict[str, torch.Tensor]:
+        outputs = self.unet.run(pixels.float(), noise.float())
+        return {name: outputs[name] for name in ("reconstruction", "probability")}
+
+    def to(self, *args: Any, **kwargs: Any) -> "ExportedDiffusionADPipeline":
+        """Stays where it is.
+
+        Raises:
+            ValueError: If that is not what was asked for.
+        """
+        for value in (*args, *kwargs.values()):
+            elsewhere = isinstance(value, (str, torch.device)) and torch.device(value).type != "cpu"
+            if elsewhere or (isinstance(value, torch.dtype) and value != torch.float32):
+                raise ValueError(
+                    f"{value}: an exported model runs on the CPU in its own precision ({self.record['precision']}); "
+                    "for anything else load the original model."
+                )
+        return self
+
+    # ---- saving and loading -----------------------------------------------------------------------------------------
+
+    def save_config(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Writes `exported_model.json`: the record of the export, and the settings as they are now."""
+        settings = {name: self.config[name] for name in SETTINGS}
+        # The size is the graph's, whatever was tried.
+        settings["image_size"] = self.record["image_size"]
+        if settings["calibration_scores"] != self.record["calibration_scores"]:
+            settings["calibrated_with"] = self.unet.arithmetic
+        self.record = {**self.record, **settings}
+        replace_file(Path(save_directory) / self.config_name, json.dumps(self.record, indent=2, sort_keys=True) + "\n")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Writes a folder that [`from_pretrained`] loads: the graph's files and `exported_model.json`."""
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        if target.resolve() != self.folder.resolve():
+            for name in GRAPH_FILES[self.record["format"]]:
+                shutil.copyfile(self.folder / name, target / name)
+        self.save_config(target)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "ExportedDiffusionADPipeline":
+        """
+        Loads a folder of `diffusionad export`.
+
+        Args:
+            pretrained_model_name_or_path: The folder.
+            kwargs: Configuration values to replace, such as `threshold` or `false_alarm_rate`.
+
+        Raises:
+            OSError: If the folder is not whole or the runtime cannot read it.
+            ImportError: If the runtime is not installed; the message names the extra.
+            ValueError: If an option is none of an exported model.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        unknown = sorted(set(kwargs) - (set(SETTINGS) - {"image_size"}))
+        if unknown:
+            raise ValueError(f"{unknown[0]}: an exported model has no such option; leave it out.")
+        record = _read_record(folder)
+        graph = _Graph(folder, record)
+        pipe = cls(
+            unet=graph,
+            segmenter=graph,
+            scheduler=NormGuidedScheduler(**record["scheduler"]),
+            **{**{name: record[name] for name in SETTINGS}, **kwargs},
+        )
+        pipe.register_to_config(_name_or_path=str(folder))
+        pipe.record, pipe.folder = record, folder
+        here, calibrated_with = graph.arithmetic, record["calibrated_with"]
+        if record["precision"] != "fp32" and pipe.threshold is not None and calibrated_with != here:
+            logger.warning(
+                f"{folder}: its threshold and p-values were calibrated on scores of {calibrated_with}, from which "
+                f"those of {here} differ a little; run `diffusionad calibrate` on this folder."
+            )
+        return pipe
+
+
+class _Graph(nn.Module):
+    """
+    Stands in the pipeline where the networks stand, for its sizes and for telling one model from another (the buffer
+    is a digest of the graph's files); `run` is the whole computation, and `arithmetic` what it computes in on this
+    machine.
+    """
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, folder: Path, record: dict[str, Any]):
+        super().__init__()
+        self.config = SimpleNamespace(sample_size=record["image_size"], in_channels=3)
+        digest = hashlib.sha256()
+        for name in GRAPH_FILES[record["format"]]:
+            with (folder / name).open("rb") as file:
+                for block in iter(lambda: file.read(1 << 20), b""):  # noqa: B023 (used within the turn)
+                    digest.update(block)
+        self.register_buffer("digest", torch.tensor(list(digest.digest()), dtype=torch.uint8))
+        load = {"openvino": _load_openvino, "onnx": _load_onnx}[record["format"]]
+        self.run, floats = load(folder / GRAPH_FILES[record["format"]][0], record["precision"])
+        self.arithmetic = f"{record['format']} {record['precision']} with {floats}"
+
+
+@functools.cache
+def _core_of(openvino: ModuleType) -> Any:
+    """
+    One for the process, and for good: each gives the thread a stack for its signal handlers, and when two go in the
+    order in which they came, the second puts that of the first back, which is freed by then. The next signal that
+    Python handles, Ctrl-C or the end of a child, would kill the process.
+    """
+    return openvino.Core()
+
+
+def _load_openvino(file: Path, precision: str) -> tuple[Run, str]:
+    """The computation, and in what it computes where it is not int8."""
+    openvino = require_runtime("openvino")
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # Bound to cores, several processes on one machine would share the first ones.
+        "ENABLE_CPU_PINNING": False,
+    }
+    if precision == "fp32":
+        # Left to itself, OpenVINO computes in bfloat16 where the processor can, which nearly halves the time.
+        options["INFERENCE_PRECISION_HINT"] = "f32"
+    try:
+        compiled = _core_of(openvino).compile_model(str(file), "CPU", options)
+    except RuntimeError as error:
+        raise _unreadable(file, error) from error
+
+    def run(pixels: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = compiled({"pixels": pixels.numpy(), "noise": noise.contiguous().numpy()}, share_inputs=True)
+        return {port.any_name: torch.from_numpy(value) for port, value in outputs.items()}
+
+    return run, compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+
+
+def _load_onnx(file: Path, precision: str) -> tuple[Run, str]:
+    """As [`_load_openvino`]."""
+    onnxruntime = require_runtime("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    # Its exceptions have no common base class of their own.
+    except Exception as error:
+        raise _unreadable(file, error) from error
+    names = [output.name for output in session.get_outputs()]
+
+    def run(pixels: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        values = session.run(names, {"pixels": pixels.numpy(), "noise": noise.contiguous().numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+
+    return run, "f16" if precision == "fp16" else "f32"
+
+
+def _unreadable(file: Path, error: Exception) -> OSError:
+    said = " ".join(str(error).split())[:200]
+    return OSError(f"{file}: the runtime cannot read this graph; copy the folder again, or export once more ({said})")
+
+
+def require_runtime(module: str) -> ModuleType:
+    """
+    Imports a runtime, or what exports to it.
+
+    Raises:
+        ImportError: If it is not installed; the message says how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'{error.name} is not installed, which exported models need: pip install "diffusionad-hf[openvino]"'
+        ) from error
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Contents of `exported_model.json`, once it is sure that the folder is whole."""
+    if folder.is_file():
+        raise OSError(f"{folder}: is a file; give the whole folder that `diffusionad export` wrote.")
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise OSError(f"{folder}: no {CONFIG_NAME} in it; give, or copy, the whole folder of `diffusionad export`.")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        version, kind = int(record["_diffusionad_export"]), record["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{file}: damaged; copy the folder again, or export once more.") from error
+    if version > EXPORT_FORMAT:
+        raise OSError(f"{file}: written by a newer version of this package: pip install --upgrade diffusionad-hf.")
+    if kind not in GRAPH_FILES:
+        raise OSError(f"{file}: the format '{kind}' is none of {', '.join(GRAPH_FILES)}; export the model again.")
+    missing = {"precision", "scheduler", "calibrated_with", *SETTINGS} - record.keys()
+    if missing:
+        raise OSError(f"{file}: lacks '{min(missing)}'; copy the folder again, or export once more.")
+    for name in GRAPH_FILES[kind]:
+        if not (folder / name).is_file():
+            raise OSError(f"{folder}: {name} is missing; copy the whole folder of `diffusionad export`.")
+    return record
+
+
+# ---- either kind ----------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    model: str | os.PathLike, *, device: str | torch.device | None = None, **kwargs: Any
+) -> DiffusionADPipeline:
+    """
+    Loads whatever can inspect: a pipeline folder, a Hub id, or a folder of `diffusionad export`.
+
+    Args:
+        model: The folder or Hub id.
+        device: Where to compute. By default on the GPU, if there is one; exported models always on the CPU.
+        kwargs: As for the class's `from_pretrained`.
+
+    Raises:
+        OSError: If the model is not there or not whole.
+        ValueError: If an exported model is asked to run elsewhere.
+        ImportError: If the runtime of an exported model is not installed.
+    """
+    if _looks_exported(Path(model)):
+        return ExportedDiffusionADPipeline.from_pretrained(model, **kwargs).to(device or "cpu")
+    pipe = DiffusionADPipeline.from_pretrained(model, **kwargs)
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _looks_exported(path: Path) -> bool:
+    """Whether this is a folder of `diffusionad export`, whole or not, or a file out of one."""
+    graphs = {name for names in GRAPH_FILES.values() for name in names}
+    if path.is_file():
+        return path.name in graphs
+    found = {name for name in (CONFIG_NAME, *graphs) if (path / name).is_file()}
+    return bool(found) and not (path / DiffusionADPipeline.config_name).is_file()

@@ -1,0 +1,316 @@
+"""Export to other runtimes: the whole computation as one graph, in float32, float16 or int8."""
+
+import copy
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..calibration import calibrate, images_needed
+from ..pipeline_diffusionad import DiffusionADPipeline, ImageInput, load_image, resize_image
+from .exported_pipeline import (
+    CONFIG_NAME,
+    EXPORT_FORMAT,
+    GRAPH_FILES,
+    SETTINGS,
+    ExportedDiffusionADPipeline,
+    require_runtime,
+)
+
+__all__ = ["FORMATS", "ORIGINAL", "PRECISIONS", "export_pipeline"]
+
+FORMATS = tuple(GRAPH_FILES)
+PRECISIONS = ("fp32", "fp16", "int8")
+ORIGINAL = "the original model"
+
+_OUTPUTS = ("probability", "reconstruction", "anomaly_score")
+# The newest that the tracing exporter of every supported torch writes.
+_ONNX_OPSET = 18
+# Largest difference between a float graph's scores and the pipeline's.
+_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}
+# More images hardly change the ranges of the activations.
+_MOST_QUANTISATION_IMAGES = 64
+# What int8 leaves in float, as patterns of operation names, of OpenVINO and of ONNX: the segmenter and the arithmetic
+# before it (a defect is often a few steps of 1/255 between image and reconstruction: an int8 segmenter moved the
+# demo model's scores by 0.023 on average and 0.11 at most, an int8 UNet by 0.002 and 0.019, and saved 4 % more), where
+# pixels come into the UNet and noise out of it, and the time embedding, which costs nothing.
+_KEPT_IN_FLOAT = (
+    r".*segmenter.*",
+    r"(aten|prim)::.*",
+    r"/[A-Z][A-Za-z]*(_\d+)?",
+    r".*unet[./]conv_(in|out)/.*",
+    r".*unet[./]time_embedding.*",
+    r".*time_emb_proj.*",
+)
+
+
+def export_pipeline(
+    pipe: DiffusionADPipeline,
+    output_dir: str | os.PathLike,
+    *,
+    format: str = "openvino",
+    precision: str = "fp32",
+    calibration_images: Sequence[ImageInput] = (),
+) -> ExportedDiffusionADPipeline:
+    """
+    Exports a pipeline to a folder of its own that [`ExportedDiffusionADPipeline`] loads.
+
+    The graph takes `pixels`, `(B, 3, S, S)` in [0, 1], and `noise`, `(2, B, 3, S, S)`, small scale first, both float32
+    and for any B, and gives `probability`, `(B, 1, S, S)`, `reconstruction`, `(B, 3, S, S)`, and `anomaly_score`,
+    `(B,)`. Timesteps, guidance weight and top-k are constants in it.
+
+    Threshold and p-values: with calibration images they are calibrated anew on the exported model's scores (with int8
+    on those that the quantisation did not see), where they suffice for the false-alarm rate; else those of the
+    pipeline are kept, and `record["calibrated_with"]` says so.
+
+    Args:
+        pipe: The pipeline; not changed.
+        output_dir: The folder to write: new, empty, or an earlier export, which is replaced once the new one is whole.
+        format: `"openvino"` or `"onnx"`.
+        precision: `"fp32"`, `"fp16"` (of the networks) or `"int8"` (of weights and activations of the UNet, by NNCF's
+            post-training quantisation). With either of these OpenVINO computes the rest in bfloat16 where the
+            processor can, so that scores differ a little between processors.
+        calibration_images: Normal images that the model was not trained on; needed for int8.
+
+    Returns:
+        [`ExportedDiffusionADPipeline`]: The model as exported.
+
+    Raises:
+        ValueError: If an argument is none of the above, a component of the pipeline is not of the classes that can be
+            exported, or the graph does not give the pipeline's scores.
+        ImportError: If the runtime is not installed; the message names the extra.
+        OSError: If the folder cannot be written or holds something else.
+        InvalidImageError: If a calibration image cannot be read.
+    """
+    if format not in FORMATS:
+        raise ValueError(f'format="{format}": must be one of {", ".join(FORMATS)}.')
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision="{precision}": must be one of {", ".join(PRECISIONS)}.')
+    if precision == "int8" and not len(calibration_images):
+        raise ValueError(
+            "int8: needs normal images to measure the ranges of the activations; give calibration images."
+        )
+    for module in _modules(format, precision):
+        require_runtime(module)
+    _check_components(pipe)
+    # Whole, for what lies beside a relative path such as `.` may lie within it.
+    target = Path(output_dir).resolve()
+    with _staging(target) as staging:
+        size = pipe.config.image_size
+        images = [resize_image(load_image(image), size) for image in calibration_images]
+        quantised_on, rest = _split(images, precision, images_needed(pipe.config.false_alarm_rate))
+        noise = pipe._seeded_noise(1)[0].unsqueeze(1)  # (2, 1, 3, S, S)
+        samples = [{"pixels": image[None].numpy(), "noise": noise.numpy()} for image in quantised_on]
+        write = {"openvino": _write_openvino, "onnx": _write_onnx}[format]
+        write(_InspectionGraph(pipe, half=(format, precision) == ("onnx", "fp16")), size, precision, samples, staging)
+        scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
+        record = {
+            "_class_name": ExportedDiffusionADPipeline.__name__,
+            "_diffusionad_export": EXPORT_FORMAT,
+            "format": format,
+            "precision": precision,
+            "versions": {name: version(name) for name in ("diffusionad-hf", "torch", *_modules(format, precision))},
+            "scheduler": scheduler,
+            "calibrated_with": ORIGINAL,
+            **{name: pipe.config[name] for name in SETTINGS},
+        }
+        (staging / CONFIG_NAME).write_text(json.dumps(record), encoding="utf-8")
+        exported = ExportedDiffusionADPipeline.from_pretrained(staging)
+        exported.set_progress_bar_config(disable=True)
+        _compare(pipe, exported, images or [_probe(size)], noise)
+        if rest:
+            calibrate(exported, rest)
+        exported.save_config(staging)
+    exported.folder = target
+    return exported
+
+
+def _modules(format: str, precision: str) -> tuple[str, ...]:
+    runtime = ("openvino",) if format == "openvino" else ("onnx", "onnxruntime")
+    return (*runtime, "nncf") if precision == "int8" else runtime
+
+
+def _check_components(pipe: DiffusionADPipeline) -> None:
+    if isinstance(pipe, ExportedDiffusionADPipeline):
+        raise ValueError(f"{pipe.folder}: is an exported model already; give the original model.")
+    wanted = {"unet": "UNet2DModel", "segmenter": "AnomalySegmenter", "scheduler": "NormGuidedScheduler"}
+    for name, class_name in wanted.items():
+        component = getattr(pipe, name)
+        # By name: a class that was loaded as a repo's own code is another object than the installed one.
+        if class_name not in (cls.__name__ for cls in type(component).__mro__):
+            raise ValueError(
+                f"{name}: is a {type(component).__name__}, not of the class {class_name} that can be exported; put "
+                f"the model's own {name} back."
+            )
+
+
+def _split(images: list[torch.Tensor], precision: str, needed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Images for the quantisation, and others for the threshold: `needed` or more, or none, to keep the old one."""
+    first = min(len(images) // 2, _MOST_QUANTISATION_IMAGES) if precision == "int8" else 0
+    if len(images) - first >= needed:
+        return images[:first], images[first:]
+    return images[:_MOST_QUANTISATION_IMAGES], []
+
+
+def _probe(size: int) -> torch.Tensor:
+    """An image to compare on where there is no other: smooth colours with a bright square."""
+    ramp = torch.linspace(0, 1, size)
+    image = torch.stack(
+        [ramp.expand(size, size), ramp.flip(0)[:, None].expand(size, size), torch.full((size, size), 0.5)]
+    )
+    image[:, size // 4 : size // 3, size // 4 : size // 3] = 1
+    return image
+
+
+def _compare(
+    pipe: DiffusionADPipeline, exported: ExportedDiffusionADPipeline, images: list[torch.Tensor], noise: torch.Tensor
+) -> None:
+    """Records by how much scores differ from the pipeline's on a few images; float scores must hardly differ."""
+    some = images[:4]
+    draws = noise.expand(-1, len(some), -1, -1, -1)
+    theirs = pipe(some, noise=draws, batch_size=4).anomaly_score
+    differences = np.abs(exported(some, noise=draws, batch_size=4).anomaly_score - theirs)
+    precision = exported.record["precision"]
+    exported.record["score_difference"] = {
+        "images": len(some),
+        "mean": float(differences.mean()),
+        "largest": float(differences.max()),
+    }
+    if differences.max() > _TOLERANCE.get(precision, np.inf) or not np.isfinite(differences).all():
+        raise ValueError(
+            f"the {precision} graph's scores differ from the pipeline's by up to {differences.max():.4f}; nothing was "
+            "written. Load the pipeline in float32 with the components it was saved with, and export again."
+        )
+
+
+class _InspectionGraph(nn.Module):
+    """All of [`DiffusionADPipeline._inspect`] and the score with constant timesteps, in operations that trace well."""
+
+    def __init__(self, pipe: DiffusionADPipeline, half: bool):
+        super().__init__()
+        # Copies on the CPU: the pipeline stays as it is.
+        networks = [copy.deepcopy(network).cpu().eval() for network in (pipe.unet, pipe.segmenter)]
+        self.unet, self.segmenter = (network.half() if half else network.float() for network in networks)
+        # Runtimes fuse these too, but under names that tell nothing of where a convolution stands.
+        for block in [block for block in self.segmenter.modules() if isinstance(block, nn.Sequential)]:
+            for i, norm in enumerate(block):
+                if isinstance(norm, nn.BatchNorm2d):
+                    block[i - 1], block[i] = fuse_conv_bn_eval(block[i - 1], norm), nn.Identity()
+        self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.top_k = min(pipe.config.top_k, pipe.config.image_size**2)
+
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch = pixels.shape[0]
+        # One timestep for all images, so that the scheduler's factors become constants.
+        t_small = torch.full((1,), self.scheduler.config.small_timestep)
+        t_big = torch.full((1,), self.scheduler.config.big_timestep)
+        noised_small = self.scheduler.add_noise(pixels, noise[0], t_small)
+        noised_big = self.scheduler.add_noise(pixels, noise[1], t_big)
+        noised = torch.cat([noised_small, noised_big]).to(self.unet.dtype)
+        timesteps = torch.cat([t_small.expand(batch), t_big.expand(batch)])
+        output_small, output_big = self.unet(noised, timesteps).sample.float().chunk(2)
+        noise_pred_small = self.scheduler.predict_noise(output_small, noised_small, t_small)
+        noise_pred_big = self.scheduler.predict_noise(output_big, noised_big, t_big)
+        reconstruction = self.scheduler.norm_guided_step(
+            noise_pred_small, noise_pred_big, noised_small, noised_big, t_small, t_big
+        ).reconstruction
+        pair = torch.cat([pixels, reconstruction], dim=1).to(self.segmenter.dtype)
+        probability = self.segmenter(pair).float().sigmoid()
+        score = probability.flatten(1).topk(self.top_k, dim=1).values.mean(dim=1)
+        return probability, reconstruction, score
+
+
+def _examples(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # Two images: what is traced with a batch of one may hold for a batch of one only.
+    return torch.rand(2, 3, size, size), torch.randn(2, 2, 3, size, size)
+
+
+def _write_openvino(
+    graph: _InspectionGraph, size: int, precision: str, samples: list[dict[str, np.ndarray]], folder: Path
+) -> None:
+    openvino = require_runtime("openvino")
+    shapes = [openvino.PartialShape([-1, 3, size, size]), openvino.PartialShape([2, -1, 3, size, size])]
+    with _quiet_tracing():
+        model = openvino.convert_model(graph, example_input=_examples(size), input=shapes)
+    for port, name in zip((*model.inputs, *model.outputs), ("pixels", "noise", *_OUTPUTS), strict=True):
+        port.get_tensor().set_names({name})
+    if precision == "int8":
+        model = _quantised(model, samples)
+    openvino.save_model(model, folder / GRAPH_FILES["openvino"][0], compress_to_fp16=precision == "fp16")
+
+
+def _write_onnx(
+    graph: _InspectionGraph, size: int, precision: str, samples: list[dict[str, np.ndarray]], folder: Path
+) -> None:
+    onnx = require_runtime("onnx")
+    file = folder / GRAPH_FILES["onnx"][0]
+    axes = {name: {0: "batch"} for name in ("pixels", *_OUTPUTS)} | {"noise": {1: "batch"}}
+    with _quiet_tracing():
+        torch.onnx.export(
+            graph,
+            _examples(size),
+            str(file),
+            # The newer exporter takes a minute where this one takes two seconds, for the same graph.
+            dynamo=False,
+            opset_version=_ONNX_OPSET,
+            input_names=["pixels", "noise"],
+            output_names=list(_OUTPUTS),
+            dynamic_axes=axes,
+        )
+    if precision == "int8":
+        onnx.save(_quantised(onnx.load(file), samples), file)
+
+
+def _quantised(model: Any, samples: list[dict[str, np.ndarray]]) -> Any:
+    """An OpenVINO or ONNX model with int8 convolutions and matrix products."""
+    nncf = require_runtime("nncf")
+    # Not by its own function, which would silence the handlers of everybody else too.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    return nncf.quantize(
+        model,
+        nncf.Dataset(samples),
+        subset_size=len(samples),
+        ignored_scope=nncf.IgnoredScope(patterns=list(_KEPT_IN_FLOAT), validate=False),
+    )
+
+
+@contextmanager
+def _quiet_tracing() -> Iterator[None]:
+    """Tracing warns of every check in the networks' code, all of them on sizes that are constants here."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A folder beside the target that takes its place once the body has succeeded: an export is whole or not."""
+    if target.exists() and not target.is_dir():
+        raise OSError(f"{target}: is a file; give a folder.")
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_NAME).is_file():
+        raise OSError(f"{target}: holds something that is no exported model; give a new or an empty folder.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise OSError(f"{target}: cannot write there ({error.strerror}); choose another folder.") from error
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if target.is_dir():
+            shutil.rmtree(target)
+        staging.replace(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Models and Spaces on the Hugging Face Hub."""

@@ -1,0 +1,310 @@
+"""Model cards: what a model is, what was measured and what nobody knows, from files and never typed."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+from ..calibration import images_needed
+from ..evaluation.evaluator import METRIC_NAMES
+from ..pipeline_diffusionad import DiffusionADPipeline
+
+__all__ = ["DATASETS", "DataSource", "build_card", "find_data_source", "read_evaluation", "read_training"]
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+TRAINING_NOTES = "TRAINING.md"
+"""What its maker wrote on how a model was trained; the card points to it."""
+
+# What a verdict did on the test images; beside METRIC_NAMES, and in per cent.
+_RATES = {"false_alarm_rate": "false alarms (normal images rejected)", "miss_rate": "misses (anomalous images passed)"}
+# The columns of the table by kind of defect: the full set would not fit a page.
+_TYPE_COLUMNS = ("image_auroc", "pixel_auroc", "aupro_30", "miss_rate")
+# A kind of defect that passes as normal more often than not is a limit of the model.
+_MOSTLY_MISSED = 0.5
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """
+    A data set as a card speaks of it.
+
+    Attributes:
+        name: As people write it.
+        license: Identifier of the data's licence, as the Hub writes it; `None` where it is not known.
+        url: Where it is described.
+    """
+
+    name: str
+    license: str | None = None
+    url: str | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name as a tag: `"MVTec AD"` is `"mvtec-ad"`."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+DATASETS = (
+    DataSource("MVTec AD", "cc-by-nc-sa-4.0", "https://www.mvtec.com/company/research/datasets/mvtec-ad"),
+    DataSource("VisA", "cc-by-4.0", "https://github.com/amazon-science/spot-diff"),
+    DataSource("Demo part", "mit"),
+)
+"""Data sets whose licence is known; any other name is taken as it is."""
+
+
+def find_data_source(name: str) -> DataSource:
+    """
+    The data set of that name, however it is spelt: `"mvtec"`, `"MVTec-AD"` and `"mvtec_ad"` are one.
+
+    Raises:
+        ValueError: If the name has no letter or digit.
+    """
+    asked = DataSource(name.strip())
+    if not asked.slug:
+        raise ValueError(f'--dataset "{name}": give a name such as "MVTec AD".')
+    for known in DATASETS:
+        if asked.slug == known.slug or asked.slug == known.slug.removesuffix("-ad"):
+            return known
+    return asked
+
+
+def read_evaluation(path: Path, pipe: DiffusionADPipeline) -> dict[str, Any]:
+    """
+    Reads what `diffusionad evaluate` measured, and checks that it was measured on a model like this one.
+
+    Args:
+        path: The JSON file.
+        pipe: The model that is to carry these results.
+
+    Returns:
+        `dict`: Its content; metrics are floats.
+
+    Raises:
+        ValueError: If it is no such file, or of a model of another resolution or threshold.
+    """
+    try:
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        counts = [evaluation[name] for name in ("num_images", "num_normal", "num_anomalous")]
+        if not all(isinstance(count, int) for count in counts):
+            raise TypeError("the numbers of images are missing")
+        for results in (evaluation, *evaluation.get("defect_types", {}).values()):
+            for name in METRIC_NAMES.keys() & results.keys():
+                results[name] = float(results[name])
+                if not 0 <= results[name] <= 1:
+                    raise ValueError(f"{name} is {results[name]}")
+    except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a result of `diffusionad evaluate` ({reason}); evaluate again.") from error
+    resolution, threshold = evaluation.get("resolution"), evaluation.get("threshold")
+    if resolution is not None and resolution != pipe.config.image_size:
+        raise ValueError(
+            f"{path}: measured at {resolution} px, but the model looks at {pipe.config.image_size} px; evaluate again."
+        )
+    now = pipe.threshold
+    if "false_alarm_rate" in evaluation or "miss_rate" in evaluation:
+        # An infinite threshold is absent from the file.
+        then = math.inf if threshold is None else threshold
+        if now is None or not (now == then or math.isclose(now, then, rel_tol=1e-6)):
+            raise ValueError(
+                f"{path}: its rates were measured at the threshold {then:g}, but the model's is {now}; evaluate again."
+            )
+    return evaluation
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """
+    Reads what the trainer recorded of a training; empty where there is no such file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        arguments = json.loads(path.read_text(encoding="utf-8"))
+        return dict(arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it or train again.") from error
+
+
+def build_card(
+    pipe: DiffusionADPipeline,
+    repo_id: str,
+    *,
+    evaluation: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    data: DataSource | None = None,
+    category: str | None = None,
+    license: str | None = None,
+    previews: Sequence[str] = (),
+    folder: Path | None = None,
+) -> ModelCard:
+    """
+    The card of a model.
+
+    Args:
+        pipe: The model.
+        repo_id: Where it will be found.
+        evaluation: As [`read_evaluation`] returns it; without one, the card says that nothing was measured.
+        training: As [`read_training`] returns it.
+        data: What it was trained and evaluated on.
+        category: Which product of that data set.
+        license: Identifier of the weights' licence; that of the data where `None`.
+        previews: Names of the pictures in the folder `previews`.
+        folder: Where the model lies, saved: what the card says of its files is read off them.
+
+    Returns:
+        `ModelCard`: Checked by nobody yet; its `validate` asks the Hub.
+    """
+    license = license or (data.license if data else None)
+    # Of a training in stages, which the notes then tell, only the last is recorded.
+    notes = bool(folder and (folder / TRAINING_NOTES).is_file())
+    slug = DataSource(category).slug if category else None
+    metadata = ModelCardData(
+        library_name="diffusers",
+        # The Hub has no task of its own for anomaly detection; the output is a mask for each image.
+        pipeline_tag="image-segmentation",
+        license=license,
+        tags=["anomaly-detection", "diffusionad", *([data.slug] if data else []), *([slug] if slug else [])],
+        model_name=repo_id.split("/")[-1],
+        eval_results=_eval_results(evaluation, data, category) if evaluation else None,
+        # Of ours: what `diffusionad list` shows.
+        category=category,
+    )
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        category=category,
+        data=data and {**vars(data), "non_commercial": bool(data.license and _NON_COMMERCIAL.search(data.license))},
+        previews=list(previews),
+        weights=_weights_sentence(folder) if folder else "",
+        has_modules=bool(folder and (folder / "pipeline_diffusionad.py").is_file()),
+        has_training_notes=notes,
+        threshold=pipe.threshold,
+        calibration=_calibration(pipe),
+        evaluation=evaluation,
+        metrics=_metric_rows(evaluation) if evaluation else [],
+        defect_types=_defect_types(evaluation or {}),
+        speed=_speed(evaluation or {}),
+        training=_training_sentence(training or {}, "Last trained" if notes else "Trained"),
+        parameters=sum(p.numel() for model in (pipe.unet, pipe.segmenter) for p in model.parameters()),
+        image_size=pipe.config.image_size,
+    )
+
+
+def _eval_results(evaluation: dict[str, Any], data: DataSource | None, category: str | None) -> list[EvalResult]:
+    data = data or DataSource("unnamed data set")
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name="Anomaly detection",
+            dataset_type=data.slug,
+            dataset_name=f"{data.name} ({category})" if category else data.name,
+            dataset_config=category,
+            dataset_split="test",
+            metric_type=key,
+            metric_name=name,
+            metric_value=evaluation[key],
+        )
+        for key, name in METRIC_NAMES.items()
+        if key in evaluation
+    ]
+
+
+def _calibration(pipe: DiffusionADPipeline) -> dict[str, Any] | None:
+    if pipe.config.calibration_scores is None:
+        return None
+    images, rate = len(pipe.config.calibration_scores), pipe.config.false_alarm_rate
+    return {
+        "images": images,
+        "rate": rate,
+        "needed": images_needed(rate),
+        "spread": math.sqrt(rate * (1 - rate) / images),
+        "overridden": pipe.config.threshold is not None,
+    }
+
+
+def _metric_rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
+    intervals = evaluation.get("intervals", {})
+    return [
+        {"name": name, "value": _shown(key, evaluation[key]), "interval": _shown_interval(key, intervals.get(key))}
+        for key, name in {**METRIC_NAMES, **_RATES}.items()
+        if key in evaluation
+    ]
+
+
+def _defect_types(evaluation: dict[str, Any]) -> dict[str, list]:
+    """The table by kind of defect, with the columns that at least one kind has."""
+    types = evaluation.get("defect_types", {})
+    columns = [key for key in _TYPE_COLUMNS if any(key in results for results in types.values())]
+    rows = [
+        {
+            "name": name,
+            "images": results.get("num_anomalous", ""),
+            "cells": [_shown(key, results[key]) if key in results else "" for key in columns],
+        }
+        for name, results in types.items()
+    ]
+    missed = [
+        {"name": name, "rate": _shown("miss_rate", results["miss_rate"])}
+        for name, results in types.items()
+        if results.get("miss_rate", 0) > _MOSTLY_MISSED
+    ]
+    names = ["misses" if key == "miss_rate" else METRIC_NAMES[key] for key in columns]
+    return {"columns": names, "rows": rows, "missed": missed}
+
+
+def _shown(key: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if key in _RATES else f"{value:.3f}"
+
+
+def _shown_interval(key: str, interval: Sequence[float] | None) -> str:
+    return f"{_shown(key, interval[0])} to {_shown(key, interval[1])}" if interval else ""
+
+
+def _weights_sentence(folder: Path) -> str:
+    """What the files of weights hold, by variant."""
+    dtypes: dict[str, str] = {}
+    for file in sorted((folder / "unet").glob("*.safetensors")):
+        variant = file.name.split(".")[1:-1]
+        with safe_open(file, framework="np") as weights:
+            dtype = weights.get_slice(next(iter(weights.keys()))).get_dtype()
+        dtypes.setdefault(variant[0] if variant else "", _DTYPES.get(dtype, dtype))
+    stored = dtypes.pop("", None)
+    if stored is None:
+        return ""
+    sentence = f"The weights are {stored}" + ("" if stored == "float32" else " and compute in float32")
+    for variant, dtype in dtypes.items():
+        sentence += f'; `variant="{variant}"` loads them as {dtype}' if dtype != stored else ""
+    return sentence + "."
+
+
+def _speed(evaluation: dict[str, Any]) -> str:
+    if "seconds_per_image" not in evaluation:
+        return ""
+    seconds, provenance = evaluation["seconds_per_image"], evaluation.get("provenance", {})
+    hardware = provenance.get("hardware") or provenance.get("device")
+    details = [
+        provenance.get("dtype"),
+        f"batches of {provenance['batch_size']}" if "batch_size" in provenance else None,
+    ]
+    details = ", ".join(detail for detail in details if detail)
+    return f"{seconds:.3g} s an image" + (f" on {hardware}" if hardware else "") + (f" ({details})" if details else "")
+
+
+def _training_sentence(training: dict[str, Any], verb: str) -> str:
+    if not {"max_train_steps", "train_batch_size"} <= training.keys():
+        return ""
+    # Gradient accumulation makes one step of several batches.
+    batch = training["train_batch_size"] * (training.get("gradient_accumulation_steps") or 1)
+    architecture = f", preset `{training['architecture']}`" if training.get("architecture") else ""
+    return f"{verb} for {training['max_train_steps']:,} steps of {batch} images{architecture}."

@@ -1,0 +1,1 @@
+"""Inspection of many images: files, datasets, and blocks of them."""

@@ -1,0 +1,127 @@
+"""Tells an image that a model's verdict means something for from one it never saw the like of.
+
+    python space/familiarity.py CHECKPOINT NORMAL_IMAGES      # writes CHECKPOINT/familiarity.json
+
+An anomaly score says nothing about a photo of something else: a blank sheet often scores lower than a good part. So an
+image is also compared, as a 16 x 16 grid of mean colours, local contrast and sharpness, with normal images, each value
+in units of its spread over them: what never varies counts most. It is unfamiliar where it is farther from all of them
+than 1.5 times the farthest that one of them is from the others. The grid is too coarse to see most defects; it sees
+another object, place, distance, exposure or focus, and a part that lies the wrong way round.
+"""
+
+import argparse
+import base64
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..pipeline_diffusionad import load_image
+
+FILE_NAME = "familiarity.json"
+CELLS = 16
+SLACK = 1.5
+FEWEST_IMAGES, MOST_IMAGES = 5, 100
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+def describe(image: torch.Tensor) -> np.ndarray:
+    """The grid of one image.
+
+    Args:
+        image: (3, H, W), uint8 or float in [0, 1].
+
+    Returns:
+        (16 * 16 * 5,) uint8: mean red, green, blue, twice the luminance's standard deviation and eight times the mean
+        absolute value of its Laplacian, of each cell.
+    """
+    pixels = image[None].float() / 255 if image.dtype == torch.uint8 else image[None].float()
+    # Contrast and sharpness are measured at one size, so that a photo and its thumbnail look alike.
+    pixels = F.interpolate(pixels, size=(128, 128), mode="bilinear", antialias=True)
+    color = F.adaptive_avg_pool2d(pixels, CELLS)
+    light = pixels.mean(dim=1, keepdim=True)
+    variance = F.adaptive_avg_pool2d(light**2, CELLS) - F.adaptive_avg_pool2d(light, CELLS) ** 2
+    around = F.pad(light, (1, 1, 1, 1), mode="replicate")
+    neighbours = around[..., :-2, 1:-1] + around[..., 2:, 1:-1] + around[..., 1:-1, :-2] + around[..., 1:-1, 2:]
+    sharpness = F.adaptive_avg_pool2d((light - neighbours / 4).abs(), CELLS)
+    grid = torch.cat([color, 2 * variance.clamp(min=0).sqrt(), 8 * sharpness], dim=1).flatten()
+    return (grid.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+
+@dataclass(frozen=True)
+class Familiarity:
+    """What normal images look like: their grids, (N, 1280) uint8, and the largest distance that is still familiar."""
+
+    grids: np.ndarray
+    limit: float
+
+    @classmethod
+    def of(cls, grids: Sequence[np.ndarray]) -> "Familiarity | None":
+        """Learns from the grids of normal images of one kind; None where there are too few of them to tell."""
+        if len(grids) < FEWEST_IMAGES:
+            return None
+        grids = np.stack(grids[:MOST_IMAGES])
+        between = np.stack([_distances(grid, grids) for grid in grids])
+        np.fill_diagonal(between, np.inf)
+        # At least 4 of 255 levels: copies of one image are no reason to reject the next one for its sensor noise.
+        least = 4 / float(_spread(grids).mean())
+        return cls(grids, SLACK * max(float(between.min(axis=1).max()), least))
+
+    def strangeness(self, image: torch.Tensor) -> float:
+        """How far an image, (3, H, W), is from the closest normal one; above 1 it is unfamiliar."""
+        return float(_distances(describe(image), self.grids).min()) / self.limit
+
+    def to_json(self) -> dict:
+        return {"limit": self.limit, "grids": [base64.b64encode(grid.tobytes()).decode() for grid in self.grids]}
+
+    @classmethod
+    def from_json(cls, data: dict) -> "Familiarity":
+        """Reads what `to_json` gave.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        try:
+            grids = [np.frombuffer(base64.b64decode(grid, validate=True), np.uint8) for grid in data["grids"]]
+            limit = float(data["limit"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError("the description of normal images is damaged") from error
+        if not grids or len(grids) > MOST_IMAGES or any(len(g) != CELLS * CELLS * 5 for g in grids) or not limit > 0:
+            raise ValueError("the description of normal images is damaged")
+        return cls(np.stack(grids), limit)
+
+
+def _spread(grids: np.ndarray) -> np.ndarray:
+    """How much each value varies over normal images, in levels, never so little that noise would decide."""
+    spread = grids.astype(np.float32).std(axis=0)
+    return spread + 0.15 * spread.mean() + 1
+
+
+def _distances(grid: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Root mean square difference to each of the others, in units of their spread."""
+    difference = grid.astype(np.float32) - others.astype(np.float32)
+    return np.sqrt(((difference / _spread(others)) ** 2).mean(axis=1))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Describe a model's normal images, so that others are noticed.")
+    parser.add_argument("checkpoint", type=Path, help="folder of the model")
+    parser.add_argument("images", type=Path, help="folder of normal images that it was not trained on")
+    arguments = parser.parse_args(argv)
+    files = sorted(file for file in arguments.images.rglob("*") if file.suffix.lower() in SUFFIXES)[:MOST_IMAGES]
+    familiarity = Familiarity.of([describe(load_image(file)) for file in files])
+    if familiarity is None:
+        print(f"{arguments.images}: {len(files)} images; give {FEWEST_IMAGES} or more.", file=sys.stderr)
+        return 1
+    (arguments.checkpoint / FILE_NAME).write_text(json.dumps(familiarity.to_json()) + "\n", encoding="utf-8")
+    print(f"wrote {arguments.checkpoint / FILE_NAME} from {len(files)} images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""From a model's answer to a verdict that a person can act on, without any user interface."""
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..calibration import images_needed
+from ..pipeline_diffusionad import load_image
+from ..visualization import (
+    Region,
+    anomaly_map_16bit,
+    difference,
+    find_regions,
+    location_words,
+    mask_image,
+    overlay,
+    region_threshold,
+    save_image,
+)
+from .models import Calibration, Raw, Settings
+from .results import write_json
+
+# The longest side of a picture on the page. Small photos are enlarged to the first, so that outlines stay thin.
+VIEW_SIDES = (768, 1280)
+MOST_REGIONS = 12
+_PICTURE = "view-{}.jpg"
+
+
+# ---- one image's result ----
+
+
+@dataclass(frozen=True)
+class Result:
+    """One inspected image, as kept on disk. Sizes are (width, height) in pixels of the photo."""
+
+    name: str
+    category: str
+    score: float
+    size: tuple[int, int]
+    threshold: float | None
+    p_value: float | None
+    calibration_images: int
+    strangeness: float | None
+    settings_changed: bool
+
+    @property
+    def unfamiliar(self) -> bool:
+        return self.strangeness is not None and self.strangeness > 1
+
+    def is_defective(self, threshold: float) -> bool:
+        return self.score > threshold
+
+
+def make_result(
+    name: str, category: str, image: torch.Tensor, raw: Raw, calibration: Calibration, settings: Settings
+) -> Result:
+    familiarity = calibration.familiarity
+    threshold = calibration.threshold
+    return Result(
+        name=name,
+        category=category,
+        score=raw.score,
+        size=(image.shape[2], image.shape[1]),
+        threshold=threshold,
+        p_value=None if settings.changed else calibration.p_value(raw.score),
+        calibration_images=len(calibration.scores),
+        strangeness=familiarity.strangeness(image) if familiarity else None,
+        settings_changed=settings.changed,
+    )
+
+
+def store(folder: Path, result: Result, image: torch.Tensor, raw: Raw, original: Path) -> None:
+    """Keeps all that a later view needs: what the model said, the photo as shown, and the photo as sent."""
+    np.save(folder / "map.npy", raw.anomaly_map)
+    Image.fromarray(raw.reconstruction).save(folder / "reconstruction.png")
+    view_photo(image).save(folder / "photo.jpg", quality=92, subsampling=0)
+    try:
+        os.link(original, folder / "original")
+    except OSError:
+        shutil.copyfile(original, folder / "original")
+    write_json(folder / "result.json", result.__dict__)
+
+
+def load(folder: Path) -> Result:
+    data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return Result(**{**data, "size": tuple(data["size"])})
+
+
+def view_photo(image: torch.Tensor) -> Image.Image:
+    """The photo, (3, H, W), at the size of the page."""
+    values = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
+    photo = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
+    scale = min(max(VIEW_SIDES[0] / max(photo.size), 1), 4) if max(photo.size) < VIEW_SIDES[0] else 1
+    scale = min(scale, VIEW_SIDES[1] / max(photo.size))
+    size = tuple(max(8, round(side * scale)) for side in photo.size)
+    return photo if size == photo.size else photo.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+
+
+def map_at(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The map at (width, height), enlarged as the pipeline does it."""
+    if anomaly_map.shape == size[::-1]:
+        return anomaly_map
+    return F.interpolate(torch.from_numpy(anomaly_map)[None, None], size=size[::-1], mode="bilinear")[0, 0].numpy()
+
+
+def regions_of(result: Result, values: np.ndarray, threshold: float) -> tuple[list[Region], list[Region]]:
+    """The strongest regions twice: in pixels of the view, and in pixels of the photo.
+
+    Where no defect is found there are none: single pixels above the threshold are no finding then, and to list them
+    would contradict the verdict. `diffusionad inspect` keeps to the same rule.
+
+    Args:
+        result: Of the image.
+        values: The anomaly map at the size of the view, (H, W).
+        threshold: Of the anomaly score.
+    """
+    if not result.is_defective(threshold):
+        return [], []
+    seen = find_regions(values, region_threshold(threshold))[:MOST_REGIONS]
+    return seen, [_scaled(region, values.shape[::-1], result.size) for region in seen]
+
+
+def draw_overlay(
+    result: Result,
+    photo: Image.Image,
+    values: np.ndarray,
+    threshold: float,
+    opacity: float,
+    regions: Sequence[Region] = (),
+    highlight: Region | None = None,
+) -> Image.Image:
+    """The heat over the photo; outlines only where a defect is found."""
+    return overlay(
+        photo,
+        values,
+        threshold=region_threshold(threshold),
+        opacity=opacity,
+        contour=result.is_defective(threshold),
+        regions=regions,
+        highlight=highlight,
+    )
+
+
+def draw_mask(result: Result, values: np.ndarray, threshold: float) -> Image.Image:
+    """The regions in white; all black where no defect is found."""
+    if not result.is_defective(threshold):
+        return Image.new("L", values.shape[::-1])
+    return mask_image(values, region_threshold(threshold))
+
+
+def _scaled(region: Region, view: tuple[int, int], photo: tuple[int, int]) -> Region:
+    x, y = photo[0] / view[0], photo[1] / view[1]
+    x0, y0, x1, y1 = region.box
+    box = (math.floor(x0 * x), math.floor(y0 * y), math.ceil(x1 * x), math.ceil(y1 * y))
+    peak = (
+        min(int((region.peak_xy[0] + 0.5) * x), photo[0] - 1),
+        min(int((region.peak_xy[1] + 0.5) * y), photo[1] - 1),
+    )
+    area = max(1, round(region.area_fraction * photo[0] * photo[1]))
+    return replace(region, box=box, area_px=area, peak_xy=peak)
+
+
+@dataclass(frozen=True)
+class View:
+    """Paths of the pictures of one moment, and the regions in them (pixels of the photo)."""
+
+    photo: Path
+    overlay: Path
+    regions: list[Region]
+
+
+def view(folder: Path, threshold: float, opacity: float = 0.6, highlight: int | None = None) -> View:
+    """Draws a kept result at a threshold. The model does not run.
+
+    Args:
+        folder: Of the result.
+        threshold: Of the anomaly score.
+        opacity: Of the strongest heat.
+        highlight: Index of a region to frame.
+    """
+    result = load(folder)
+    photo = Image.open(folder / "photo.jpg").convert("RGB")
+    values = map_at(np.load(folder / "map.npy"), photo.size)
+    seen, regions = regions_of(result, values, threshold)
+    picked = seen[highlight] if highlight is not None and 0 <= highlight < len(seen) else None
+    picture = draw_overlay(result, photo, values, threshold, opacity, seen, picked)
+    # A new name each time, so that no browser shows the former picture; the last few stay for those still loading.
+    former = sorted(folder.glob(_PICTURE.format("*")), key=lambda p: p.stat().st_mtime)
+    for old in former[:-4]:
+        old.unlink(missing_ok=True)
+    path = folder / _PICTURE.format(time.time_ns())
+    picture.save(path, quality=90, subsampling=0)
+    return View(folder / "photo.jpg", path, regions)
+
+
+def companions(folder: Path) -> tuple[Path, Path]:
+    """The reconstruction and the difference at the size of the page, drawn once."""
+    normal_path, difference_path = folder / "normal.jpg", folder / "difference.jpg"
+    photo = Image.open(folder / "photo.jpg").convert("RGB")
+    normal = Image.open(folder / "reconstruction.png").convert("RGB")
+    difference(photo, normal).save(difference_path, quality=90)
+    normal.resize(photo.size, Image.Resampling.BICUBIC).save(normal_path, quality=92)
+    return normal_path, difference_path
+
+
+def file_stem(result: Result) -> str:
+    """The photo's name without its suffix, made fit for a file name."""
+    return re.sub(r"[^\w ().-]", "_", Path(result.name).stem)[:60].strip(". ") or "image"
+
+
+def full_size(folder: Path, kind: str, threshold: float, opacity: float) -> Path:
+    """Writes a picture at the photo's own size for download.
+
+    Args:
+        folder: Of the result.
+        kind: "overlay", "mask" or "map".
+        threshold: Of the anomaly score.
+        opacity: Of the strongest heat.
+    """
+    result = load(folder)
+    anomaly_map = map_at(np.load(folder / "map.npy"), result.size)
+    if kind == "map":
+        picture = anomaly_map_16bit(anomaly_map)
+    elif kind == "mask":
+        picture = draw_mask(result, anomaly_map, threshold)
+    else:
+        image = load_image(folder / "original")
+        values = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
+        photo = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
+        picture = draw_overlay(result, photo, anomaly_map, threshold, opacity)
+    return save_image(picture, folder / f"{file_stem(result)}-{kind}.png")
+
+
+# ---- words ----
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def p_words(p_value: float | None, images: int) -> str:
+    """The p-value for people: how often a normal part scores this high."""
+    if p_value is None:
+        return ""
+    at_least = round(p_value * (images + 1)) - 1
+    share = "None" if at_least == 0 else str(at_least)
+    return f"{share} of the {images} normal images used for calibration scored this high (p = {p_value:.2g})."
+
+
+def promise_words(calibration: Calibration) -> str:
+    """What a calibration promises, and what it does not."""
+    count, rate = len(calibration.scores), calibration.false_alarm_rate
+    if not math.isfinite(calibration.threshold or 0):
+        return (
+            f"{count} images cannot promise {percent(rate)} false alarms; that takes {images_needed(rate)}. "
+            "Until then nothing is called defective: add images, or allow more false alarms."
+        )
+    spread = math.sqrt(rate * (1 - rate) / count)
+    return (
+        f"About {percent(rate)} of normal parts will be called defective; "
+        f"with only {count} images, expect {percent(max(rate - 2 * spread, 0))} to {percent(rate + 2 * spread)}."
+    )
+
+
+def region_words(number: int, region: Region, size: tuple[int, int]) -> str:
+    x0, y0, x1, y1 = region.box
+    return f"{number} · {location_words(region, size)}, {x1 - x0} × {y1 - y0} px, strength {region.peak:.2f}"

@@ -1,0 +1,163 @@
+"""From one category to all of a data set: trained one after another, each published as soon as it is done."""
+
+import argparse
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..data import list_categories
+from ..hub.cards import find_data_source
+from ..hub.publishing import publish_model
+from .checkpoints import check_same_training
+from .outcome import ARGUMENTS_FILE
+from .processes import together
+
+__all__ = ["ALL", "check_publishing", "train_all", "train_and_publish"]
+
+logger = logging.getLogger("training")
+
+ALL = "all"
+
+
+def train_all(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) -> int:
+    """
+    Trains every category of a data set, each in a folder of its own in the output folder.
+
+    A category that was finished before is skipped, one that was not goes on from its last checkpoint, and one that
+    fails does not keep the others from their turn.
+
+    Args:
+        args: Of the command line.
+        train: Trains one category, given its arguments; returns an exit code.
+
+    Returns:
+        0; 2 if a category failed, which is then named; the code of `train` where it is neither.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such data set, or names of categories are no names for folders.
+    """
+    categories = together(lambda: list_categories(args.data_dir), main_only=False)
+    folders = {name: Path(args.output_dir) / _slug(name) for name in categories}
+    if len(set(folders.values())) < len(folders):
+        raise ValueError(f"--category {ALL}: the names {', '.join(categories)} are not distinct as names of folders.")
+    failed = {}
+    for number, (name, folder) in enumerate(folders.items(), start=1):
+        logger.info(f"Category {number} of {len(folders)}: {name}")
+        own = {"category": name, "output_dir": str(folder), "resume_from_checkpoint": "latest"}
+        if args.foreground_dir is not None:
+            own["foreground_dir"] = str(Path(args.foreground_dir) / name)
+        if args.distill_from is not None:
+            own["distill_from"] = str(Path(args.distill_from) / folder.name)
+        try:
+            code = train_and_publish(argparse.Namespace(**{**vars(args), **own}), train)
+        except (OSError, ValueError, ImportError) as error:
+            logger.error(f"{name} failed: {error}")
+            failed[name] = error
+            continue
+        if code != 0:
+            return code
+    if failed:
+        reasons = "".join(f"\n  {name}: {error}" for name, error in failed.items())
+        logger.error(f"{len(failed)} of {len(folders)} categories failed; the same command tries them again:{reasons}")
+        return 2
+    logger.info(f"All {len(folders)} categories are in {args.output_dir}.")
+    return 0
+
+
+def train_and_publish(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) -> int:
+    """
+    Trains one category, unless it is finished and to be resumed, and publishes it if asked to.
+
+    Returns:
+        The exit code of `train`.
+
+    Raises:
+        OSError, ValueError: If the training or the publishing fails. What was trained is in the output folder then.
+    """
+    if args.resume_from_checkpoint == "latest" and _is_finished(args):
+        logger.info(f"{args.output_dir} was finished before.")
+        code = 0
+    else:
+        code = train(args)
+    if code == 0 and args.push_to_hub:
+        together(lambda: _publish(args), main_only=True)
+    return code
+
+
+def check_publishing(args: argparse.Namespace) -> None:
+    """
+    Finds out before a long training what would keep its result from being published.
+
+    Raises:
+        OSError: If there is no token.
+        ValueError: If there would be no valid name for the repo.
+    """
+    if not get_token():
+        raise OSError("--push_to_hub: needs a Hugging Face token; log in with `hf auth login`, or set HF_TOKEN.")
+    repo_id = _repo_id(args)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"--hub_model_prefix {args.hub_model_prefix}: {' '.join(str(error).split())}") from error
+
+
+def _is_finished(args: argparse.Namespace) -> bool:
+    """Whether the output folder holds the outcome of this training; raises `ValueError` if of another one."""
+    file = Path(args.output_dir) / ARGUMENTS_FILE
+    if not file.is_file():
+        return False
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: damaged ({error}); delete it, and the training is finished again.") from error
+    now = vars(args).copy()
+    for name in ("mixed_precision", "prediction_type"):
+        if now[name] is None:
+            # What accelerate is configured for and what the networks are made for is known only once it runs.
+            del now[name]
+    check_same_training(recorded, now, f"--output_dir {args.output_dir}")
+    return recorded["max_train_steps"] == args.max_train_steps
+
+
+def _publish(args: argparse.Namespace) -> None:
+    repo_id = _repo_id(args)
+    try:
+        url = publish_model(
+            args.output_dir,
+            repo_id,
+            private=args.hub_private_repo,
+            dataset=_dataset_name(args),
+            category=args.category,
+        )
+    except (OSError, ValueError) as error:
+        # What went wrong with the Hub says nothing about the training.
+        raise OSError(
+            f"{error} The trained model is safe in {args.output_dir}; publish it with: diffusionad publish "
+            f"{args.output_dir} --repo-id {repo_id}"
+        ) from error
+    logger.info(f"Published {url}")
+
+
+def _dataset_name(args: argparse.Namespace) -> str:
+    return args.dataset_name or Path(args.data_dir).resolve().name
+
+
+def _repo_id(args: argparse.Namespace) -> str:
+    parts = [args.hub_model_prefix, find_data_source(_dataset_name(args)).slug]
+    if args.category not in (None, ALL):
+        parts.append(_slug(args.category).lower())
+    return "-".join(parts)
+
+
+def _slug(name: str) -> str:
+    """A category's name as one of a folder or a repo, wherever on the Hub it comes from."""
+    slug = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")
+    if not slug:
+        raise ValueError(f'--category {ALL}: "{name}" is no name for a folder; train it by itself.')
+    return slug

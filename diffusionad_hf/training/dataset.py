@@ -1,0 +1,167 @@
+"""Normal images of one category, none of which has to stay in memory, and the order in which they are trained on."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ..pipeline_diffusionad import load_image, resize_image
+
+__all__ = ["NormalImages", "PackedMasks", "StepSampler", "TableImages", "split_holdout", "spread"]
+
+_CACHE_BYTES = 2**30
+# The spread of a calibrated false-alarm rate is below one percentage point with so many; more are better trained on.
+_MOST_HELD_OUT = 500
+
+
+class TableImages(Sequence):
+    """
+    The images of a table: the paths of its files, or an image decoded when asked for where the table itself holds it.
+
+    Args:
+        table: A `datasets.Dataset` with a column `image`.
+
+    Attributes:
+        names: Of the images' files, `None` where one has none.
+    """
+
+    def __init__(self, table: Any):
+        encoded = table.cast_column("image", type(table.features["image"])(decode=False)).select_columns("image")
+        self._table = table
+        self.names: list[str | None] = []
+        self._paths: list[str | None] = []
+        for row in encoded:
+            self.names.append(row["image"]["path"])
+            self._paths.append(row["image"]["path"] if row["image"]["bytes"] is None else None)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Any:
+        path = self._paths[index]
+        return self._table[int(index)]["image"] if path is None else path
+
+
+class PackedMasks(Sequence):
+    """
+    Square masks at a bit a pixel: 10,000 of 256 px take 82 MB.
+
+    Args:
+        masks: `(S, S)` bool arrays, taken one at a time.
+    """
+
+    def __init__(self, masks: Iterable[np.ndarray]):
+        self._packed = []
+        for mask in masks:
+            self._side = mask.shape[-1]
+            self._packed.append(np.packbits(mask))
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """`(1, S, S)` float32 of 0 and 1."""
+        bits = np.unpackbits(self._packed[index], count=self._side**2)
+        return torch.from_numpy(bits.reshape(1, self._side, self._side)).float()
+
+
+class NormalImages(Dataset):
+    """
+    Normal images at the model's resolution, with the object's foreground.
+
+    Items are asked for as `(epoch, index)` and come as a dictionary of `image` `(3, S, S)` float32 in [0, 1],
+    `foreground` `(1, S, S)`, `epoch` and `index`. Resized images are kept in memory up to 1 GiB in all, and decoded
+    when asked for beyond.
+
+    Args:
+        images: Images or paths, as [`~diffusionad_hf.pipeline_diffusionad.load_image`] takes them; indexing may
+            decode.
+        resolution: Side length S in px.
+        foregrounds: For each image `(1, S, S)`; or `None` for none.
+    """
+
+    def __init__(self, images: Sequence[Any], resolution: int, foregrounds: Sequence[torch.Tensor] | None = None):
+        self.images = images
+        self.resolution = resolution
+        self.foregrounds = foregrounds
+        fits = len(images) * 3 * resolution**2 <= _CACHE_BYTES
+        self._cache: dict[int, torch.Tensor] | None = {} if fits else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self, index: int) -> torch.Tensor:
+        """One image, `(3, S, S)` float32 in [0, 1]."""
+        if self._cache is None:
+            return self.read(index)
+        if index not in self._cache:
+            self._cache[index] = (self.read(index) * 255).round().byte()
+        return self._cache[index].float() / 255
+
+    def read(self, index: int) -> torch.Tensor:
+        """As [`pixels`], decoded anew and not kept."""
+        return resize_image(load_image(self.images[index], name=f"training image {index}"), self.resolution)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        item = {"image": self.pixels(index), "epoch": epoch, "index": index}
+        if self.foregrounds is not None:
+            item["foreground"] = self.foregrounds[index]
+        return item
+
+
+class StepSampler(Sampler):
+    """
+    Batches of `(epoch, index)`, a pure function of the seed and the step.
+
+    The epochs' permutations of the images form one endless row, of which every step takes its turn and every process
+    its part of it: the order does not depend on the number of processes, and a resumed run needs nothing but its step.
+
+    Args:
+        length: Number of images.
+        batch_size: Images per process and batch.
+        batches: Which batches to give, counted from the start of the training.
+        process, processes: Which part of each batch is this process's.
+    """
+
+    def __init__(self, length: int, batch_size: int, batches: range, seed: int, process: int = 0, processes: int = 1):
+        self.length, self.batch_size, self.batches, self.seed = length, batch_size, batches, seed
+        self.process, self.processes = process, processes
+        self._epoch, self._order = -1, None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def _at(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, self.length)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        return epoch, int(self._order[place])
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.batches:
+            first = (batch * self.processes + self.process) * self.batch_size
+            yield [self._at(first + i) for i in range(self.batch_size)]
+
+
+def split_holdout(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """
+    Splits `count` normal images at random into those to train on and those to choose and calibrate the model with.
+
+    At most 500 are held out.
+
+    Raises:
+        ValueError: If there are too few for both.
+    """
+    if count < 2:
+        raise ValueError(f"{count} normal image(s): at least 2 are needed, one to train on and one to calibrate with.")
+    order = np.random.default_rng((seed, 0x5EED)).permutation(count)
+    held_out = min(max(1, round(count * fraction)), count - 1, _MOST_HELD_OUT)
+    return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` indices, evenly spaced."""
+    return sorted({int(index) for index in np.linspace(0, count - 1, min(count, most))})

@@ -1,0 +1,87 @@
+"""The normal images of a category and where on them anomalies may lie, whatever the number of images."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data import check_images, load_category
+from .dataset import NormalImages, PackedMasks, TableImages, spread
+from .foreground import MOST_LEARNT_FROM, ForegroundEstimator, find_foregrounds, load_foreground
+
+__all__ = ["estimated_foregrounds", "given_foregrounds", "learn_foreground", "load_images"]
+
+# Aspect ratios may differ by the rounding of a resize.
+_SAME_SHAPE = 0.02
+
+
+def load_images(args: argparse.Namespace) -> tuple[TableImages, str, Sequence[torch.Tensor] | None]:
+    """
+    The category's normal images, whether they show objects or a texture, and where anomalies may lie: `(1, S, S)` for
+    each image, or `None` for random parts of a texture.
+
+    Raises:
+        ValueError, FileNotFoundError: If the data cannot be used; the message names the file or the way out.
+    """
+    usable, _ = check_images(load_category(args.data_dir, args.category)["train"])
+    images = TableImages(usable)
+    size = args.resolution
+    if args.foreground == "whole":
+        return images, "object", torch.ones(1).expand(len(images), 1, size, size)
+    reader = NormalImages(images, size)
+    if args.foreground_dir is not None:
+        return images, "object", PackedMasks(given_foregrounds(args.foreground_dir, images, size))
+    estimator = learn_foreground(reader, args.foreground)
+    if estimator.kind == "texture":
+        return images, "texture", None
+    return images, "object", PackedMasks(estimated_foregrounds(estimator, reader, range(len(reader))))
+
+
+def learn_foreground(reader: NormalImages, kind: str) -> ForegroundEstimator:
+    """An estimator of foregrounds that has seen some of the images."""
+    return ForegroundEstimator([_uint8(reader, i) for i in spread(len(reader), MOST_LEARNT_FROM)], kind)
+
+
+def estimated_foregrounds(
+    estimator: ForegroundEstimator, reader: NormalImages, rows: Sequence[int]
+) -> Iterator[np.ndarray]:
+    """The foreground of each of some images, `(S, S)` bool, one thread an image."""
+    with ThreadPoolExecutor() as pool:
+        # In parts, as a pool keeps all the results that nobody has taken yet.
+        for first in range(0, len(rows), 64):
+            yield from pool.map(lambda row: estimator(_uint8(reader, row)), rows[first : first + 64])
+
+
+def given_foregrounds(
+    folder: str, images: TableImages, size: int, rows: Sequence[int] | None = None
+) -> Iterator[np.ndarray]:
+    """
+    The user's masks of some images, or of all, `(S, S)` bool, read one at a time.
+
+    Raises:
+        FileNotFoundError, ValueError: If a mask is missing, broken, empty, or of another shape than its image.
+    """
+    rows = range(len(images)) if rows is None else rows
+    for row, path in zip(rows, find_foregrounds(folder, [str(images.names[row]) for row in rows]), strict=True):
+        mask = load_foreground(path)
+        height, width = mask.shape
+        with _open(images[row]) as image:
+            # A quarter turn in the file's tags is undone when the image is loaded.
+            shown = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
+        if abs(width * shown[1] / (height * shown[0]) - 1) > _SAME_SHAPE:
+            raise ValueError(
+                f"foreground {path} is {width} x {height} pixels but its image {images.names[row]} is {shown[0]} x "
+                f"{shown[1]}: make a mask of the image's size."
+            )
+        yield np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+
+
+def _open(image: str | Image.Image) -> Image.Image:
+    return Image.open(image) if isinstance(image, str) else image
+
+
+def _uint8(reader: NormalImages, row: int) -> np.ndarray:
+    return (reader.read(row) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -1,0 +1,372 @@
+"""Trains DiffusionAD on one category, or on all categories of a data set one after another.
+
+accelerate launch training/train.py --data_dir D --category C --output_dir O
+"""
+
+import argparse
+import logging
+import math
+import os
+import signal
+import sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env, set_seed
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from .. import DiffusionADPipeline, NormGuidedScheduler, build_pipeline
+from ..files import restore_folder
+from .arguments import parse_arguments
+from .categories import ALL, check_publishing, train_all, train_and_publish
+from .checkpoints import (
+    find_checkpoint,
+    load_checkpoint,
+    refuse_former_training,
+    save_checkpoint,
+)
+from .dataset import NormalImages, StepSampler, split_holdout
+from .distillation import load_teacher, take_weights_that_fit
+from .images import load_images
+from .losses import DiffusionADObjective
+from .memory import keep_freed_memory
+from .optimization import averaging, learning_rates
+from .outcome import Curve, finish, validate
+from .processes import together
+from .synthesis import AnomalySynthesizer
+from .textures import FolderTextures, ProceduralTextures
+from .validation import Validation
+
+logger = logging.getLogger("training")
+
+INTERRUPTED = 130
+_LOSSES = ("loss", "noise", "focal", "smooth_l1")
+# While the main process validates, publishes or waits for a slow disk, the others wait for it.
+_PATIENCE = timedelta(hours=3)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a training; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    # The Hub client's HTTP library, by version; and Accelerate, which tells of every file of every checkpoint.
+    for name in ("httpx", "httpx2", "accelerate"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    args = parse_arguments(argv)
+    try:
+        if args.push_to_hub:
+            check_publishing(args)
+        start_processes()
+        with Interrupt() as interrupt:
+            run = train_all if args.category == ALL else train_and_publish
+            return run(args, partial(train, interrupt=interrupt))
+    except (OSError, ValueError, ImportError) as error:
+        # Whatever the user can mend is said in one line; anything else is a defect of ours and keeps its traceback.
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def start_processes() -> None:
+    """Joins the processes that were launched together, of which the main one speaks."""
+    # Several processes on a machine without an accelerator are meant for its CPU, however they were launched.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=_PATIENCE)
+    if not state.is_main_process:
+        logging.disable(logging.ERROR)
+    if state.device.type == "cpu":
+        keep_freed_memory()
+
+
+def train(args: argparse.Namespace, interrupt: "Interrupt") -> int:
+    """One category, from its images to the calibrated pipeline folder; returns the exit code."""
+    output_dir = Path(args.output_dir)
+    together(lambda: output_dir.mkdir(parents=True, exist_ok=True))
+    trackers = None if args.report_to == "none" else args.report_to
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=trackers,
+        project_dir=str(output_dir / "logs"),
+    )
+    found = together(lambda: find_start(args, output_dir))
+    set_seed(args.seed)
+
+    # 1. Data: normal images to train on, held-out ones to choose and calibrate with, and where anomalies may lie.
+    train_set, held_out, synthesizer, validation = together(lambda: prepare_data(args))
+
+    # 2. Networks, optimiser, averaged weights.
+    pipe, teacher_pipe = together(lambda: build_networks(args))
+    objective = DiffusionADObjective(pipe.unet, pipe.segmenter, pipe.scheduler).train()
+    groups = [
+        {"params": list(pipe.unet.parameters()), "lr": args.unet_learning_rate},
+        {"params": list(pipe.segmenter.parameters()), "lr": args.segmenter_learning_rate},
+    ]
+    optimizer = torch.optim.Adam(groups, fused=accelerator.device.type == "cuda")
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    plain = accelerator.unwrap_model(objective)
+    losses_shown, teacher = _LOSSES, None
+    if teacher_pipe is not None:
+        losses_shown = (*_LOSSES, "distillation")
+        teacher_pipe.to(accelerator.device)
+        teacher = DiffusionADObjective(teacher_pipe.unet, teacher_pipe.segmenter, teacher_pipe.scheduler).eval()
+    averaged = None
+    if args.ema_decay:
+        averaged = AveragedModel(plain, multi_avg_fn=averaging(args.ema_decay), use_buffers=True)
+        accelerator.register_for_checkpointing(averaged)
+
+    # 3. Resume, or start afresh.
+    arguments = vars(args) | {
+        "mixed_precision": accelerator.mixed_precision,
+        "prediction_type": pipe.scheduler.config.prediction_type,
+    }
+    launched = {"num_processes": accelerator.num_processes}
+    state = {"step": 0, "best": None, "losses": {}}
+    if found is not None:
+        state = together(lambda: load_checkpoint(accelerator, found, arguments | launched))
+        logger.info(f"Resumed from {found}.")
+    state["arguments"] = arguments | launched
+    if trackers is not None:
+        accelerator.init_trackers("diffusionad", config={k: v for k, v in arguments.items() if v is not None})
+
+    accumulated = args.gradient_accumulation_steps
+    batches = range(state["step"] * accumulated, args.max_train_steps * accumulated)
+    sampler = StepSampler(
+        len(train_set), args.train_batch_size, batches, args.seed, accelerator.process_index, accelerator.num_processes
+    )
+    loader = DataLoader(
+        train_set,
+        batch_sampler=sampler,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    curve = Curve(output_dir / "training_curve.csv", state["step"])
+
+    # 4. The loop.
+    running: dict[str, float] = state["losses"]
+    parts: list[torch.Tensor] = []
+    done, speaks = state["step"], accelerator.is_main_process
+    with tqdm(total=args.max_train_steps, initial=done, desc="training", disable=not speaks) as bar:
+        for batch in loader:
+            with accelerator.accumulate(objective):
+                for group, rate in zip(optimizer.param_groups, learning_rates(args, state["step"]), strict=True):
+                    group["lr"] = rate
+                inputs = prepare_batch(batch, synthesizer, pipe.scheduler, accelerator.device, args.seed)
+                if teacher is not None:
+                    with torch.no_grad(), accelerator.autocast():
+                        inputs["teacher"] = teacher(**inputs)
+                losses = objective(**inputs)
+                accelerator.backward(losses["loss"])
+                if args.max_grad_norm and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(objective.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            parts.append(torch.stack([losses[name].detach() for name in losses_shown]))
+            if not accelerator.sync_gradients:
+                continue
+            # One transfer from the device a step, and the only one; whether to stop, all processes decide alike.
+            stop = torch.full_like(parts[0][:1], interrupt.requested)
+            *values, stop = accelerator.reduce(torch.cat([torch.stack(parts).mean(0), stop]), "mean").tolist()
+            parts.clear()
+            for name, value in zip(losses_shown, values, strict=True):
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"the {name} loss is {value} at step {state['step']}: lower the learning rates, or train with "
+                        f"--mixed_precision no. {output_dir} keeps the checkpoints from before."
+                    )
+                # An exponential average, as single batches tell little.
+                running[name] = value if name not in running else 0.95 * running[name] + 0.05 * value
+            state["step"] += 1
+            if averaged is not None:
+                averaged.update_parameters(plain)
+            bar.update()
+            bar.set_postfix({name: f"{value:.4f}" for name, value in running.items()})
+            accelerator.log({f"train/{name}": value for name, value in running.items()}, step=state["step"])
+
+            last = state["step"] == args.max_train_steps
+            if last or state["step"] % args.validation_steps == 0:
+                source = averaged.module if averaged is not None else plain
+                metrics = together(partial(validate, source, validation, output_dir, state), main_only=True)
+                if accelerator.is_main_process:
+                    curve.write(state["step"], running, metrics)
+                    accelerator.log(
+                        {f"validation/{name}": value for name, value in metrics.items()}, step=state["step"]
+                    )
+                    bar.write(f"step {state['step']}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+            if last or stop or state["step"] % args.checkpointing_steps == 0:
+                save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit)
+            if stop and not last:
+                break
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if state["step"] < args.max_train_steps:
+        logger.info(f"Interrupted at step {state['step']}; go on with --resume_from_checkpoint latest.")
+        return INTERRUPTED
+
+    # 5. The chosen weights, calibrated on the held-out normal images.
+    finished = argparse.Namespace(**arguments)
+    together(lambda: finish(finished, held_out, accelerator.device), main_only=True)
+    return 0
+
+
+def find_start(args: argparse.Namespace, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from; `None` to start afresh, which a folder that holds a training refuses."""
+    if not args.resume_from_checkpoint:
+        refuse_former_training(output_dir)
+        return None
+    restore_folder(output_dir / "best")
+    found = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    if found is None:
+        logger.info(f"No checkpoint in {output_dir} yet: starting afresh.")
+    return found
+
+
+def prepare_data(args: argparse.Namespace) -> tuple[NormalImages, NormalImages, AnomalySynthesizer, Validation]:
+    """What to train on, what is held out, what makes the anomalies, and what measures the model."""
+    images, kind, foregrounds = load_images(args)
+    train_set, held_out = (
+        NormalImages(Subset(images, rows), args.resolution, None if foregrounds is None else Subset(foregrounds, rows))
+        for rows in split_holdout(len(images), args.holdout_fraction, args.seed)
+    )
+    logger.info(f"{len(train_set)} normal images to train on, {len(held_out)} held out, taken for images of {kind}s.")
+    if len(train_set) < args.train_batch_size:
+        logger.warning(f"--train_batch_size {args.train_batch_size}: every batch holds some image more than once.")
+    if args.texture_dir is not None:
+        textures = FolderTextures(args.texture_dir, args.resolution)
+    else:
+        textures = ProceduralTextures(args.resolution, seed=args.seed)
+    anomalies: dict[str, Any] = {
+        "seed": args.seed,
+        "self_augmentation_probability": 0.5 if kind == "object" else 0.0,
+        "line_probability": args.line_probability,
+        "displaced_probability": args.displaced_probability,
+        "erased_probability": args.erased_probability,
+    }
+    validation = Validation(held_out, AnomalySynthesizer(textures, anomaly_probability=1.0, **anomalies))
+    return train_set, held_out, AnomalySynthesizer(textures, **anomalies), validation
+
+
+def build_networks(args: argparse.Namespace) -> tuple[DiffusionADPipeline, DiffusionADPipeline | None]:
+    """The pipeline to train, from random weights or those of another one, and the one it learns from, if any."""
+    pipe, teacher = build_pipeline(args.architecture, args.resolution, args.prediction_type), None
+    if args.distill_from is not None:
+        teacher = load_teacher(args.distill_from, pipe)
+    if args.init_from is not None:
+        start_from(args.init_from, pipe)
+    elif teacher is not None:
+        taken = take_weights_that_fit(teacher, pipe)
+        logger.info(f"Of the same size as the teacher's, so started with its weights: {', '.join(taken) or 'none'}.")
+    networks = [network for p in (pipe, teacher) if p is not None for network in (p.unet, p.segmenter)]
+    for network in networks:
+        if args.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if args.channels_last:
+            network.to(memory_format=torch.channels_last)
+        if args.compile:
+            # In place: names of weights, copies and checkpoints stay what they are.
+            network.compile()
+    return pipe, teacher
+
+
+def start_from(model: str, pipe: DiffusionADPipeline) -> None:
+    """Takes the weights of another pipeline; raises `ValueError` where its networks are others."""
+    source = DiffusionADPipeline.from_pretrained(model, dtype=torch.float32)
+    theirs, ours = (p.scheduler.config.prediction_type for p in (source, pipe))
+    if theirs != ours:
+        raise ValueError(
+            f"--init_from {model}: its UNet predicts {theirs}, this one is to predict {ours}; give --prediction_type "
+            f"{theirs}."
+        )
+    for name in ("unet", "segmenter"):
+        try:
+            getattr(pipe, name).load_state_dict(getattr(source, name).state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"--init_from {model}: its {name} is of another size; give the --architecture and --resolution "
+                "that it was trained with."
+            ) from error
+
+
+def prepare_batch(
+    batch: dict[str, torch.Tensor],
+    synthesizer: AnomalySynthesizer,
+    scheduler: NormGuidedScheduler,
+    device: torch.device,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """
+    Synthesises the anomalies of a batch and draws its noise and timesteps.
+
+    All that is random about a sample is a function of the seed, the epoch and its index, so it depends neither on how
+    many processes share the work nor on whether the training was resumed.
+    """
+    # The loader's memory is pinned: the device copies while this process goes on.
+    batch = {
+        name: values.to(device, non_blocking=True) if name in ("image", "foreground") else values
+        for name, values in batch.items()
+    }
+    foreground = batch.get("foreground")
+    made = []
+    # A batch may straddle two epochs.
+    for epoch in batch["epoch"].unique(sorted=True).tolist():
+        rows = (batch["epoch"] == epoch).nonzero()[:, 0]
+        made.append(
+            synthesizer(
+                batch["image"][rows],
+                batch["index"][rows].tolist(),
+                epoch,
+                None if foreground is None else foreground[rows],
+            )
+        )
+    images = torch.cat([part.images for part in made])
+    drawing, timing = torch.Generator(device), torch.Generator()
+    noise, timesteps = [], []
+    for epoch, index in zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True):
+        words = np.random.SeedSequence((seed, epoch, index)).generate_state(2)
+        shape = (2, *images.shape[1:])
+        noise.append(torch.randn(shape, generator=drawing.manual_seed(int(words[0])), device=device))
+        timesteps.append(torch.cat(scheduler.sample_timesteps(1, generator=timing.manual_seed(int(words[1])))))
+    small, big = torch.stack(timesteps, dim=1).to(device)
+    return {
+        "images": images,
+        "masks": torch.cat([part.masks for part in made]),
+        "labels": torch.cat([part.labels for part in made]),
+        "noise": torch.stack(noise, dim=1),
+        "timesteps_small": small,
+        "timesteps_big": big,
+    }
+
+
+class Interrupt:
+    """
+    Turns the first Ctrl-C, or a scheduler's request to end, into one to stop after the step in hand; the second kills
+    as usual.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "Interrupt":
+        self._former = {number: signal.signal(number, self._request) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        print("\nStopping after this step, with a checkpoint; once more to stop at once.", file=sys.stderr)

@@ -1,0 +1,171 @@
+"""The losses of DiffusionAD, that of distillation, and one forward pass of training."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin, UNet2DModel
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import NormGuidedScheduler
+
+__all__ = [
+    "FOCAL_WEIGHT",
+    "DiffusionADObjective",
+    "binary_focal_loss",
+    "distillation_loss",
+    "noise_loss",
+    "noise_weights",
+]
+
+FOCAL_WEIGHT = 5.0
+
+
+def binary_focal_loss(
+    logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.5, gamma: float = 4.0
+) -> torch.Tensor:
+    """
+    Mean of `alpha (1 - p_t)^gamma CE` (`BinaryFocalLoss` of the reference's train.py; alpha weighs both classes alike
+    there).
+
+    Args:
+        logits: Of any shape.
+        targets: Of the same shape, 0 or 1.
+    """
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (alpha * (1 - torch.exp(-cross_entropy)) ** gamma * cross_entropy).mean()
+
+
+def noise_loss(
+    noise_pred: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """
+    Mean squared error of both scales, over the NORMAL samples only (paper, eq. 9); 0 for a batch without one.
+
+    Args:
+        noise_pred: Predicted noise, `(2, N, C, H, W)`, small scale first.
+        noise: The noise itself, alike.
+        labels: `(N,)`, 0 for normal samples.
+        weights: `(2, N)`, see [`noise_weights`].
+    """
+    errors = weights * (noise_pred - noise).square().flatten(2).mean(dim=2)
+    normal = (labels == 0).to(errors.dtype)
+    return (errors.sum(dim=0) * normal).sum() / normal.sum().clamp(min=1)
+
+
+def noise_weights(scheduler: NormGuidedScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """
+    How much a squared error of the noise counts, of the shape of `timesteps`.
+
+    1, as in the paper, unless the network predicts the image itself: an error of the image is one of the noise
+    `sqrt(SNR)` times as large, a hundred times at the first timestep, which would leave the others no say. There it is
+    `min(1, 1 / SNR)`, the min-SNR weighting of arXiv 2303.09556 with gamma = 1.
+    """
+    ratio = scheduler.signal_to_noise(timesteps)
+    return (1 / ratio).clamp(max=1) if scheduler.config.prediction_type == "sample" else torch.ones_like(ratio)
+
+
+def distillation_loss(
+    noise_pred: torch.Tensor,
+    logits: torch.Tensor,
+    teacher_noise_pred: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    weights: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """
+    How far a network's answers are from a teacher's: mean squared error of the predicted noise of both scales, plus
+    the mean cross entropy to the teacher's probabilities less its least value, so that 0 is agreement.
+
+    Unlike [`noise_loss`] it takes anomalous samples too, for which only the teacher knows what they would look like
+    without their anomaly, and it has no share of the noise itself, which nobody can predict.
+
+    Args:
+        noise_pred, teacher_noise_pred: `(2, N, C, H, W)`, small scale first.
+        logits, teacher_logits: Of any shape.
+        weights: `(2, N)`, see [`noise_weights`].
+    """
+    noise = (weights * (noise_pred - teacher_noise_pred).square().flatten(2).mean(dim=2)).mean(dim=1).sum()
+    probabilities = teacher_logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(teacher_logits, probabilities)
+    return noise + F.binary_cross_entropy_with_logits(logits, probabilities) - entropy
+
+
+class DiffusionADObjective(nn.Module):
+    """
+    Both networks and their common loss as one module, which is what distributed wrappers want.
+
+    The gradient of the mask losses flows through the norm-guided reconstruction into the UNet.
+    """
+
+    def __init__(self, unet: UNet2DModel, segmenter: ModelMixin, scheduler: NormGuidedScheduler):
+        super().__init__()
+        self.unet = unet
+        self.segmenter = segmenter
+        self.scheduler = scheduler
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        masks: torch.Tensor,
+        labels: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps_small: torch.Tensor,
+        timesteps_big: torch.Tensor,
+        teacher: dict[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            images: `(N, 3, H, W)` in [0, 1], with synthetic anomalies.
+            masks: `(N, 1, H, W)`, 1 where anomalous.
+            labels: `(N,)`, 1 for samples with an anomaly.
+            noise: `(2, N, 3, H, W)`, small scale first.
+            timesteps_small, timesteps_big: `(N,)`.
+            teacher: What another objective returned for the same arguments, to learn from too; see
+                [`distillation_loss`].
+
+        Returns:
+            `dict[str, torch.Tensor]`: The scalars `loss` (what to minimise), `noise`, `focal`, `smooth_l1`, and with
+            a teacher `distillation`; and `noise_pred` `(2, N, 3, H, W)`, small scale first, `logits` `(N, 1, H, W)`
+            and `reconstruction` `(N, 3, H, W)`.
+        """
+        noised_small = self.scheduler.add_noise(images, noise[0], timesteps_small)
+        noised_big = self.scheduler.add_noise(images, noise[1], timesteps_big)
+        if self.unet.is_gradient_checkpointing and torch.is_grad_enabled():
+            # On top of the UNet's own checkpoints, which alone leave one scale's in memory while the other's are used.
+            noise_pred = torch.stack(
+                [
+                    checkpoint(self._predict_noise, noised, timesteps, use_reentrant=False)
+                    for noised, timesteps in ((noised_small, timesteps_small), (noised_big, timesteps_big))
+                ]
+            )
+        else:
+            noise_pred = self._predict_noise(
+                torch.cat([noised_small, noised_big]), torch.cat([timesteps_small, timesteps_big])
+            ).unflatten(0, (2, -1))
+        reconstruction = self.scheduler.norm_guided_step(
+            *noise_pred, noised_small, noised_big, timesteps_small, timesteps_big
+        ).reconstruction
+        logits = self.segmenter(torch.cat([images, reconstruction], dim=1)).float()
+
+        weights = noise_weights(self.scheduler, torch.stack([timesteps_small, timesteps_big]))
+        losses = {
+            "noise": noise_loss(noise_pred, noise, labels, weights),
+            "focal": binary_focal_loss(logits, masks),
+            "smooth_l1": F.smooth_l1_loss(logits.sigmoid(), masks),
+        }
+        loss = losses["noise"] + FOCAL_WEIGHT * losses["focal"] + losses["smooth_l1"]
+        if teacher is not None:
+            losses["distillation"] = distillation_loss(
+                noise_pred, logits, teacher["noise_pred"], teacher["logits"], weights
+            )
+            loss = loss + losses["distillation"]
+        return {
+            "loss": loss,
+            **losses,
+            "noise_pred": noise_pred,
+            "logits": logits,
+            "reconstruction": reconstruction,
+        }
+
+    def _predict_noise(self, noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        output = self.unet(noised, timesteps).sample.float()
+        return self.scheduler.predict_noise(output, noised, timesteps)

@@ -1,0 +1,97 @@
+"""What a training leaves: the curve, the best weights so far, and in the end the calibrated pipeline."""
+
+import argparse
+import copy
+import csv
+import io
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import DiffusionADPipeline
+from ..calibration import calibrate
+from ..files import replace_file, replace_folder, restore_folder
+from .dataset import NormalImages
+from .losses import DiffusionADObjective
+from .validation import Validation
+
+__all__ = ["ARGUMENTS_FILE", "Curve", "finish", "validate"]
+
+logger = logging.getLogger("training")
+
+# Written last: where it is, the training is finished.
+ARGUMENTS_FILE = "training_arguments.json"
+# Where things lay on this machine is nobody's business who gets the model.
+_PATHS = {
+    "data_dir",
+    "texture_dir",
+    "foreground_dir",
+    "output_dir",
+    "init_from",
+    "distill_from",
+    "resume_from_checkpoint",
+}
+
+
+def validate(
+    source: DiffusionADObjective, validation: Validation, output_dir: Path, state: dict[str, Any]
+) -> dict[str, float]:
+    """Measures the weights and, where they are the best so far, keeps them as the pipeline folder `best`."""
+    pipe = DiffusionADPipeline(copy.deepcopy(source.unet), copy.deepcopy(source.segmenter), source.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    metrics = validation(pipe)
+    if state["best"] is None or metrics["score"] > state["best"]["score"]:
+        state["best"] = {"step": state["step"], **metrics}
+        replace_folder(output_dir / "best", pipe.save_pretrained)
+    return metrics
+
+
+def finish(args: argparse.Namespace, held_out: NormalImages, device: torch.device) -> None:
+    """Writes the best weights into the output folder, as a pipeline calibrated on held-out normal images."""
+    output_dir = Path(args.output_dir)
+    restore_folder(output_dir / "best")
+    dtype = getattr(torch, args.save_dtype)
+    DiffusionADPipeline.from_pretrained(output_dir / "best", dtype=dtype).save_pretrained(output_dir)
+    # Calibrated as it will be used: with the weights as they were saved, computing in float32.
+    pipe = DiffusionADPipeline.from_pretrained(output_dir, dtype=torch.float32).to(device)
+    # At the model's size: maps and reconstructions of large photos would fill the memory.
+    images = [held_out.read(i) for i in range(len(held_out))]
+    calibrate(pipe, images, false_alarm_rate=args.false_alarm_rate)
+    pipe.save_config(output_dir)
+    recorded = {name: value for name, value in vars(args).items() if name not in _PATHS}
+    replace_file(output_dir / ARGUMENTS_FILE, json.dumps(recorded, indent=2) + "\n")
+    logger.info(
+        f"Wrote {output_dir}: threshold {pipe.threshold:.4f} at a false-alarm rate of {args.false_alarm_rate:.1%}, "
+        f"calibrated on {len(images)} held-out normal images."
+    )
+
+
+class Curve:
+    """The losses and validation metrics as a CSV file; a resumed training forgets the rows after its step."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.started = time.monotonic()
+        rows = []
+        if step and path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        self.before = float(rows[-1]["seconds"]) if rows else 0.0
+        self.rows = rows
+
+    def write(self, step: int, losses: dict[str, float], metrics: dict[str, float]) -> None:
+        """Adds a row."""
+        row = {"step": step, "seconds": round(self.before + time.monotonic() - self.started, 1)}
+        row |= {name: f"{value:.6f}" for name, value in losses.items()}
+        row |= {f"validation_{name}": f"{value:.6f}" for name, value in metrics.items()}
+        self.rows.append(row)
+        text = io.StringIO(newline="")
+        # Validation images without a single synthetic defect have fewer metrics than others.
+        writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in self.rows for name in row)))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        replace_file(self.path, text.getvalue())

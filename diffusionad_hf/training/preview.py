@@ -1,0 +1,125 @@
+"""Contact sheet of what training will see: images, foregrounds, synthetic anomalies and their masks.
+
+python -m diffusionad_hf.training.preview --data_dir D --category C --output sheet.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..data import load_category
+from .dataset import NormalImages, TableImages, spread
+from .foreground import KINDS
+from .images import estimated_foregrounds, given_foregrounds, learn_foreground
+from .synthesis import AnomalySynthesizer
+from .textures import FolderTextures, ProceduralTextures
+
+COLUMNS = ("image", "foreground", "anomaly", "mask", "another", "mask")
+TITLE = 22  # height of a line of text in pixels
+
+
+def contact_sheet(
+    images: torch.Tensor, foregrounds: torch.Tensor | None, synthesizer: AnomalySynthesizer, title: str
+) -> Image.Image:
+    """Draws a row for each image: itself, its foreground, and two synthetic anomalies with their masks.
+
+    Args:
+        images: `(N, 3, S, S)` in [0, 1].
+        foregrounds: `(N, 1, S, S)`, or None for textures, whose foreground is a random part.
+        synthesizer: with `anomaly_probability` 1, so that every image has an anomaly to look at.
+        title: first line of the sheet.
+
+    Returns:
+        RGB picture, `6 S` pixels wide.
+    """
+    shown = torch.ones_like(images[:, :1]) if foregrounds is None else foregrounds.float()
+    outside = images.mean(1, keepdim=True).expand_as(images) * 0.3
+    columns = [images, torch.where(shown > 0.5, images, outside)]
+    for epoch in (0, 1):
+        batch = synthesizer(images, range(len(images)), epoch, foregrounds)
+        columns += [batch.images, batch.masks.expand_as(images)]
+    count, _, height, width = images.shape
+    sheet = torch.stack(columns, dim=1).permute(0, 3, 1, 4, 2).reshape(count * height, len(columns) * width, 3)
+    pixels = (sheet.clamp(0, 1) * 255).round().byte().numpy()
+    picture = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + 2 * TITLE), "white")
+    picture.paste(Image.fromarray(pixels), (0, 2 * TITLE))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    draw.text((4, 2), title, fill="black", font=font)
+    for i, name in enumerate(COLUMNS):
+        draw.text((i * width + 4, TITLE + 2), name, fill="black", font=font)
+    return picture
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of the preview; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusionad_hf.training.preview", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--data_dir", required=True, help="folder of the data set, or a dataset id on the Hub")
+    parser.add_argument("--category", help="not needed where there is only one")
+    parser.add_argument("--output", type=Path, required=True, help="picture to write")
+    parser.add_argument("--texture_dir", help="folder of texture images; procedural textures without it")
+    parser.add_argument("--foreground_dir", help="folder of masks named like the images; estimated without it")
+    parser.add_argument("--foreground", choices=KINDS, default="auto", help="what the images show, where it is known")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the images in px (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="images on the sheet (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the synthesis (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.resolution < 32 or args.rows < 1 or args.seed < 0:
+        parser.error("--resolution must be at least 32, --rows 1 and --seed 0")
+    try:
+        title = _write(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{title}\nwrote {args.output}")
+    return 0
+
+
+def _write(args: argparse.Namespace) -> str:
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--output {args.output} must end in a picture's extension, such as .png")
+    images = TableImages(load_category(args.data_dir, args.category)["train"])
+    reader = NormalImages(images, args.resolution)
+    rows = spread(len(images), args.rows)
+    if args.foreground_dir:
+        kind, masks = "object", given_foregrounds(args.foreground_dir, images, args.resolution, rows)
+    else:
+        estimator = learn_foreground(reader, args.foreground)
+        kind, masks = estimator.kind, estimated_foregrounds(estimator, reader, rows)
+    foregrounds = np.stack(list(masks))
+    textures = (
+        FolderTextures(args.texture_dir, args.resolution, 200)
+        if args.texture_dir
+        else ProceduralTextures(args.resolution, 60, args.seed)
+    )
+    synthesizer = AnomalySynthesizer(
+        textures,
+        seed=args.seed,
+        anomaly_probability=1.0,
+        self_augmentation_probability=0.5 if kind == "object" else 0.0,
+    )
+    title = f"{args.category or args.data_dir}: {kind}"
+    if kind == "object":
+        title += (
+            f", foreground {foregrounds.mean():.1%} of the picture ({'given' if args.foreground_dir else 'estimated'})"
+        )
+    sheet = contact_sheet(
+        torch.stack([reader.read(row) for row in rows]),
+        torch.from_numpy(foregrounds)[:, None] if kind == "object" else None,
+        synthesizer,
+        title,
+    )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(args.output)
+    return title
+
+
+if __name__ == "__main__":
+    sys.exit(main())
