@@ -1,12 +1,28 @@
 """Files and folders that are replaced whole: a process that is killed leaves the former or the new one."""
 
+import importlib
+import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-__all__ = ["bundled", "replace_file", "replace_folder", "replacing", "restore_folder"]
+__all__ = [
+    "bundled",
+    "one_line",
+    "replace_file",
+    "replace_folder",
+    "replacing",
+    "require",
+    "restore_folder",
+    "slug",
+    "write_json",
+]
 
 
 def bundled(path: str) -> Path:
@@ -70,3 +86,46 @@ def restore_folder(folder: Path) -> None:
 
 def _beside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.former")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON that every reader takes: numbers that are not finite, which JSON lacks, become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def slug(name: str) -> str:
+    """A name in letters that file names and Hub ids may have: `"Metal Nut (v2)"` to `"metal-nut-v2"`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def one_line(text: Any) -> str:
+    """An error or a text without its line breaks."""
+    return " ".join(str(text).split())
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """
+    Imports a package that only one of the extras installs.
+
+    Args:
+        module: Such as `"pyarrow.parquet"`.
+        extra: The extra that brings it, such as `"train"`.
+
+    Raises:
+        ImportError: If it is not installed; the message says how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error.name} is not installed: pip install "diffusionad-hf[{extra}]"') from error

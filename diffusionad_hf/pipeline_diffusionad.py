@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import sys
-import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
@@ -25,10 +23,12 @@ from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub_errors
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 
-# This file travels to the Hub beside the weights and is imported there on its own: it imports nothing of this package.
+from .images_diffusionad import ImageInput, InvalidImageError, load_image, resize_image, to_uint8
+
+# This file travels to the Hub beside the weights, with the siblings it imports: nothing else of this package is there.
 __all__ = [
     "DiffusionADPipeline",
     "DiffusionADPipelineOutput",
@@ -41,15 +41,12 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
-ImageInput = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
-
 # Where each class of ours lies: the file beside the component's weights, and the module of the installed package.
 _COMPONENT_MODULES = {
     "NormGuidedUNet2DModel": "modeling_norm_guided_unet",
     "AnomalySegmenter": "modeling_anomaly_segmenter",
     "NormGuidedScheduler": "scheduling_norm_guided",
 }
-_SMALLEST_SIDE = 8
 # Counts up whenever a saved pipeline needs a newer version of this package to be read right.
 _FORMAT = 1
 # Images per pass, and pixels per pass on a CPU: four images of 128 px, one of 256 px.
@@ -57,14 +54,8 @@ _MOST_AT_ONCE = 16
 _CPU_PIXELS_AT_ONCE = 256**2
 # Threads that decode images; more than that waits for the disk.
 _READERS = 8
-# Filters of warnings belong to the whole process: two threads that change them for a while would mix them up.
-_WARNING_FILTERS = threading.Lock()
 # How often a load is tried where the Hub is overloaded or a connection breaks; what was downloaded is kept in between.
 _ATTEMPTS = 3
-
-
-class InvalidImageError(ValueError):
-    """An image that cannot be inspected; the message names it and says why, in one line."""
 
 
 @dataclass
@@ -439,7 +430,7 @@ class DiffusionADPipeline(DiffusionPipeline):
             return tensor.squeeze(0)
         array = tensor.cpu().numpy()
         array = array[0] if len(array) == 1 else array.transpose(1, 2, 0)
-        return array if output_type == "np" else Image.fromarray((array * 255).round().astype(np.uint8))
+        return array if output_type == "np" else Image.fromarray(to_uint8(array))
 
     # ---- saving and loading -----------------------------------------------------------------------------------------
 
@@ -458,13 +449,14 @@ class DiffusionADPipeline(DiffusionPipeline):
         index.pop("_name_or_path", None)
         index.pop("_module", None)
         index["_diffusionad_format"] = _FORMAT
-        _copy_module(type(self), folder)
+        for module in (type(self).__module__, InvalidImageError.__module__):
+            _copy_module(module, folder)
         for name, component in self.components.items():
             component = getattr(component, "_orig_mod", component)  # of torch.compile
             class_name = type(component).__name__
             if class_name in _COMPONENT_MODULES:
                 index[name] = [_COMPONENT_MODULES[class_name], class_name]
-                _copy_module(type(component), folder / name)
+                _copy_module(type(component).__module__, folder / name)
             _drop_local_path(folder / name)
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -585,154 +577,6 @@ def conformal_threshold(calibration_scores: Sequence[float], false_alarm_rate: f
     return float(ordered[-k]) if k else float("inf")
 
 
-# ---- images ---------------------------------------------------------------------------------------------------------
-
-
-def load_image(image: ImageInput, name: str = "image") -> torch.Tensor:
-    """
-    Reads any kind of image as RGB.
-
-    Rotation tags are applied, transparency is composited on white, greyscale is repeated, 16-bit values keep their
-    precision, and of an animation the first frame is taken (and said so).
-
-    Args:
-        image: A PIL image, a path, an array `(H, W)` or `(H, W, C)`, or a tensor `(H, W)` or `(C, H, W)`, with 1 to 4
-            channels. Integer arrays are scaled by their type's range; float arrays lie in [0, 1].
-        name: What to call the image in an error; a path is called by itself.
-
-    Returns:
-        `torch.Tensor` of shape `(3, H, W)`: uint8, or float32 in [0, 1] where 8 bits would lose something.
-
-    Raises:
-        InvalidImageError: If it cannot be read, has a side under 8 px, or holds values that are not finite or out of
-            range.
-        FileNotFoundError: If the path does not exist.
-    """
-    if isinstance(image, (str, os.PathLike)):
-        name = os.fspath(image)
-        tensor = _from_file(name)
-    elif isinstance(image, Image.Image):
-        tensor = _from_pil(image, name)
-    elif isinstance(image, np.ndarray):
-        channels_last = torch.from_numpy(np.ascontiguousarray(_native(image, name)))
-        tensor = _from_values(channels_last.permute(2, 0, 1) if image.ndim == 3 else channels_last, name)
-    elif isinstance(image, torch.Tensor):
-        # Resized where all others are: a GPU resizes no bytes, and floats a little differently.
-        tensor = _from_values(image.detach().cpu(), name)
-    else:
-        raise InvalidImageError(f"{name}: cannot inspect a {type(image).__name__}.")
-    height, width = tensor.shape[-2:]
-    if min(height, width) < _SMALLEST_SIDE:
-        raise InvalidImageError(
-            f"{name}: {width} x {height} px is too small; both sides need {_SMALLEST_SIDE} px or more."
-        )
-    return tensor
-
-
-def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:
-    """
-    Brings an image of [`load_image`] to the model's square resolution: bilinear, antialiased, the aspect ratio given
-    up as in the reference.
-
-    Args:
-        image: `(3, H, W)`, uint8 or float in [0, 1].
-        size: Side length in px.
-
-    Returns:
-        `torch.Tensor` of shape `(3, size, size)`: float32 in [0, 1].
-    """
-    if tuple(image.shape[-2:]) != (size, size):
-        image = F.interpolate(image[None], size=(size, size), mode="bilinear", antialias=True)[0]
-    return image.float() / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)
-
-
-def _from_file(path: str) -> torch.Tensor:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such image file.")
-    if os.path.getsize(path) == 0:
-        raise InvalidImageError(f"{path}: the file is empty (0 bytes).")
-    try:
-        with _WARNING_FILTERS, warnings.catch_warnings():
-            # Pillow warns from 89 and refuses from 179 million px; only the refusal is of use here.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
-            if getattr(image, "n_frames", 1) > 1:
-                logger.warning(f"{path}: has {image.n_frames} frames; the first one is inspected.")
-            return _from_pil(image, path)
-    except Image.DecompressionBombError as error:
-        limit = 2 * Image.MAX_IMAGE_PIXELS
-        raise InvalidImageError(f"{path}: declares more than {limit:,} px; shrink or crop it first.") from error
-    except UnidentifiedImageError as error:
-        raise InvalidImageError(f"{path}: not an image, or of a format that Pillow does not read.") from error
-    except InvalidImageError:
-        raise
-    # Decoders raise whatever they stumble over: SyntaxError for PNG chunks, struct.error for TIFF, ...
-    except Exception as error:
-        raise InvalidImageError(f"{path}: damaged or truncated ({error}).") from error
-
-
-def _from_pil(image: Image.Image, name: str) -> torch.Tensor:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise InvalidImageError(f"{name}: holds NaN or infinite values.")
-        # Such files do not say their range: it is the smallest customary one that holds their values.
-        smallest = 65535.0 if image.mode.startswith("I;16") else 1.0
-        full = next((r for r in (1.0, 255.0, 65535.0) if r >= smallest and values.max(initial=0) <= r), None)
-        if full is None or values.min(initial=0) < 0:
-            raise InvalidImageError(
-                f"{name}: values from {values.min():g} to {values.max():g} are no image; scale them to [0, 1]."
-            )
-        return _from_values(torch.from_numpy(values / full), name)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    # A copy: arrays made from images are read-only, which torch warns about.
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def _native(array: np.ndarray, name: str) -> np.ndarray:
-    """The array in a type that torch knows: native byte order, no bool, no extended or half precision."""
-    if array.dtype.kind == "b":
-        return array.astype(np.uint8) * 255
-    if array.dtype.kind == "f":
-        return array.astype(np.float32)
-    if array.dtype.kind not in "iu":
-        raise InvalidImageError(f"{name}: an array of {array.dtype} is no image; give numbers.")
-    return array.astype(array.dtype.newbyteorder("="))
-
-
-def _from_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """`(H, W)` or `(C, H, W)` of any number type to `(3, H, W)`."""
-    if tensor.ndim == 2:
-        tensor = tensor[None]
-    if tensor.ndim != 3 or tensor.shape[0] not in (1, 2, 3, 4) or 0 in tensor.shape:
-        raise InvalidImageError(
-            f"{name}: has shape {tuple(tensor.shape)} (channels first); an image has two axes, or three "
-            "with 1 to 4 channels."
-        )
-    if tensor.dtype != torch.uint8:
-        if tensor.is_floating_point():
-            tensor = tensor.float()
-        else:
-            tensor = tensor.to(torch.float64).div(torch.iinfo(tensor.dtype).max).float()
-        if not bool(torch.isfinite(tensor).all()):
-            raise InvalidImageError(f"{name}: holds NaN or infinite values.")
-        low, high = float(tensor.min()), float(tensor.max())
-        if low < 0 or high > 1:
-            raise InvalidImageError(
-                f"{name}: values from {low:g} to {high:g}; floats must lie in [0, 1] (divide 8-bit values "
-                "by 255), integers must not be negative."
-            )
-    if tensor.shape[0] in (2, 4):
-        full = 255 if tensor.dtype == torch.uint8 else 1
-        color, alpha = tensor[:-1].float(), tensor[-1:].float() / full
-        tensor = (color * alpha + full * (1 - alpha)).to(tensor.dtype)
-    return tensor.expand(3, -1, -1)
-
-
 # ---- errors of memory -----------------------------------------------------------------------------------------------
 
 
@@ -831,8 +675,8 @@ def _package() -> str:
     return "" if __name__.startswith("diffusers_modules") else __name__.rpartition(".")[0]
 
 
-def _copy_module(cls: type, folder: Path) -> None:
-    source = Path(inspect.getfile(sys.modules[cls.__module__]))
+def _copy_module(module: str, folder: Path) -> None:
+    source = Path(inspect.getfile(sys.modules[module]))
     target = folder / source.name
     if not (target.exists() and target.samefile(source)):
         shutil.copyfile(source, target)
