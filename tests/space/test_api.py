@@ -13,7 +13,7 @@ from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from tests.space.test_uploads import huge_png, png
+from tests.space.test_intake import huge_png, png
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_bad_input_is_one_line_without_a_path_of_the_server(client, server, part
         (b"", "empty"),
         (png()[:60], "damaged|not an image"),
         (b"RIFF\x00\x00\x00\x00WEBPVP8 ", "damaged|not an image"),
-        (huge_png(60_000, 60_000), "pixels"),
+        (huge_png(60_000, 60_000), "px"),
         (huge_png(10_000, 6_000), "more than 50 million"),
         (png(4), "too small"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
