@@ -1,6 +1,7 @@
 """What the page and its API do, without any user interface: inspect one, inspect many, calibrate."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,19 +75,17 @@ def download(folder: Path, kind: str, threshold: float, opacity: float) -> Path:
 
 @dataclass(frozen=True)
 class Batch:
-    """A finished batch: its rows, sorted, with their records, the table and the archive."""
+    """A finished batch: its rows, sorted, the table and the archive."""
 
     rows: list[Row]
     threshold: float
-    records: list[dict]
     table: Path
     archive: Path
 
     @property
-    def counts(self) -> dict[str, int]:
-        defective = sum(row.result is not None and row.result.is_defective(self.threshold) for row in self.rows)
-        failed = sum(row.result is None for row in self.rows)
-        return {"defective": defective, "good": len(self.rows) - defective - failed, "not inspected": failed}
+    def counts(self) -> Counter[str]:
+        """How many files got which verdict."""
+        return Counter(row.cells[1] for row in self.rows)
 
 
 def inspect_many(
@@ -109,19 +108,21 @@ def inspect_many(
         _, folder = results.new(owner)
         yield 0, len(uploads)
         for images, refused in _read(uploads):
-            rows += [Row(name, reason[:1].upper() + reason[1:]) for name, reason in refused]
-            for upload, image, raw in _run_all(model, images, rows):
+            rows += [Row.refused(*item) for item in refused]
+            for (upload, image), raw in zip(images, _run_all(model, [image for _, image in images]), strict=True):
+                if raw is None:
+                    rows.append(Row.refused(upload.name, "The model failed on this image."))
+                    continue
                 pictures = folder / str(len(rows))
                 pictures.mkdir()
                 result = Result.of(upload.name, model.name, image, raw, calibration, Settings())
                 rows.append(_drawn(pictures, result, image, raw, threshold))
             yield len(rows), len(uploads)
     rows = sort_rows(rows)
-    records = [row.record if row.result else {"name": row.name, "error": row.error} for row in rows]
     table, archive = folder / "report.csv", folder / "inspection.zip"
     write_csv(rows, threshold, table)
-    write_archive(rows, table, records, archive)
-    yield Batch(rows, threshold, records, table, archive)
+    write_archive(rows, table, archive)
+    yield Batch(rows, threshold, table, archive)
 
 
 @contextmanager
@@ -143,23 +144,12 @@ def _read(uploads: Sequence[Upload]) -> Iterator[tuple[list[tuple[Upload, torch.
         yield images, refused
 
 
-def _run_all(
-    model: Model, images: list[tuple[Upload, torch.Tensor]], rows: list[Row]
-) -> Iterator[tuple[Upload, torch.Tensor, Raw]]:
+def _run_all(model: Model, images: list[torch.Tensor]) -> list[Raw | None]:
     """Runs the model on all at once; if it fails, on each alone, so that one image cannot spoil its neighbours."""
-    if not images:
-        return
     try:
-        raws = model.run([image for _, image in images])
+        return model.run(images) if images else []
     except ModelError:
-        if len(images) > 1:
-            for one in images:
-                yield from _run_all(model, [one], rows)
-        else:
-            rows.append(Row(images[0][0].name, "The model failed on this image."))
-        return
-    for (upload, image), raw in zip(images, raws, strict=True):
-        yield upload, image, raw
+        return [None] if len(images) == 1 else [_run_all(model, [image])[0] for image in images]
 
 
 def _drawn(folder: Path, result: Result, image: torch.Tensor, raw: Raw, threshold: float) -> Row:
@@ -170,7 +160,7 @@ def _drawn(folder: Path, result: Result, image: torch.Tensor, raw: Raw, threshol
     draw_overlay(result, photo, values, threshold, OPACITY, seen).save(pictures["overlay"], quality=88)
     draw_mask(result, values, threshold).save(pictures["mask"])
     anomaly_map_16bit(raw.anomaly_map).save(pictures["map"])
-    return Row(result.name, "", result, result_json(result, threshold, regions), pictures)
+    return Row(result_json(result, threshold, regions), pictures)
 
 
 # ---- calibration ----

@@ -68,7 +68,7 @@ class Endpoints:
             model, uploads = self.models.get(category), uploads_of(files)
             calibration, limit = self._calibration(category, calibration_file, threshold)
             *_, batch = inspect_many(self.results, owner_of(request), model, uploads, calibration, limit)
-            return batch.records, str(batch.table), str(batch.archive)
+            return [row.record for row in batch.rows], str(batch.table), str(batch.archive)
 
     def calibrate(self, files, category, false_alarm_rate, request: gr.Request):
         """Find the threshold for your own camera and light from 10 or more photos of normal parts.

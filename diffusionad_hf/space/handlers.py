@@ -68,8 +68,12 @@ def progress_card(done: int, total: int) -> str:
 
 def batch_card(batch: Batch) -> str:
     tiles = "".join(
-        f'<div class="tile {kind}"><strong>{batch.counts[name]}</strong> {name}</div>'
-        for name, kind in (("defective", "bad"), ("good", "good"), ("not inspected", "note"))
+        f'<div class="tile {kind}"><strong>{batch.counts[verdict]}</strong> {word}</div>'
+        for verdict, word, kind in (
+            ("Defect", "defective", "bad"),
+            ("Good", "good", "good"),
+            ("Not inspected", "not inspected", "note"),
+        )
     )
     return f'<div class="tiles" role="status">{tiles}<p>Threshold {batch.threshold:.3f}</p></div>'
 
@@ -224,16 +228,17 @@ class Handlers:
         except Refusal as error:
             yield message(error), *nothing
             return
-        cells = [row.cells(threshold) for row in step.rows]
-        gallery = [
-            (str(row.pictures["overlay"]), f"{VERDICT_MARKS[word]} {word} {score[:5]}  {name}")
-            for row, (name, word, score, *_) in zip(step.rows, cells, strict=True)
-            if row.result
-        ]
+        gallery = []
+        for row in step.rows:
+            name, verdict, score, *_ = row.cells
+            if row.pictures:
+                gallery.append(
+                    (str(row.pictures["overlay"]), f"{VERDICT_MARKS[verdict]} {verdict} {score[:5]}  {name}")
+                )
         yield (
             batch_card(step),
             gr.update(visible=True),
-            cells,
+            [row.cells for row in step.rows],
             gr.update(value=gallery[:PICTURES_IN_GALLERY], visible=bool(gallery)),
             str(step.table),
             str(step.archive),

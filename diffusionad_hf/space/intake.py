@@ -124,10 +124,7 @@ class Upload:
     error: str = ""
 
     def image(self) -> torch.Tensor:
-        """Decodes it, after checking that it is not too large to be decoded.
-
-        Returns:
-            (3, H, W) as `load_image` gives it.
+        """Decodes it as `load_image` does, after checking that it is not too large for that.
 
         Raises:
             Refusal: If it cannot be inspected; the message begins with its name.
@@ -196,14 +193,9 @@ def shown_name(name: str) -> str:
 
 
 def collect(files: Sequence[Upload], folder: Path) -> list[Upload]:
-    """Lists the images of a batch, archives unpacked.
+    """Lists the images of a batch, archives unpacked into an empty folder, and equal names told apart by a number.
 
-    Args:
-        files: As they were sent.
-        folder: An empty folder to unpack into.
-
-    Returns:
-        One entry a file, with equal names told apart by a number. What cannot be used is an entry that says why.
+    What cannot be used is an entry that says why.
 
     Raises:
         Refusal: If there is nothing in it, or too much.

@@ -22,6 +22,8 @@ STYLE = Path(__file__).with_name("style.css")
 LIVE = {"queue": False, "trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
 # Uploads stay files: gradio would decode them first, and put the server's paths into its messages.
 RUN = {"preprocess": False, "api_visibility": "private"}
+INSPECTING = {"concurrency_limit": 2, "concurrency_id": "inspect"}
+BATCHES = {"concurrency_limit": 2, "concurrency_id": "batch"}
 SAVE = "(file) => Object.assign(document.createElement('a'), {href: file.url, download: file.orig_name}).click()"
 
 THEME = gr.themes.Base(
@@ -96,17 +98,11 @@ def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State) -> tuple:
             delta = gr.Image(
                 label="Difference", interactive=False, height=340, buttons=["fullscreen"], elem_id="difference"
             )
-        downloads = {
-            "overlay": "Overlay",
-            "mask": "Mask",
-            "map": "16-bit map",
-            "json": "JSON",
-            "report": "Report page",
-        }
+        kinds = {"overlay": "Overlay", "mask": "Mask", "map": "16-bit map", "json": "JSON", "report": "Report page"}
         with gr.Row(elem_id="downloads"):
             buttons = {
                 kind: gr.Button(f"↓ {label}", size="sm", elem_id=f"download-{kind}", min_width=110)
-                for kind, label in downloads.items()
+                for kind, label in kinds.items()
             }
         file = gr.File(visible=False)
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
@@ -135,9 +131,8 @@ def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State) -> tuple:
         fn=on.photo,
         inputs=[photo, category, threshold, opacity, own, *advanced],
         outputs=outputs,
-        concurrency_limit=2,
-        concurrency_id="inspect",
         show_progress_on=[verdict],
+        **INSPECTING,
         **RUN,
     )
     photo.change(**run)
@@ -180,9 +175,8 @@ def batch_tab(on: Handlers, category: gr.Dropdown, own: gr.State, threshold: gr.
         on.batch,
         [files, category, threshold, own],
         [summary, result, table, gallery, table_file, archive],
-        concurrency_limit=2,
-        concurrency_id="batch",
         show_progress="hidden",
+        **BATCHES,
         **RUN,
     )
     stop.click(lambda: message("Stopped.", "note"), None, summary, cancels=running, api_visibility="private")
@@ -214,9 +208,8 @@ def calibrate_tab(
         on.recalibrate,
         [files, category, rate, own],
         [state, own, save, threshold],
-        concurrency_limit=2,
-        concurrency_id="batch",
         show_progress="hidden",
+        **BATCHES,
         **RUN,
     ).then(**redraw)
     load_file.upload(on.calibration_file, [load_file, category, own], [state, own, threshold], **RUN).then(**redraw)
@@ -239,20 +232,12 @@ def named_endpoints(endpoints: Endpoints) -> None:
         overlay = gr.Image(label="overlay", type="filepath")
         table, archive, saved = gr.File(label="table"), gr.File(label="archive"), gr.File(label="calibration_file")
         caller = gr.Button()
-    for function, inputs, outputs, group in (
-        (endpoints.inspect, [image, category, threshold, calibration, draws], [record, overlay], "inspect"),
-        (endpoints.inspect_batch, [files, category, threshold, calibration], [records, table, archive], "batch"),
-        (endpoints.calibrate, [files, category, rate], [summary, saved], "batch"),
+    for function, inputs, outputs, queue in (
+        (endpoints.inspect, [image, category, threshold, calibration, draws], [record, overlay], INSPECTING),
+        (endpoints.inspect_batch, [files, category, threshold, calibration], [records, table, archive], BATCHES),
+        (endpoints.calibrate, [files, category, rate], [summary, saved], BATCHES),
     ):
-        caller.click(
-            function,
-            inputs,
-            outputs,
-            api_name=function.__name__,
-            concurrency_limit=2,
-            concurrency_id=group,
-            preprocess=False,
-        )
+        caller.click(function, inputs, outputs, api_name=function.__name__, preprocess=False, **queue)
 
 
 def build(results: Results, models: Models) -> gr.Blocks:

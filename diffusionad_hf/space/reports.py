@@ -103,29 +103,36 @@ figure {{ margin: 0; break-inside: avoid }} img {{ width: 100% }} figcaption {{ 
 COLUMNS = ["File", "Verdict", "Score", "p-value", "Regions", "Note"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """One file of a batch: its result with its JSON record and its pictures by kind, or why there is none."""
+    """One file of a batch: its record with its pictures by kind, or a record that says why there are none."""
 
-    name: str
-    error: str = ""
-    result: Result | None = None
-    record: dict = field(default_factory=dict)
+    record: dict
     pictures: dict[str, Path] = field(default_factory=dict)
 
-    def cells(self, threshold: float) -> list[str]:
+    @classmethod
+    def refused(cls, name: str, reason: str) -> "Row":
+        return cls({"name": name, "error": reason[:1].upper() + reason[1:]})
+
+    @property
+    def cells(self) -> list[str]:
         """The cells of the table."""
-        if self.result is None:
-            return [self.name, "Not inspected", "", "", "", self.error]
-        note = "Looks unlike this category" if self.result.unfamiliar else ""
-        p_value = "" if self.result.p_value is None else f"{self.result.p_value:.4f}"
-        word = "Defect" if self.result.is_defective(threshold) else "Good"
-        return [self.name, word, f"{self.result.score:.4f}", p_value, str(len(self.record["regions"])), note]
+        record = self.record
+        if "error" in record:
+            return [record["name"], "Not inspected", "", "", "", record["error"]]
+        return [
+            record["name"],
+            "Defect" if record["is_anomalous"] else "Good",
+            f"{record['anomaly_score']:.4f}",
+            "" if record["p_value"] is None else f"{record['p_value']:.4f}",
+            str(len(record["regions"])),
+            "Looks unlike this category" if record["looks_unfamiliar"] else "",
+        ]
 
 
 def sort_rows(rows: Sequence[Row]) -> list[Row]:
     """The highest score first; files that could not be inspected last."""
-    return sorted(rows, key=lambda row: (row.result is None, -row.result.score if row.result else 0, row.name.lower()))
+    return sorted(rows, key=lambda row: (-row.record.get("anomaly_score", -1), row.record["name"].lower()))
 
 
 def write_csv(rows: Sequence[Row], threshold: float, path: Path) -> None:
@@ -134,20 +141,21 @@ def write_csv(rows: Sequence[Row], threshold: float, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow([*COLUMNS, "Threshold"])
         for row in rows:
-            cells = [f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t") else cell for cell in row.cells(threshold)]
+            cells = [f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t") else cell for cell in row.cells]
             writer.writerow([*cells, f"{threshold:.6g}"])
 
 
-def write_archive(rows: Sequence[Row], table: Path, records: list[dict], path: Path) -> None:
+def write_archive(rows: Sequence[Row], table: Path, path: Path) -> None:
     """Packs the table, the records and the pictures, named after their photos."""
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as bundle:
         bundle.write(table, table.name, zipfile.ZIP_DEFLATED)
-        bundle.writestr("results.json", json.dumps(records, indent=2, ensure_ascii=False), zipfile.ZIP_DEFLATED)
+        records = json.dumps([row.record for row in rows], indent=2, ensure_ascii=False)
+        bundle.writestr("results.json", records, zipfile.ZIP_DEFLATED)
         taken: set[str] = set()
         for row in rows:
-            stem = Path(row.name).stem
             # `a.png` and `a.jpg` would share their pictures' names.
-            stem = row.name if stem.lower() in taken else stem
+            stem = Path(row.record["name"]).stem
+            stem = row.record["name"] if stem.lower() in taken else stem
             taken.add(stem.lower())
             for kind, picture in row.pictures.items():
                 bundle.write(picture, f"{kind}s/{stem}-{kind}{picture.suffix}")

@@ -81,10 +81,9 @@ class Results:
             except OSError:
                 continue
 
-    def sweep(self) -> int:
-        """Removes what has not been used for `keep_seconds`; returns how many folders and files that were."""
+    def sweep(self) -> None:
+        """Removes what has not been used for `keep_seconds`."""
         limit = time.time() - self.keep_seconds
-        removed = 0
         for entry in [*self._results.iterdir(), *(set(self.folder.iterdir()) - self._kept - {self._results})]:
             try:
                 if entry.stat().st_mtime > limit:
@@ -95,8 +94,6 @@ class Results:
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink(missing_ok=True)
-            removed += 1
-        return removed
 
     def sweep_forever(self, every_seconds: float = 300) -> None:
         """Sweeps in the background for as long as the process runs."""

@@ -126,11 +126,6 @@ def regions_of(result: Result, values: np.ndarray, threshold: float) -> tuple[li
 
     Without a defect there are none: single pixels above the threshold are no finding then, and to list them would
     contradict the verdict. `diffusionad inspect` keeps to the same rule.
-
-    Args:
-        result: Of the image.
-        values: The anomaly map at the size of the view, (H, W).
-        threshold: Of the anomaly score.
     """
     if not result.is_defective(threshold):
         return [], []
@@ -183,14 +178,7 @@ class View:
 
 
 def view(folder: Path, threshold: float, opacity: float = OPACITY, highlight: int = -1) -> View:
-    """Draws a kept result at a threshold. The model does not run.
-
-    Args:
-        folder: Of the result.
-        threshold: Of the anomaly score.
-        opacity: Of the strongest heat.
-        highlight: Index of a region to frame; none if there is no such region.
-    """
+    """Draws a kept result at a threshold, with one of its regions framed if there is one of that index."""
     result = load(folder)
     photo = Image.open(folder / "photo.jpg").convert("RGB")
     values = map_at(np.load(folder / "map.npy"), photo.size)
@@ -218,14 +206,7 @@ def companions(folder: Path) -> tuple[Path, Path]:
 
 
 def full_size(folder: Path, kind: str, threshold: float, opacity: float) -> Path:
-    """Writes a picture at the photo's own size for download.
-
-    Args:
-        folder: Of the result.
-        kind: "overlay", "mask" or "map".
-        threshold: Of the anomaly score.
-        opacity: Of the strongest heat.
-    """
+    """Writes the "overlay", "mask" or "map" at the photo's own size for download."""
     result = load(folder)
     anomaly_map = map_at(np.load(folder / "map.npy"), result.size)
     if kind == "map":

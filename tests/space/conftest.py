@@ -57,7 +57,7 @@ def checkpoints(tmp_path_factory, parts):
         "---\nlicense: mit\ntags: [diffusionad]\nmodel-index:\n- name: flange\n  results:\n"
         "  - task: {type: image-classification}\n    dataset: {name: flanges, type: flanges}\n    metrics:\n"
         "    - {type: image_auroc, value: 0.875, name: image AUROC}\n---\n"
-        "# Flange\n\n## Limits\n\nOne light only.\n\n## Licence\n\nMIT\n",
+        "# Flange\n\n## Limits\n\n- One light only.\n- Steel only.\n\n## Licence\n\nMIT\n",
         encoding="utf-8",
     )
     return folder.parent
