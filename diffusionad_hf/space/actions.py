@@ -16,20 +16,7 @@ from .intake import Refusal, Settings, Upload, collect
 from .models import Calibration, Model, ModelError, Raw
 from .reports import Row, report_page, result_json, sort_rows, write_archive, write_csv
 from .results import Results
-from .views import (
-    OPACITY,
-    Result,
-    companions,
-    draw_mask,
-    draw_overlay,
-    full_size,
-    load,
-    map_at,
-    regions_of,
-    store,
-    view,
-    view_photo,
-)
+from .views import OPACITY, Drawing, Result, companions, full_size, load, store, view, view_photo
 
 CHUNK = 8
 FEWEST_CALIBRATION_IMAGES = 10
@@ -154,13 +141,12 @@ def _run_all(model: Model, images: list[torch.Tensor]) -> list[Raw | None]:
 
 def _drawn(folder: Path, result: Result, image: torch.Tensor, raw: Raw, threshold: float) -> Row:
     photo = view_photo(image)
-    values = map_at(raw.anomaly_map, photo.size)
-    seen, regions = regions_of(result, values, threshold)
+    drawing = Drawing(result, raw.anomaly_map, photo.size, threshold)
     pictures = {"overlay": folder / "overlay.jpg", "mask": folder / "mask.png", "map": folder / "map.png"}
-    draw_overlay(result, photo, values, threshold, OPACITY, seen).save(pictures["overlay"], quality=88)
-    draw_mask(result, values, threshold).save(pictures["mask"])
+    drawing.overlay(photo, OPACITY).save(pictures["overlay"], quality=88)
+    drawing.mask().save(pictures["mask"])
     anomaly_map_16bit(raw.anomaly_map).save(pictures["map"])
-    return Row(result_json(result, threshold, regions), pictures)
+    return Row(result_json(result, threshold, drawing.photo_regions), pictures)
 
 
 # ---- calibration ----

@@ -10,14 +10,13 @@ from ..pipeline_diffusionad import conformal_threshold
 from .actions import Batch, Calibrated, calibrate_on, download, inspect_many, inspect_one
 from .intake import Refusal, Settings, calibration_json, number, owner_of, upload_of, uploads_of
 from .models import Calibration, Models, about
-from .reports import verdict_words
+from .reports import Row, verdict_words
 from .results import Results
 from .views import View, companions, load, p_words, percent, promise_words, region_words, view
 
 PICTURES_IN_GALLERY = 60
 NO_MODEL = "There is no model here. Put one into checkpoints/, or name some in DIFFUSIONAD_MODELS."
 MARKS = {"bad": "✕", "good": "✓", "error": "!", "note": "i"}
-VERDICT_MARKS = {"Defect": MARKS["bad"], "Good": MARKS["good"]}
 
 
 # ---- what the page shows ----
@@ -76,6 +75,11 @@ def batch_card(batch: Batch) -> str:
         )
     )
     return f'<div class="tiles" role="status">{tiles}<p>Threshold {batch.threshold:.3f}</p></div>'
+
+
+def caption(row: Row) -> str:
+    mark = MARKS["bad" if row.record["is_anomalous"] else "good"]
+    return f"{mark} {row.cells[1]} {row.record['anomaly_score']:.3f}  {row.record['name']}"
 
 
 def images_words(calibration: Calibration) -> str:
@@ -228,18 +232,12 @@ class Handlers:
         except Refusal as error:
             yield message(error), *nothing
             return
-        gallery = []
-        for row in step.rows:
-            name, verdict, score, *_ = row.cells
-            if row.pictures:
-                gallery.append(
-                    (str(row.pictures["overlay"]), f"{VERDICT_MARKS[verdict]} {verdict} {score[:5]}  {name}")
-                )
+        shown = [row for row in step.rows if row.pictures][:PICTURES_IN_GALLERY]
         yield (
             batch_card(step),
             gr.update(visible=True),
             [row.cells for row in step.rows],
-            gr.update(value=gallery[:PICTURES_IN_GALLERY], visible=bool(gallery)),
+            gr.update(value=[(str(row.pictures["overlay"]), caption(row)) for row in shown], visible=bool(shown)),
             str(step.table),
             str(step.archive),
         )

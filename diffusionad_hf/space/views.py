@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -114,58 +114,65 @@ def view_photo(image: torch.Tensor) -> Image.Image:
     return photo if size == photo.size else photo.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
-def map_at(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The map at (width, height), enlarged as the pipeline does it."""
-    if anomaly_map.shape == size[::-1]:
-        return anomaly_map
-    return F.interpolate(torch.from_numpy(anomaly_map)[None, None], size=size[::-1], mode="bilinear")[0, 0].numpy()
+@dataclass(frozen=True)
+class Drawing:
+    """A result at a threshold, drawn at a size (width, height).
 
-
-def regions_of(result: Result, values: np.ndarray, threshold: float) -> tuple[list[Region], list[Region]]:
-    """The strongest regions twice: in pixels of the view, and in pixels of the photo (all but their peaks).
-
-    Without a defect there are none: single pixels above the threshold are no finding then, and to list them would
-    contradict the verdict. `diffusionad inspect` keeps to the same rule.
+    Without a defect there are no regions, no outlines and nothing in the mask: single pixels above the threshold are
+    no finding then, and to show them would contradict the verdict. `diffusionad inspect` keeps to the same rule.
     """
-    if not result.is_defective(threshold):
-        return [], []
-    seen = find_regions(values, region_threshold(threshold))[:MOST_REGIONS]
-    return seen, [_scaled(region, values.shape[::-1], result.size) for region in seen]
 
+    result: Result
+    anomaly_map: np.ndarray
+    size: tuple[int, int]
+    threshold: float
 
-def _scaled(region: Region, view: tuple[int, int], photo: tuple[int, int]) -> Region:
-    x, y = photo[0] / view[0], photo[1] / view[1]
-    x0, y0, x1, y1 = region.box
-    box = (math.floor(x0 * x), math.floor(y0 * y), math.ceil(x1 * x), math.ceil(y1 * y))
-    return replace(region, box=box, area_px=max(1, round(region.area_fraction * photo[0] * photo[1])))
+    @cached_property
+    def defective(self) -> bool:
+        return self.result.is_defective(self.threshold)
 
+    @cached_property
+    def values(self) -> np.ndarray:
+        """The map at this size, enlarged as the pipeline does it."""
+        if self.anomaly_map.shape == self.size[::-1]:
+            return self.anomaly_map
+        values = torch.from_numpy(self.anomaly_map)[None, None]
+        return F.interpolate(values, size=self.size[::-1], mode="bilinear")[0, 0].numpy()
 
-def draw_overlay(
-    result: Result,
-    photo: Image.Image,
-    values: np.ndarray,
-    threshold: float,
-    opacity: float,
-    regions: Sequence[Region] = (),
-    highlight: Region | None = None,
-) -> Image.Image:
-    """The heat over the photo; outlines only if a defect is found."""
-    return overlay(
-        photo,
-        values,
-        threshold=region_threshold(threshold),
-        opacity=opacity,
-        contour=result.is_defective(threshold),
-        regions=regions,
-        highlight=highlight,
-    )
+    @cached_property
+    def regions(self) -> list[Region]:
+        """The strongest ones."""
+        return find_regions(self.values, region_threshold(self.threshold))[:MOST_REGIONS] if self.defective else []
 
+    @property
+    def photo_regions(self) -> list[Region]:
+        """The same in pixels of the photo, all but their peaks."""
+        x, y = (photo / drawn for photo, drawn in zip(self.result.size, self.size, strict=True))
+        scaled = []
+        for region in self.regions:
+            x0, y0, x1, y1 = region.box
+            box = (math.floor(x0 * x), math.floor(y0 * y), math.ceil(x1 * x), math.ceil(y1 * y))
+            area = max(1, round(region.area_fraction * math.prod(self.result.size)))
+            scaled.append(replace(region, box=box, area_px=area))
+        return scaled
 
-def draw_mask(result: Result, values: np.ndarray, threshold: float) -> Image.Image:
-    """The regions in white; all black if no defect is found."""
-    if not result.is_defective(threshold):
-        return Image.new("L", values.shape[::-1])
-    return mask_image(values, region_threshold(threshold))
+    def overlay(self, photo: Image.Image, opacity: float, *, tags: bool = True, framed: int = -1) -> Image.Image:
+        """The heat over the photo, with the regions' numbers, and one of them framed."""
+        return overlay(
+            photo,
+            self.values,
+            threshold=region_threshold(self.threshold),
+            opacity=opacity,
+            contour=self.defective,
+            regions=self.regions if tags else (),
+            highlight=self.regions[framed] if 0 <= framed < len(self.regions) else None,
+        )
+
+    def mask(self) -> Image.Image:
+        """The regions in white."""
+        if not self.defective:
+            return Image.new("L", self.size)
+        return mask_image(self.values, region_threshold(self.threshold))
 
 
 @dataclass(frozen=True)
@@ -177,21 +184,18 @@ class View:
     regions: list[Region]
 
 
-def view(folder: Path, threshold: float, opacity: float = OPACITY, highlight: int = -1) -> View:
-    """Draws a kept result at a threshold, with one of its regions framed if there is one of that index."""
-    result = load(folder)
+def view(folder: Path, threshold: float, opacity: float = OPACITY, framed: int = -1) -> View:
+    """Draws a kept result at a threshold. The model does not run."""
     photo = Image.open(folder / "photo.jpg").convert("RGB")
-    values = map_at(np.load(folder / "map.npy"), photo.size)
-    seen, regions = regions_of(result, values, threshold)
-    picked = seen[highlight] if 0 <= highlight < len(seen) else None
-    picture = draw_overlay(result, photo, values, threshold, opacity, seen, picked)
+    drawing = Drawing(load(folder), np.load(folder / "map.npy"), photo.size, threshold)
+    picture = drawing.overlay(photo, opacity, framed=framed)
     # A new name each time, so that no browser shows the former picture; the last few stay for those still loading.
     former = sorted(folder.glob(_PICTURE.format("*")), key=lambda p: p.stat().st_mtime)
     for old in former[:-4]:
         old.unlink(missing_ok=True)
     path = folder / _PICTURE.format(time.time_ns())
     picture.save(path, quality=90, subsampling=0)
-    return View(folder / "photo.jpg", path, regions)
+    return View(folder / "photo.jpg", path, drawing.photo_regions)
 
 
 def companions(folder: Path) -> tuple[Path, Path]:
@@ -208,14 +212,13 @@ def companions(folder: Path) -> tuple[Path, Path]:
 def full_size(folder: Path, kind: str, threshold: float, opacity: float) -> Path:
     """Writes the "overlay", "mask" or "map" at the photo's own size for download."""
     result = load(folder)
-    anomaly_map = map_at(np.load(folder / "map.npy"), result.size)
+    drawing = Drawing(result, np.load(folder / "map.npy"), result.size, threshold)
     if kind == "map":
-        picture = anomaly_map_16bit(anomaly_map)
+        picture = anomaly_map_16bit(drawing.values)
     elif kind == "mask":
-        picture = draw_mask(result, anomaly_map, threshold)
+        picture = drawing.mask()
     else:
-        photo = _to_pil(load_image(folder / "original"))
-        picture = draw_overlay(result, photo, anomaly_map, threshold, opacity)
+        picture = drawing.overlay(_to_pil(load_image(folder / "original")), opacity, tags=False)
     return save_image(picture, folder / f"{result.file_stem}-{kind}.png")
 
 
