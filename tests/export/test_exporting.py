@@ -18,7 +18,7 @@ from PIL import Image
 from demo_part import generate as demo_parts
 from diffusionad_hf import AnomalySegmenter, DiffusionADPipeline, NormGuidedScheduler, NormGuidedUNet2DModel
 from diffusionad_hf.cli.main import main
-from diffusionad_hf.evaluation.evaluator import image_metrics
+from diffusionad_hf.evaluation.metrics import image_metrics
 from diffusionad_hf.export.exported_pipeline import ExportedDiffusionADPipeline, load_model
 from diffusionad_hf.pipeline_diffusionad import conformal_threshold
 from tests.dataset_factory import make_mvtec
