@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ def bundled(path: str) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields the path to write to; the file takes its own place at the end, and none is left of one that failed."""
-    partial = path.with_name(f".{path.name}.partial")
+    # A name of its own for each writer: two that shared one would publish each other's half-written file.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         os.replace(partial, path)

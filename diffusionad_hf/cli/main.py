@@ -250,10 +250,10 @@ def _inspect_sharded(args: argparse.Namespace) -> int:
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from ..data import require
+    from ..files import require
     from ..inspection.sharded import describe_run, inspect_share, merge_shards, open_run, plan_share
 
-    require("pyarrow")
+    require("pyarrow", "train")
     if args.json is not None or args.csv is not None:
         raise ValueError("--json and --csv hold all results in memory; leave them out with --parquet.")
     if args.parquet.is_dir():
@@ -453,7 +453,8 @@ def _add_evaluate(commands) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from ..data import check_images, load_category
-    from ..evaluation.evaluator import evaluate_pipeline, save_plots
+    from ..evaluation.evaluator import evaluate_pipeline
+    from ..evaluation.plots import save_plots
 
     for target in (args.json and args.json.parent, args.plots):
         if target is not None:
@@ -472,7 +473,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _format_metrics(metrics: dict) -> str:
-    from ..evaluation.evaluator import METRIC_NAMES
+    from ..evaluation.metrics import METRIC_NAMES
 
     lines = [f"{metrics['num_images']} images, {metrics['num_anomalous']} of them anomalous"]
     intervals = metrics.get("intervals", {})

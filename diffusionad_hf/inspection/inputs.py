@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from huggingface_hub import HfApi
 
-from ..data import require
+from ..files import require
 from ..hub.errors import explained, one_line
 from .inspection import Item, picture_names
 
@@ -79,7 +79,7 @@ class DatasetInputs:
         column: str | None = None,
         revision: str | None = None,
     ):
-        datasets = require("datasets")
+        datasets = require("datasets", "train")
         self._source = source
         path = Path(source)
         if path.exists():

@@ -24,8 +24,7 @@ import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from ..data import require
-from ..files import replace_file, replacing
+from ..files import replace_file, replacing, require
 from ..pipeline_diffusionad import DiffusionADPipeline
 from .inputs import Inputs
 from .inspection import Failure, Inspection, Item, inspect_batches
@@ -301,7 +300,7 @@ def _row(result: Inspection | Failure) -> dict[str, Any]:
 
 
 def _schema() -> Any:
-    pa = require("pyarrow")
+    pa = require("pyarrow", "train")
     region = {
         "box": pa.list_(pa.int32()),
         "area_px": pa.int64(),
@@ -325,7 +324,7 @@ def _schema() -> Any:
 
 
 def _write_shard(folder: Path, shard: Shard, rows: list[dict[str, Any]]) -> None:
-    pa, parquet = require("pyarrow"), require("pyarrow.parquet")
+    pa, parquet = require("pyarrow", "train"), require("pyarrow.parquet", "train")
     sink = pa.BufferOutputStream()
     parquet.write_table(pa.Table.from_pylist(rows, schema=_schema()), sink)
     _write(folder / shard.file_name, sink.getvalue())
@@ -351,7 +350,7 @@ def merge_shards(folder: Path, target: Path, num_parts: int) -> Summary:
         ValueError: If a row is missing, twice there, or cannot be read.
         OSError: If the file cannot be written.
     """
-    pa, parquet = require("pyarrow"), require("pyarrow.parquet")
+    pa, parquet = require("pyarrow", "train"), require("pyarrow.parquet", "train")
     shards = _list_shards(folder)
     parts = _by_part(shards)
     for part in range(num_parts):
@@ -381,7 +380,7 @@ def merge_shards(folder: Path, target: Path, num_parts: int) -> Summary:
 def _read_shard(folder: Path, shard: Shard) -> Any:
     file = folder / shard.file_name
     try:
-        table = require("pyarrow.parquet").read_table(file, schema=_schema())
+        table = require("pyarrow.parquet", "train").read_table(file, schema=_schema())
         if len(table) != shard.stop - shard.start:
             raise ValueError(f"it holds {len(table)} rows")
     except (ValueError, OSError) as error:

@@ -3,7 +3,7 @@
 import torch
 
 from .. import DiffusionADPipeline
-from ..evaluation.evaluator import image_metrics, pixel_metrics
+from ..evaluation.metrics import image_metrics, pixel_metrics
 from .dataset import NormalImages
 from .synthesis import AnomalySynthesizer
 

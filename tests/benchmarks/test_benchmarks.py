@@ -16,7 +16,7 @@ from benchmarks import __main__ as command
 from benchmarks import inference, machine, pareto, runtimes, startup, training
 from benchmarks.machine import count_flops, find_device, find_slow_types, matmul_peak, measure_in_turns, spread
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
-from tests.dataset_factory import write_image
+from tests.dataset_factory import make_mvtec
 
 SLIMMEST = "tiny, noise, one block, slim segmenter"
 ROOT = Path(__file__).resolve().parents[2]
@@ -271,13 +271,7 @@ def test_unless_told_otherwise_every_runtime_is_measured():
 def test_sizes_are_trained_once_and_compared_in_the_runtimes_asked_for(tmp_path, monkeypatch, capsys):
     pytest.importorskip("openvino", reason="the runtimes are compared; pip install diffusionad-hf[openvino]")
     asked = ["torch eager bf16", "onnx fp32", "openvino int8"]
-    for i in range(6):
-        write_image(tmp_path / f"parts/train/good/{i}.png")
-    for i in range(2):
-        write_image(tmp_path / f"parts/test/good/{i}.png")
-        write_image(
-            tmp_path / f"parts/test/hole/{i}.png", True, mask_path=tmp_path / f"parts/ground_truth/hole/{i}_mask.png"
-        )
+    make_mvtec(tmp_path, "parts", good=2, defects={"hole": 2})
     options = ["--train_dir", tmp_path / "parts", "--work_dir", tmp_path / "work", "--resolution", 32]
     options += ["--max_train_steps", 2, "--train_batch_size", 2, "--repeats", 1, "--sizes", SLIMMEST]
     options += ["--time_at", 64, "--runtimes", *asked]
