@@ -40,6 +40,7 @@ from benchmarks.machine import (
     count_flops,
     describe,
     find_device,
+    find_slow_types,
     matmul_peak,
     measure_in_turns,
     report,
@@ -124,11 +125,12 @@ def main(argv: list[str] | None = None) -> None:
         keep_freed_memory()
     sizes = args.batch_sizes or ([1, 4] if device.type == "cpu" else [1, 16, 64])
     compile_everything()
-    peaks = {name: matmul_peak(device, DTYPES[name]) for name in args.dtypes}
+    too_slow = find_slow_types(device, args.dtypes, args.slow_types)
+    peaks = {name: matmul_peak(device, DTYPES[name]) for name in args.dtypes if name not in too_slow}
     result: dict[str, Any] = {"machine": describe(device), "matmul_peak_flops": peaks, "rows": [], "profiles": {}}
     for name in [args.model] if args.model else args.presets:
         pipe = _load(args.model, name, args.resolution).to(device)
-        result["rows"] += list(_measure(name, pipe, device, sizes, args, peaks))
+        result["rows"] += list(_measure(name, pipe, device, sizes, args, peaks, too_slow))
         if args.profile:
             result["profiles"][name] = _profile(pipe, device)
         save(result, args.json)
@@ -176,6 +178,7 @@ def _measure(
     sizes: list[int],
     args: argparse.Namespace,
     peaks: dict[str, float],
+    too_slow: dict[str, str],
 ) -> Iterator[dict[str, Any]]:
     size = pipe.config.image_size
     flops = count_image(pipe)
@@ -198,6 +201,9 @@ def _measure(
             "batch_size": batch,
             "gflop_per_image": flops / 1e9,
         }
+        if dtype in too_slow:
+            rows[key]["error"] = too_slow[dtype]
+            return
         set_free(device)
         try:
             # Before anything else is asked of it: compiling takes place here.

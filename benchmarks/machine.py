@@ -24,6 +24,7 @@ __all__ = [
     "count_flops",
     "describe",
     "find_device",
+    "find_slow_types",
     "matmul_peak",
     "measure_in_turns",
     "report",
@@ -34,6 +35,9 @@ __all__ = [
     "timed",
 ]
 
+SLOW = 4
+"""A type this many times slower than float32 is not computed by the processor itself, and can take hours."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,6 +46,11 @@ def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ...; the GPU, if there is one, by default")
     parser.add_argument("--repeats", type=_positive, default=repeats, metavar="N", help=f"default: {repeats}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
+    parser.add_argument(
+        "--slow-types",
+        action="store_true",
+        help=f"also measure types that a small matrix product shows to be {SLOW} times slower than float32 here",
+    )
 
 
 def _positive(text: str) -> int:
@@ -135,6 +144,30 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = Non
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * size**3 / min(seconds)
+
+
+def find_slow_types(device: torch.device, names: list[str], slow_types: bool = False) -> dict[str, str]:
+    """
+    The types among `names` that this device lacks, judged by a small matrix product, each with what to say of it.
+
+    Args:
+        device: Where to compute.
+        names: Of `DTYPES`.
+        slow_types: Measure them all the same: nothing is found.
+    """
+    if slow_types:
+        return {}
+
+    def seconds(name: str) -> float:
+        a = torch.ones(256, 256, device=device, dtype=DTYPES[name])
+        return min(measure_in_turns({"probe": lambda: a @ a}, device, repeats=5)["probe"])
+
+    ratios = {name: seconds(name) / seconds("float32") for name in names if name != "float32"}
+    return {
+        name: f"{name}: {ratio:.0f} times slower than float32 here, not measured (--slow-types measures it)"
+        for name, ratio in ratios.items()
+        if ratio > SLOW
+    }
 
 
 def count_flops(function: Callable[[], Any]) -> int:

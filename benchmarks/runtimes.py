@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import describe, measure_in_turns, report
+from benchmarks.machine import describe, find_slow_types, measure_in_turns, report
 from diffusionad_hf import PRESETS, DiffusionADPipeline, build_pipeline
 from diffusionad_hf.evaluation.evaluator import image_metrics
 from diffusionad_hf.export.exported_pipeline import load_model
@@ -85,6 +85,7 @@ def run(
     runtimes: Sequence[str] = RUNTIMES,
     repeats: int = 7,
     threads: int | None = None,
+    slow_types: bool = False,
 ) -> dict[str, Any]:
     """Measures the runtimes in turn.
 
@@ -97,6 +98,7 @@ def run(
         runtimes: those of `RUNTIMES` to compare with eager float32.
         repeats: timed calls of each runtime, after one that is not timed.
         threads: threads of torch and of the runtimes; torch's own choice without.
+        slow_types: measure torch in bfloat16 even where the processor lacks it.
 
     Returns:
         The settings, and by runtime what was measured.
@@ -110,10 +112,13 @@ def run(
     noise_images = [rng.random((size, size, 3), dtype=np.float32) for _ in range(4)]
     normal = [load_image(file) for file in find_images(calibration_images or [])[0]] or noise_images
 
+    too_slow = find_slow_types(torch.device("cpu"), ["bfloat16"], slow_types or EAGER_BF16 not in runtimes)
     pipes = {EAGER: pipe}
     with tempfile.TemporaryDirectory() as folder:
         for name in runtimes:
             if name == EAGER_BF16:
+                if too_slow:
+                    continue
                 pipes[name] = copy.deepcopy(pipe).to(dtype=torch.bfloat16)
                 continue
             kind, precision = EXPORTS[name]
@@ -156,6 +161,7 @@ def run(
         "test_images": len(labels) if data_dir is not None else 0,
         "versions": {name: version(name) for name in ("onnxruntime", "openvino", "nncf")},
         "computes_in": computes_in,
+        "not_measured": list(too_slow.values()),
         "runtimes": found,
     }
 
@@ -184,6 +190,9 @@ def main() -> None:
     add_runtimes(parser)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--slow-types", action="store_true", help="torch in bfloat16 even where the processor lacks it"
+    )
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = vars(parser.parse_args())
     file = options.pop("json")
@@ -197,6 +206,7 @@ def main() -> None:
             row += f" {values['image_auroc']:7.4f} {values['score_difference_mean']:8.5f} "
             row += f"{values['score_difference_largest']:8.5f}"
         lines.append(row)
+    lines += result["not_measured"]
     report(result, "\n".join(lines), file)
 
 

@@ -29,6 +29,7 @@ from benchmarks.machine import (
     compile_everything,
     describe,
     find_device,
+    find_slow_types,
     matmul_peak,
     measure_in_turns,
     report,
@@ -64,17 +65,18 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     compile_everything()
-    peaks = {name: matmul_peak(device, DTYPES[name]) for name in args.dtypes}
+    too_slow = find_slow_types(device, args.dtypes, args.slow_types)
+    peaks = {name: matmul_peak(device, DTYPES[name]) for name in args.dtypes if name not in too_slow}
     result: dict[str, Any] = {"machine": describe(device), "matmul_peak_flops": peaks, "rows": []}
     for preset in args.presets:
-        for row in _measure(preset, device, args, peaks):
+        for row in _measure(preset, device, args, peaks, too_slow):
             result["rows"].append(row)
             save(result, args.json)
     report(result, _table(result), args.json)
 
 
 def _measure(
-    preset: str, device: torch.device, args: argparse.Namespace, peaks: dict[str, float]
+    preset: str, device: torch.device, args: argparse.Namespace, peaks: dict[str, float], too_slow: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
     flops = 3 * count_image(build_pipeline(preset, args.resolution))
     settings = product(
@@ -106,6 +108,10 @@ def _measure(
             "compiled": compiled,
             "gflop_per_image": flops / 1e9,
         }
+        if dtype in too_slow:
+            row["error"] = too_slow[dtype]
+            yield row
+            continue
         step = None
         set_free(device)
         try:

@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import inference, pareto, runtimes, startup, training
-from benchmarks.machine import count_flops, find_device, matmul_peak, measure_in_turns, spread
+from benchmarks import inference, machine, pareto, runtimes, startup, training
+from benchmarks.machine import count_flops, find_device, find_slow_types, matmul_peak, measure_in_turns, spread
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
 from tests.dataset_factory import write_image
 
 SLIMMEST = "tiny, noise, one block, slim segmenter"
 ROOT = Path(__file__).resolve().parents[2]
+SLOW_TYPES = find_slow_types(torch.device("cpu"), ["bfloat16"])
 
 
 def is_spread(values):
@@ -91,6 +92,18 @@ def test_spread_and_peak_are_plausible():
     assert 1e8 < matmul_peak(torch.device("cpu"), torch.float32, size=128) < 1e13
 
 
+@pytest.mark.parametrize("asked, ratio, found", [(False, 48, True), (False, 3, False), (True, 48, False)])
+def test_a_type_that_the_processor_lacks_is_measured_only_when_asked_for(asked, ratio, found, monkeypatch):
+    def pretend(functions, device, repeats):
+        a = functions["probe"]()
+        return {"probe": [1e-4 * (ratio if a.dtype == torch.bfloat16 else 1)]}
+
+    monkeypatch.setattr(machine, "measure_in_turns", pretend)
+    slow = find_slow_types(torch.device("cpu"), ["float32", "bfloat16"], asked)
+    assert slow.keys() == ({"bfloat16"} if found else set())
+    assert not found or "bfloat16: 48 times slower than float32 here, not measured" in slow["bfloat16"]
+
+
 def test_one_image_of_the_paper_sized_model_takes_1200_gflop():
     with torch.device("meta"):
         pipe = build_pipeline("paper", 256)
@@ -105,7 +118,8 @@ def test_one_image_of_the_paper_sized_model_takes_1200_gflop():
 def test_inference(tmp_path, capsys):
     options = ["--presets", "tiny", "--resolution", "32", "--batch_sizes", "1", "2", "--files", "2", "--profile"]
     result = run(inference.main, tmp_path, *options, "--dtypes", "float32", "bfloat16", "--device", "cpu")
-    assert result["matmul_peak_flops"].keys() == {"float32", "bfloat16"}
+    measured = {"float32", "bfloat16"} - SLOW_TYPES.keys()
+    assert result["matmul_peak_flops"].keys() == measured
     ways = [(row["way"], row["dtype"], row["batch_size"]) for row in result["rows"]]
     assert ways == [
         ("paper's way", "float32", 1),
@@ -114,6 +128,9 @@ def test_inference(tmp_path, capsys):
         *((f"files: {what}", "float32", 2) for what in ("decoding alone", "decoded before", "pipeline")),
     ]
     for row in result["rows"]:
+        if row["dtype"] not in measured:
+            assert "times slower than float32 here, not measured" in row["error"]
+            continue
         assert is_spread(row["seconds_per_image"]) and row["images_per_second"] > 0
         if not row["way"].startswith("files"):
             assert row["share_of_peak"] > 0
@@ -223,6 +240,9 @@ def test_training(tmp_path):
     result = run(training.main, tmp_path, *options, "--dtypes", "bfloat16", "--device", "cpu")
     assert [row["gradient_checkpointing"] for row in result["rows"]] == [False, True]
     for row in result["rows"]:
+        if SLOW_TYPES:
+            assert "times slower than float32 here, not measured" in row["error"]
+            continue
         assert is_spread(row["seconds_per_step"]) and row["images_per_second"] > 0 and row["share_of_peak"] > 0
 
 

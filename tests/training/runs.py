@@ -1,5 +1,6 @@
 """Trainings small enough for a test: in this process, and in others that can be killed."""
 
+import json
 import multiprocessing
 import os
 import resource
@@ -100,6 +101,12 @@ def weights(folder):
         for network in ("unet", "segmenter")
         for name, tensor in load_file(Path(folder) / network / WEIGHTS).items()
     }
+
+
+def losses(folder):
+    """The losses as the last checkpoint holds them: not rounded, unlike the curve's."""
+    (*_, file) = sorted(Path(folder).glob("checkpoint-*/training_state.json"))
+    return json.loads(file.read_text())["losses"]
 
 
 def same(first, second):

@@ -66,22 +66,23 @@ def test_gradients_agree_with_the_reference(golden_step):
     assert norm(objective.unet.parameters()) == pytest.approx(golden["unet_grad_norm"], rel=1e-3)
     assert norm(objective.segmenter.parameters()) == pytest.approx(golden["seg_grad_norm"], rel=1e-3)
 
-    def check(network, reference_shapes, convert, expected, tolerance):
-        gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
-        for name, value in expected.items():
-            # The conversion of this one name tells which of our tensors it became (three of them for attention's qkv).
-            ours = convert({name: torch.zeros(reference_shapes[name])})
-            assert norm_of([gradients[n] for n in ours]) == pytest.approx(value, rel=tolerance), name
-
-    def norm_of(tensors):
-        return float(torch.stack([t.norm() for t in tensors]).norm())
+    def check(network, reference_shapes, convert, expected):
+        parameters = dict(network.named_parameters())
+        # The conversion of one name tells which of our tensors it became (three of them for attention's qkv).
+        ours = [
+            norm([parameters[n] for n in convert({name: torch.zeros(reference_shapes[name])})]) for name in expected
+        ]
+        # Max pools and ReLUs that rounding tips over change single tensors, those with small gradients most: the same
+        # step in float64 differs from the golden float32 norms by up to 2e-3 (UNet) and 5e-3 (segmenter), and float32
+        # with other instructions by up to 7e-3. All tensors together stay within a tenth of that.
+        np.testing.assert_allclose(ours, list(expected.values()), rtol=2e-2, err_msg=str(list(expected)))
+        difference = np.linalg.norm(np.subtract(ours, list(expected.values())))
+        assert difference < 2e-3 * np.linalg.norm(list(expected.values()))
 
     shapes = json.loads((FIXTURES / "official_state_dict_shapes.json").read_text())["px64"]
     unet = objective.unet
-    check(unet, shapes["unet"], lambda w: convert_unet_weights(w, unet), golden["unet_grad"], 1e-3)
-    # Single tensors of the segmenter have small gradients behind max pools and ReLUs, which rounding tips over: the
-    # same step in float64 differs from the golden float32 values by up to 5e-3 there.
-    check(objective.segmenter, shapes["seg"], convert_segmenter_weights, golden["seg_grad"], 1e-2)
+    check(unet, shapes["unet"], lambda w: convert_unet_weights(w, unet), golden["unet_grad"])
+    check(objective.segmenter, shapes["seg"], convert_segmenter_weights, golden["seg_grad"])
 
 
 def test_a_batch_without_a_normal_sample_has_no_noise_loss():
