@@ -17,8 +17,6 @@ from .inputs import Inputs
 
 T = TypeVar("T")
 
-ENGINES = ("local", "accelerate", "ray")
-
 # Loads the pipeline, onto a device or, with `None`, wherever is best.
 Load = Callable[[str | None], DiffusionADPipeline]
 

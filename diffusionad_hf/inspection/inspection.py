@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
@@ -160,7 +160,9 @@ def inspect_batches(
             yield from _inspect_batch(pipe, batch, images, output_dir)
 
 
-def _read_ahead(batches: Iterable[Sequence[Item]]) -> Iterator[tuple[Sequence[Item], list[torch.Tensor | Failure]]]:
+def _read_ahead(
+    batches: Iterable[Sequence[Item]],
+) -> Generator[tuple[Sequence[Item], list[torch.Tensor | Failure]], None, None]:
     """Batches with their images. Reading runs ahead in threads, by a bounded number of batches."""
     ready: queue.Queue = queue.Queue(maxsize=_BATCHES_AHEAD)
     stopped = threading.Event()

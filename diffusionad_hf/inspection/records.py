@@ -88,13 +88,13 @@ def write_csv(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Names of files need not be text.
-    options = {"newline": "", "encoding": encoding, "errors": "backslashreplace"}
-    with replacing(path) as partial, partial.open("w", **options) as file:
-        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-        writer.writerow(columns)
-        for row in rows:
-            writer.writerow([_FORMULA.sub(r"\1'\2", cell) if isinstance(cell, str) else cell for cell in row])
+    with replacing(path) as partial:
+        # Names of files need not be text.
+        with partial.open("w", newline="", encoding=encoding, errors="backslashreplace") as file:
+            writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+            writer.writerow(columns)
+            for row in rows:
+                writer.writerow([_FORMULA.sub(r"\1'\2", cell) if isinstance(cell, str) else cell for cell in row])
 
 
 def _cells(result: Inspection | Failure) -> list[Any]:
