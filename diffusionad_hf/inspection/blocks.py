@@ -265,8 +265,6 @@ def merge_blocks(run: Run, target: Path) -> Summary:
         OSError: If the file cannot be written.
     """
     pa, parquet = require("pyarrow", "train"), require("pyarrow.parquet", "train")
-    if missing := run.missing():
-        raise ValueError(f"{run.path(missing[0])}: is missing; run the same again.")
     summary = Summary()
     schema = pa.schema([pa.field("row", pa.int64()), *_schema()])
     try:
@@ -297,5 +295,5 @@ def _read_block(run: Run, block: int) -> Any:
         if len(table) != run.count([block]) or table.schema != _schema():
             raise ValueError(f"it holds {len(table)} rows of {', '.join(table.column_names)}")
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it and run the same again.") from error
+        raise ValueError(f"{path}: damaged or missing ({error}); delete it and run the same again.") from error
     return table
