@@ -53,7 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def replace_file(path: Path, content: str | bytes) -> None:
     """Writes a file; text in UTF-8, its line ends as they are."""
     with replacing(path) as partial, partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        # A file name that is no text has bytes in it that UTF-8 lacks; so escaped, they are valid JSON.
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         file.flush()
         # Or a machine that fails may leave a file of the right name and no content.
         os.fsync(file.fileno())
