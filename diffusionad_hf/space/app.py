@@ -10,8 +10,11 @@ from pathlib import Path
 from ..files import bundled, require
 
 
-def main() -> None:
-    """Serves the models that the environment variable DIFFUSIONAD_MODELS names, or else the bundled one.
+def main(home: Path | None = None) -> None:
+    """Serves the models that the environment variable DIFFUSIONAD_MODELS names, or else those in `checkpoints/`.
+
+    Args:
+        home: The folder of `checkpoints/` and `examples/`; that of the package if None.
 
     Raises:
         ImportError: If gradio is not installed.
@@ -28,4 +31,5 @@ def main() -> None:
         require("gradio", "space")
         from .page import serve
 
-        serve(Path(folder), os.environ.get("DIFFUSIONAD_MODELS") or str(bundled("space/checkpoints")))
+        home = home or bundled("space")
+        serve(Path(folder), os.environ.get("DIFFUSIONAD_MODELS") or str(home / "checkpoints"), home / "examples")

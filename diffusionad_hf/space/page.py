@@ -6,7 +6,6 @@ from pathlib import Path
 
 import gradio as gr
 
-from ..files import bundled
 from .actions import FEWEST_CALIBRATION_IMAGES
 from .endpoints import Endpoints
 from .handlers import EMPTY, NO_MODEL, Handlers, message
@@ -53,12 +52,7 @@ THEME = gr.themes.Base(
 )
 
 
-def examples() -> list[str]:
-    folder = bundled("space/examples")
-    return sorted(str(file) for pattern in ("*.png", "*.jpg") for file in folder.glob(pattern))
-
-
-def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State) -> tuple:
+def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State, examples: Path) -> tuple:
     """The tab for one photo; returns its threshold slider and what draws the result again."""
     key = gr.Textbox(visible=False, elem_id="key")
     with gr.Row(elem_classes="stack"):
@@ -72,7 +66,7 @@ def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State) -> tuple:
                 buttons=[],
                 elem_id="photo",
             )
-            if files := examples():
+            if files := sorted(str(file) for pattern in ("*.png", "*.jpg") for file in examples.glob(pattern)):
                 labels = [Path(file).stem.replace("-", " ") for file in files]
                 gr.Examples(
                     files, photo, example_labels=labels, elem_id="examples", label="Examples", preprocess=False
@@ -240,7 +234,7 @@ def named_endpoints(endpoints: Endpoints) -> None:
         caller.click(function, inputs, outputs, api_name=function.__name__, preprocess=False, **queue)
 
 
-def build(results: Results, models: Models) -> gr.Blocks:
+def build(results: Results, models: Models, examples: Path) -> gr.Blocks:
     on, names = Handlers(results, models), models.names
     with gr.Blocks(title="DiffusionAD inspection") as page:
         own = gr.State({})
@@ -250,7 +244,7 @@ def build(results: Results, models: Models) -> gr.Blocks:
                 names, value=names[0] if names else None, label="Category", elem_id="category", min_width=220
             )
         with gr.Tab("Inspect", elem_id="tab-inspect"):
-            threshold, rate, redraw = inspect_tab(on, category, own)
+            threshold, rate, redraw = inspect_tab(on, category, own, examples)
         with gr.Tab("Batch", elem_id="tab-batch"):
             batch_tab(on, category, own, threshold)
         with gr.Tab("Calibrate", elem_id="tab-calibrate"):
@@ -270,15 +264,16 @@ def build(results: Results, models: Models) -> gr.Blocks:
     return page.queue(max_size=LIMITS.waiting)
 
 
-def serve(folder: Path, sources: str) -> None:
+def serve(folder: Path, sources: str, examples: Path) -> None:
     """Serves the page until the process ends.
 
     Args:
         folder: gradio's temporary folder.
         sources: The models to offer, as for `Models`.
+        examples: A folder of photos to try; it need not exist.
     """
     results, models = Results(folder), Models(sources)
-    page = build(results, models)
+    page = build(results, models, examples)
     results.keep_what_is_there()
     results.sweep_forever()
     threading.Thread(target=models.warm_up, daemon=True).start()
