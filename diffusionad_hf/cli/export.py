@@ -46,9 +46,9 @@ def _run_export(args: argparse.Namespace) -> int:
     import torch
     from diffusers.utils import logging
 
-    from ..export.exported_pipeline import load_model
     from ..export.exporting import ORIGINAL, export_pipeline
     from ..inspection.inspection import Failure, find_images, read_images
+    from ..loading import load_model
     from ..pipeline_diffusionad import resize_image
 
     files, failures = find_images(args.calibration_images)

@@ -101,7 +101,7 @@ def _load_pipeline(args: argparse.Namespace, **kwargs):
     import torch
     from diffusers.utils import logging
 
-    from ..export.exported_pipeline import load_model
+    from ..loading import load_model
 
     logging.disable_progress_bar()
     try:

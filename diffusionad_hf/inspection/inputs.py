@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from huggingface_hub import HfApi
 
 from ..data import require
-from ..hub.errors import explained, one_line
+from ..files import one_line
+from ..loading import explained
 from .inspection import Item, picture_names
 
 __all__ = ["DatasetInputs", "FileInputs", "Inputs"]

@@ -19,7 +19,7 @@ from demo_part import generate as demo_parts
 from diffusionad_hf import AnomalySegmenter, DiffusionADPipeline, NormGuidedScheduler, NormGuidedUNet2DModel
 from diffusionad_hf.cli.main import main
 from diffusionad_hf.evaluation.evaluator import image_metrics
-from diffusionad_hf.export.exported_pipeline import ExportedDiffusionADPipeline, load_model
+from diffusionad_hf.export.exported_pipeline import ExportedDiffusionADPipeline
 from diffusionad_hf.pipeline_diffusionad import conformal_threshold
 from tests.dataset_factory import make_mvtec
 
@@ -28,6 +28,7 @@ for runtime in ("openvino", "nncf", "onnx", "onnxruntime"):
     pytest.importorskip(runtime, reason=REASON)
 
 from diffusionad_hf.export.exporting import ORIGINAL, _compare, _InspectionGraph, _probe, export_pipeline  # noqa: E402
+from diffusionad_hf.loading import load_model  # noqa: E402
 
 DEMO = Path(__file__).parents[2] / "space/checkpoints/demo-part"
 
@@ -189,7 +190,7 @@ def test_int8_ranks_the_demo_parts_as_float_does(tmp_path):
 
 _REPLACED = """
 import signal, sys
-from diffusionad_hf.export.exported_pipeline import load_model
+from diffusionad_hf.loading import load_model
 
 pipe = load_model(sys.argv[1])
 for _ in range(2):
