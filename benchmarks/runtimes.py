@@ -28,9 +28,9 @@ import torch
 from benchmarks.machine import describe, find_slow_types, measure_in_turns, report
 from diffusionad_hf import PRESETS, DiffusionADPipeline, build_pipeline
 from diffusionad_hf.evaluation.metrics import image_metrics
-from diffusionad_hf.export.exported_pipeline import load_model
 from diffusionad_hf.export.exporting import export_pipeline
 from diffusionad_hf.inspection.inspection import find_images
+from diffusionad_hf.loading import load_model
 from diffusionad_hf.pipeline_diffusionad import load_image
 
 EAGER, EAGER_BF16 = "torch eager fp32", "torch eager bf16"

@@ -69,7 +69,7 @@ def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs:
     import torch
     from diffusers.utils import logging
 
-    from ..export.exported_pipeline import load_model
+    from ..loading import load_model
 
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Models of `diffusionad export` behind the pipeline's own call, and one function that loads either kind."""
+"""Models of `diffusionad export` behind the pipeline's own call."""
 
 import functools
 import hashlib
@@ -265,32 +265,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-# ---- either kind ----------------------------------------------------------------------------------------------------
-
-
-def load_model(
-    model: str | os.PathLike, *, device: str | torch.device | None = None, **kwargs: Any
-) -> DiffusionADPipeline:
-    """
-    Loads whatever can inspect: a pipeline folder, a Hub id, or a folder of `diffusionad export`.
-
-    Args:
-        model: The folder or Hub id.
-        device: Where to compute. By default on the GPU, if there is one; exported models always on the CPU.
-        kwargs: As for the class's `from_pretrained`.
-
-    Raises:
-        OSError: If the model is not there or not whole.
-        ValueError: If an exported model is asked to run elsewhere.
-        ImportError: If the runtime of an exported model is not installed.
-    """
-    if _looks_exported(Path(model)):
-        return ExportedDiffusionADPipeline.from_pretrained(model, **kwargs).to(device or "cpu")
-    pipe = DiffusionADPipeline.from_pretrained(model, **kwargs)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _looks_exported(path: Path) -> bool:
+def looks_exported(path: Path) -> bool:
     """Whether this is a folder of `diffusionad export`, whole or not, or a file out of one."""
     graphs = {name for names in GRAPH_FILES.values() for name in names}
     if path.is_file():

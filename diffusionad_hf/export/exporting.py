@@ -207,19 +207,12 @@ class _InspectionGraph(nn.Module):
         self.top_k = min(pipe.config.top_k, pipe.config.image_size**2)
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch = pixels.shape[0]
-        # One timestep for all images, so that the scheduler's factors become constants.
-        t_small = torch.full((1,), self.scheduler.config.small_timestep)
-        t_big = torch.full((1,), self.scheduler.config.big_timestep)
-        noised_small = self.scheduler.add_noise(pixels, noise[0], t_small)
-        noised_big = self.scheduler.add_noise(pixels, noise[1], t_big)
-        noised = torch.cat([noised_small, noised_big]).to(self.unet.dtype)
-        timesteps = torch.cat([t_small.expand(batch), t_big.expand(batch)])
-        output_small, output_big = self.unet(noised, timesteps).sample.float().chunk(2)
-        noise_pred_small = self.scheduler.predict_noise(output_small, noised_small, t_small)
-        noise_pred_big = self.scheduler.predict_noise(output_big, noised_big, t_big)
-        reconstruction = self.scheduler.norm_guided_step(
-            noise_pred_small, noise_pred_big, noised_small, noised_big, t_small, t_big
+        def predict(noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            return self.unet(noised.to(self.unet.dtype), timesteps).sample.float()
+
+        config = self.scheduler.config
+        reconstruction = self.scheduler.reconstruct(
+            predict, pixels, noise, config.small_timestep, config.big_timestep
         ).reconstruction
         pair = torch.cat([pixels, reconstruction], dim=1).to(self.segmenter.dtype)
         probability = self.segmenter(pair).float().sigmoid()

@@ -13,10 +13,11 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
 from ..images_diffusionad import load_image, to_uint8
+from ..loading import TOKEN_HELP, explained
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..visualization import overlay, region_threshold, save_image, side_by_side
 from .cards import TRAINING_NOTES, build_card, find_data_source, read_evaluation, read_training
-from .errors import TOKEN_HELP, check_card, check_repo_id, explained
+from .checks import check_card, check_repo_id
 
 __all__ = ["PUBLISHED", "list_models", "publish_model"]
 
@@ -29,6 +30,7 @@ PUBLISHED = (
     "familiarity.json",
     "model_index.json",
     "pipeline_diffusionad.py",
+    "images_diffusionad.py",
     "previews/*.png",
     "scheduler/scheduler_config.json",
     "scheduler/*.py",

@@ -10,7 +10,9 @@ from huggingface_hub import HfApi, SpaceCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import TOKEN_HELP, check_card, check_repo_id, explained, one_line
+from ..files import one_line
+from ..loading import TOKEN_HELP, explained
+from .checks import check_card, check_repo_id
 from .publishing import PUBLISHED
 
 __all__ = ["MODELS_VARIABLE", "deploy_space"]

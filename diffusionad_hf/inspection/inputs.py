@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from huggingface_hub import HfApi
 
 from ..files import one_line, require
-from ..hub.errors import explained
+from ..loading import explained
 from .inspection import Item, picture_names
 
 # Pictures of a dataset's rows go to folders of so many.

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCard, hf_hub_download
 
-from ..export.exported_pipeline import ExportedDiffusionADPipeline, load_model
+from ..export.exported_pipeline import ExportedDiffusionADPipeline
 from ..familiarity import FILE_NAME as FAMILIARITY_FILE
 from ..familiarity import Familiarity
 from ..hub.publishing import list_models
 from ..images_diffusionad import resize_image, to_uint8
+from ..loading import load_model
 from ..pipeline_diffusionad import DiffusionADPipeline, conformal_p_value, conformal_threshold
 from .intake import Refusal, Settings
 

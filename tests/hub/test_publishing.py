@@ -27,6 +27,7 @@ WEIGHTS = "diffusion_pytorch_model"
 PUBLISHED = {
     "README.md",
     "model_index.json",
+    "images_diffusionad.py",
     "pipeline_diffusionad.py",
     "scheduler/scheduler_config.json",
     "scheduler/scheduling_norm_guided.py",
