@@ -6,16 +6,7 @@ from diffusers import ModelMixin, UNet2DModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import NormGuidedScheduler
-
-__all__ = [
-    "FOCAL_WEIGHT",
-    "DiffusionADObjective",
-    "binary_focal_loss",
-    "distillation_loss",
-    "noise_loss",
-    "noise_weights",
-]
+from ..scheduling_norm_guided import NormGuidedScheduler
 
 FOCAL_WEIGHT = 5.0
 
