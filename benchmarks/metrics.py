@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from diffusionad_hf.evaluation.evaluator import AnomalyEvaluator, aupro
+from diffusionad_hf.evaluation.evaluator import AnomalyEvaluator
+from diffusionad_hf.evaluation.metrics import aupro
 from diffusionad_hf.flags import DashedParser
 
 

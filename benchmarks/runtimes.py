@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.machine import describe, find_slow_types, measure_in_turns, report
 from diffusionad_hf import PRESETS, DiffusionADPipeline, build_pipeline
-from diffusionad_hf.evaluation.evaluator import image_metrics
+from diffusionad_hf.evaluation.metrics import image_metrics
 from diffusionad_hf.export.exported_pipeline import load_model
 from diffusionad_hf.export.exporting import export_pipeline
 from diffusionad_hf.flags import DashedParser

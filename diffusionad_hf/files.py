@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ def bundled(path: str) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields the path to write to; the file takes its own place at the end, and none is left of one that failed."""
-    partial = path.with_name(f".{path.name}.partial")
+    # A name of its own for each writer: two that shared one would publish each other's half-written file.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         os.replace(partial, path)
@@ -51,7 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def replace_file(path: Path, content: str | bytes) -> None:
     """Writes a file; text in UTF-8, its line ends as they are."""
     with replacing(path) as partial, partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        # A file name that is no text has bytes in it that UTF-8 lacks; so escaped, they are valid JSON.
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         file.flush()
         # Or a machine that fails may leave a file of the right name and no content.
         os.fsync(file.fileno())

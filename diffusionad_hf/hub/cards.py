@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..calibration import images_needed
-from ..evaluation.evaluator import METRIC_NAMES
+from ..evaluation.metrics import METRIC_NAMES
 from ..pipeline_diffusionad import DiffusionADPipeline
 
 __all__ = ["DATASETS", "DataSource", "build_card", "find_data_source", "read_evaluation", "read_training"]

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..evaluation.evaluator import image_metrics, pixel_metrics
+from ..evaluation.metrics import image_metrics, pixel_metrics
 from ..pipeline_diffusionad import DiffusionADPipeline
 from .dataset import NormalImages
 from .synthesis import AnomalySynthesizer
