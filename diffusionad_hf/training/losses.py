@@ -8,15 +8,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..scheduling_norm_guided import NormGuidedScheduler
 
-__all__ = [
-    "FOCAL_WEIGHT",
-    "DiffusionADObjective",
-    "binary_focal_loss",
-    "distillation_loss",
-    "noise_loss",
-    "noise_weights",
-]
-
 FOCAL_WEIGHT = 5.0
 
 
