@@ -1,15 +1,13 @@
 """`diffusionad evaluate` and `diffusionad convert`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from .options import add_command, add_pipeline_options, check_writable, load_pipeline
+from .options import add_command, add_pipeline_options, check_writable, load_pipeline, report_left_out
 
 
-def add_evaluate_command(commands: Any) -> None:
-    """Adds `diffusionad evaluate`."""
+def add_commands(commands: Any) -> None:
     parser = add_command(
         commands,
         "evaluate",
@@ -31,9 +29,6 @@ def add_evaluate_command(commands: Any) -> None:
         "--plots", metavar="DIR", type=Path, help="write the ROC curve, score histograms and the worst misses here"
     )
 
-
-def add_convert_command(commands: Any) -> None:
-    """Adds `diffusionad convert`."""
     parser = add_command(
         commands,
         "convert",
@@ -59,9 +54,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         result.save_json(args.json)
     if args.plots is not None:
         save_plots(result, test, args.plots)
-    for problem in problems:
-        print(f"  left out: {problem}", file=sys.stderr)
-    return 2 if problems else 0
+    return report_left_out(problems)
 
 
 def _format_metrics(metrics: dict) -> str:

@@ -7,8 +7,7 @@ from typing import Any
 from .options import add_command, format_table
 
 
-def add_publish_command(commands: Any) -> None:
-    """Adds `diffusionad publish`."""
+def add_commands(commands: Any) -> None:
     parser = add_command(
         commands,
         "publish",
@@ -38,16 +37,10 @@ def add_publish_command(commands: Any) -> None:
         help="shown on the card with what the model makes of them",
     )
 
-
-def add_list_command(commands: Any) -> None:
-    """Adds `diffusionad list`."""
     parser = add_command(commands, "list", "list the models on the Hub", _list)
     parser.add_argument("--org", help="only those of this organization or user")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-
-def add_deploy_space_command(commands: Any) -> None:
-    """Adds `diffusionad deploy-space`."""
     parser = add_command(
         commands,
         "deploy-space",
@@ -69,30 +62,21 @@ def add_deploy_space_command(commands: Any) -> None:
     parser.add_argument("--app-dir", metavar="DIR", help="the app's folder; space/ of the clone by default")
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name != "run"}
+
+
 def _deploy_space(args: argparse.Namespace) -> int:
     from ..hub.spaces import deploy_space
 
-    print(deploy_space(args.repo_id, models=args.models, private=args.private, app_dir=args.app_dir))
+    print(deploy_space(**_options(args)))
     return 0
 
 
 def _publish(args: argparse.Namespace) -> int:
     from ..hub.publishing import publish_model
 
-    url = publish_model(
-        args.model_dir,
-        args.repo_id,
-        private=args.private,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        collection=args.collection,
-        dataset=args.dataset,
-        category=args.category,
-        license=args.license,
-        evaluation=args.evaluation,
-        examples=args.examples,
-    )
-    print(url)
+    print(publish_model(**_options(args)))
     return 0
 
 

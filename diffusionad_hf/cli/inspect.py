@@ -4,24 +4,32 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_command, add_pipeline_options, check_writable, format_table, load_pipeline, rate
+from .options import (
+    add_command,
+    add_pipeline_options,
+    check_writable,
+    format_table,
+    load_pipeline,
+    rate,
+    read_normal_images,
+    report_left_out,
+)
 
 if TYPE_CHECKING:
     from ..inspection.inputs import Inputs
     from ..inspection.records import Failure, Inspection
     from ..pipeline_diffusionad import DiffusionADPipeline
 
+_COLUMNS = ("file", "score", "threshold", "p-value", "verdict", "seconds", "where")
 _NO_VERDICTS = (
     "No verdicts: the model is not calibrated. Run `diffusionad calibrate` with normal images, or give --threshold."
 )
 
 
-def add_inspect_command(commands: Any) -> None:
-    """Adds `diffusionad inspect`."""
+def add_commands(commands: Any) -> None:
     parser = add_command(
         commands,
         "inspect",
@@ -32,11 +40,11 @@ def add_inspect_command(commands: Any) -> None:
         "example: diffusionad inspect photos/ --model org/diffusionad-mvtec-screw --output-dir report "
         "--json report.json\n\n"
         "More images than you want to wait for: --parquet writes them in blocks, and the same command goes on where\n"
-        "one was interrupted or killed. With all GPUs of a machine:\n"
+        "one was interrupted or killed. With all GPUs of a machine, or in as many processes on its CPU (for which\n"
+        "--multi_gpu is needed as well: without it accelerate starts one process):\n"
         "  accelerate launch --multi_gpu --num_processes 8 -m diffusionad_hf inspect \\\n"
         "      --dataset org/photos --split train --model org/diffusionad-mvtec-screw --parquet results.parquet\n"
-        "(the same starts 8 processes on a CPU; accelerate's own --cpu starts only one without mpirun), or with all\n"
-        "of a Ray cluster: --engine ray. Several machines need the folder of FILE, and local images, in common.",
+        "With a Ray cluster: --engine ray. Several machines need the folder of FILE, and local images, in common.",
     )
     parser.add_argument(
         "input", nargs="*", metavar="INPUT", help="image files, folders (with all below them) or glob patterns"
@@ -47,8 +55,8 @@ def add_inspect_command(commands: Any) -> None:
     parser.add_argument(
         "--dataset",
         metavar="D",
-        help="instead of INPUTs, with --parquet: a dataset of the library `datasets` (Hub id, folder or file), "
-        "streamed",
+        help="instead of INPUTs, with --parquet: a dataset of the library `datasets` (Hub id, folder or file); "
+        "Parquet is read where it is, all else is downloaded first",
     )
     parser.add_argument("--dataset-config", metavar="C", help="configuration of the dataset, if it has several")
     parser.add_argument("--dataset-revision", metavar="R", help="branch, tag or commit of a dataset on the Hub")
@@ -91,9 +99,6 @@ def add_inspect_command(commands: Any) -> None:
         help="use the threshold that a calibrated model promises this rate with",
     )
 
-
-def add_calibrate_command(commands: Any) -> None:
-    """Adds `diffusionad calibrate`."""
     parser = add_command(
         commands,
         "calibrate",
@@ -113,9 +118,6 @@ def add_calibrate_command(commands: Any) -> None:
     parser.add_argument(
         "--output-dir", metavar="DIR", type=Path, help="save the calibrated model here instead of into its own folder"
     )
-
-
-# ---- inspect --------------------------------------------------------------------------------------------------------
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -147,18 +149,12 @@ def _inspect(args: argparse.Namespace) -> int:
             write_report(args.json, args.model, results)
         if args.csv is not None:
             write_table(args.csv, results)
-    print(_format_results(results))
+    print(format_table([_COLUMNS, *map(_cells, results)]))
     if pipe.threshold is None:
         print(_NO_VERDICTS)
-    failures = [result for result in results if isinstance(result, Failure)]
     if args.output_dir is not None:
         print(f"Pictures in {args.output_dir}.")
-    if failures:
-        print(f"{len(failures)} of {len(results)} could not be read:", file=sys.stderr)
-        for failure in failures:
-            print(f"  {failure.error}", file=sys.stderr)
-        return 2
-    return 0
+    return report_left_out([result.error for result in results if isinstance(result, Failure)])
 
 
 def _num_processes() -> int:
@@ -173,26 +169,18 @@ def _load_inspector(args: argparse.Namespace, device: str | None) -> "DiffusionA
     return pipe
 
 
-def _format_results(results: Sequence["Inspection | Failure"]) -> str:
-    from ..inspection.records import Failure
-
-    rows = [("file", "score", "threshold", "p-value", "verdict", "seconds", "where")]
-    for result in results:
-        if isinstance(result, Failure):
-            rows.append((result.file, "", "", "", "not read", "", ""))
-            continue
-        rows.append(
-            (
-                result.file,
-                f"{result.score:.4f}",
-                "-" if result.threshold is None else f"{result.threshold:.4f}",
-                "-" if result.p_value is None else f"{result.p_value:.3f}",
-                result.verdict or "-",
-                f"{result.seconds:.2f}",
-                ", ".join(dict.fromkeys(result.where[:3])),
-            )
-        )
-    return format_table(rows)
+def _cells(result: "Inspection | Failure") -> list[str]:
+    if not hasattr(result, "score"):
+        return [result.file, "", "", "", "not read", "", ""]
+    return [
+        result.file,
+        f"{result.score:.4f}",
+        "-" if result.threshold is None else f"{result.threshold:.4f}",
+        "-" if result.p_value is None else f"{result.p_value:.3f}",
+        result.verdict or "-",
+        f"{result.seconds:.2f}",
+        ", ".join(dict.fromkeys(result.where[:3])),
+    ]
 
 
 def _inspect_in_blocks(args: argparse.Namespace) -> int:
@@ -202,10 +190,12 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..files import require
-    from ..inspection.blocks import merge_blocks, open_run
-    from ..inspection.engines import AccelerateEngine, LocalEngine, RayEngine
 
     require("pyarrow", "train")
+    from ..inspection.blocks import merge_blocks, open_run
+    from ..inspection.engines import AccelerateEngine, LocalEngine, RayEngine
+    from ..inspection.records import ANOMALOUS
+
     if args.json is not None or args.csv is not None:
         raise ValueError("--json and --csv hold all results in memory; leave them out with --parquet.")
     name = args.engine or ("accelerate" if _num_processes() > 1 else "local")
@@ -223,7 +213,7 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
         inputs = engine.decide(lambda: _find_inputs(args, target.parent))
         description, batch_size = engine.load(partial(_load_inspector, args))
         batch_size = args.batch_size or batch_size
-        run = engine.decide(lambda: stack.enter_context(open_run(folder, inputs, args.model, description, batch_size)))
+        run = engine.decide(lambda: stack.enter_context(open_run(folder, inputs, description, batch_size)))
         missing = engine.decide(run.missing)
         done = run.num_images - run.count(missing)
         if engine.is_main and done:
@@ -236,16 +226,17 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
                 progress.update(images)
         engine.wait()
         if engine.is_main:
-            summary = merge_blocks(run, target)
+            table = merge_blocks(run, target)
+            errors = table["error"].drop_null().to_pylist()
             calibrated = description["threshold"] != "None"
-            verdicts = f", {summary.anomalous} anomalous" if calibrated else ""
-            print(f"{target}: {summary.images} images{verdicts}, {summary.failed} could not be read.")
+            verdicts = f", {table['verdict'].to_pylist().count(ANOMALOUS)} anomalous" if calibrated else ""
+            print(f"{target}: {len(table)} images{verdicts}, {len(errors)} could not be read.")
             if not calibrated:
                 print(_NO_VERDICTS)
-            for error in summary.errors:
+            for error in errors[:10]:
                 print(f"  {error}", file=sys.stderr)
-            if summary.failed > len(summary.errors):
-                print(f"  and {summary.failed - len(summary.errors)} more: see the column `error`.", file=sys.stderr)
+            if len(errors) > 10:
+                print(f"  and {len(errors) - 10} more: see the column `error`.", file=sys.stderr)
     return 0
 
 
@@ -265,32 +256,17 @@ def _find_inputs(args: argparse.Namespace, target_dir: Path) -> "Inputs":
     return FileInputs(files)
 
 
-# ---- calibrate ------------------------------------------------------------------------------------------------------
-
-
 def _calibrate(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from ..calibration import calibrate
-    from ..inspection.inspection import find_images, read_small
-    from ..inspection.records import Failure
 
     if args.output_dir is None and not Path(args.model).is_dir():
         raise ValueError(
             f"--model {args.model}: comes from the Hub; give --output-dir to say where to save it calibrated."
         )
-    files, failures = find_images(args.input)
-    if not files:
-        raise ValueError(" ".join(failure.error for failure in failures))
     target = args.output_dir or Path(args.model)
     check_writable(target)
     pipe = load_pipeline(args, args.device)
-    reading = read_small(files, pipe.config.image_size)
-    images = []
-    for image in tqdm(reading, total=len(files), desc="reading", unit="image", file=sys.stderr):
-        (failures if isinstance(image, Failure) else images).append(image)
-    if not images:
-        raise ValueError("none of the images could be read: " + " ".join(failure.error for failure in failures))
+    images, failures = read_normal_images(args.input, pipe.config.image_size)
     pipe.set_progress_bar_config(disable=False, desc="calibrating", file=sys.stderr)
     scores = calibrate(pipe, images, false_alarm_rate=args.false_alarm_rate, batch_size=args.batch_size)
     if args.output_dir is not None:
@@ -301,6 +277,4 @@ def _calibrate(args: argparse.Namespace) -> int:
         f"{target}: threshold {pipe.threshold:.4f} at a false-alarm rate of {args.false_alarm_rate:.1%}, "
         f"from {len(scores)} normal images (scores {scores[0]:.4f} to {scores[-1]:.4f})."
     )
-    for failure in failures:
-        print(f"  left out: {failure.error}", file=sys.stderr)
-    return 2 if failures else 0
+    return report_left_out(failures)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,17 +56,7 @@ def rate(text: str) -> float:
 
 
 def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs: Any) -> "DiffusionADPipeline":
-    """
-    Loads `--model`.
-
-    Args:
-        args: With the options of [`add_model_option`], and of [`add_pipeline_options`] if the command has them.
-        device: Where to compute; by default on the GPU, if there is one.
-        kwargs: Configuration values to replace.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
+    """Loads `--model` onto a device, or the GPU if there is one; `kwargs` replace values of its configuration."""
     import torch
     from diffusers.utils import logging
 
@@ -85,12 +76,7 @@ def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs:
 
 
 def check_writable(*folders: Path | None) -> None:
-    """
-    Makes folders; better now than after a day's work.
-
-    Raises:
-        OSError: If one cannot be made, or written to.
-    """
+    """Makes folders and tries to write to them; better now than after a day's work."""
     for folder in filter(None, folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +85,30 @@ def check_writable(*folders: Path | None) -> None:
             probe.unlink()
         except OSError as error:
             raise OSError(f"{folder}: cannot write there ({error.strerror}); choose another folder.") from error
+
+
+def read_normal_images(inputs: Sequence[str], size: int) -> tuple[list, list[str]]:
+    """The images that inputs name, at the model's resolution, and why others were left out."""
+    from tqdm import tqdm
+
+    from ..inspection.inspection import find_images, read_small
+    from ..inspection.records import Failure
+
+    files, failures = find_images(inputs)
+    images = []
+    for image in tqdm(read_small(files, size), total=len(files), desc="reading", unit="image", file=sys.stderr):
+        (failures if isinstance(image, Failure) else images).append(image)
+    reasons = [failure.error for failure in failures]
+    if not images:
+        raise ValueError("none of the images could be read: " + " ".join(reasons))
+    return images, reasons
+
+
+def report_left_out(reasons: Sequence[str]) -> int:
+    """Says which images were left out, and why; returns the exit code."""
+    for reason in reasons:
+        print(f"  left out: {reason}", file=sys.stderr)
+    return 2 if reasons else 0
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -6,17 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..files import bundled, require
-from .inspect import add_inspect_command
+from . import inspect
 from .options import add_command
 
 
-def add_demo_command(commands: Any) -> None:
-    """Adds `diffusionad demo`."""
+def add_commands(commands: Any) -> None:
     parser = add_command(
-        commands,
-        "demo",
-        "inspect the bundled photos with the embedded model, without a network",
-        _demo,
+        commands, "demo", "inspect the bundled photos with the embedded model, without a network", _demo
     )
     parser.add_argument(
         "--output-dir",
@@ -25,9 +21,6 @@ def add_demo_command(commands: Any) -> None:
         help="write an overlay, a mask and the reconstruction of each photo here (default: %(default)s)",
     )
 
-
-def add_serve_command(commands: Any) -> None:
-    """Adds `diffusionad serve`."""
     parser = add_command(
         commands,
         "serve",
@@ -57,11 +50,11 @@ def _demo(args: argparse.Namespace) -> int:
     # Nothing is asked of the Hub.
     os.environ["HF_HUB_OFFLINE"] = "1"
     parser = argparse.ArgumentParser()
-    add_inspect_command(parser.add_subparsers())
-    inspect = parser.parse_args(
+    inspect.add_commands(parser.add_subparsers())
+    asked = parser.parse_args(
         ["inspect", str(photos), "--model", str(model), "--output-dir", str(Path(args.output_dir))]
     )
-    return inspect.run(inspect)
+    return asked.run(asked)
 
 
 def _serve(args: argparse.Namespace) -> int:
