@@ -68,10 +68,8 @@ def _format_metrics(metrics: dict) -> str:
             lines.append(f"{name:<24} {metrics[key]:.4f}{interval}")
     for key, name in {"false_alarm_rate": "false-alarm rate", "miss_rate": "miss rate"}.items():
         if key in metrics:
-            lines.append(
-                f"{name:<24} {metrics[key]:.1%}  at the threshold"
-                + (f" {metrics['threshold']:.4f}" if "threshold" in metrics else "")
-            )
+            at = f" {metrics['threshold']:.4f}" if "threshold" in metrics else ""
+            lines.append(f"{name:<24} {metrics[key]:.1%}  at the threshold{at}")
     lines.append(f"{'seconds per image':<24} {metrics['seconds_per_image']:.3f}")
     for kind, values in metrics.get("defect_types", {}).items():
         found = ", ".join(f"{METRIC_NAMES[k]} {values[k]:.4f}" for k in ("image_auroc", "aupro_30") if k in values)

@@ -6,6 +6,8 @@ from typing import Any
 
 from .options import add_command, format_table
 
+_COLUMNS = ("category", "image AUROC", "size", "date", "model")
+
 
 def add_commands(commands: Any) -> None:
     parser = add_command(
@@ -23,18 +25,10 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--collection", metavar="TITLE", help="add the repo to this collection of the same owner")
     parser.add_argument("--dataset", metavar="NAME", help='what it was trained on, such as "MVTec AD"')
     parser.add_argument("--category", help="which product of it; as recorded by the trainer")
+    parser.add_argument("--license", help="of the weights, such as mit; by default that of a known dataset")
+    parser.add_argument("--evaluation", help="result of `evaluate`; by default MODEL_DIR/evaluation.json")
     parser.add_argument(
-        "--license", metavar="ID", help="the weights' licence, such as mit; by default that of a known dataset"
-    )
-    parser.add_argument(
-        "--evaluation", metavar="FILE", help="result of `diffusionad evaluate`; MODEL_DIR/evaluation.json if there"
-    )
-    parser.add_argument(
-        "--examples",
-        nargs="+",
-        default=[],
-        metavar="IMAGE",
-        help="shown on the card with what the model makes of them",
+        "--examples", nargs="+", default=[], metavar="IMAGE", help="shown on the card with their results"
     )
 
     parser = add_command(commands, "list", "list the models on the Hub", _list)
@@ -56,7 +50,7 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="ID",
-        help="models to offer: Hub ids, or organizations for all of theirs; the demo model of the clone without it",
+        help="Hub ids, or organizations for all of theirs; by default the demo model of the clone",
     )
     parser.add_argument("--private", action="store_true", help="create it private")
     parser.add_argument("--app-dir", metavar="DIR", help="the app's folder; space/ of the clone by default")
@@ -86,21 +80,19 @@ def _list(args: argparse.Namespace) -> int:
     models = list_models(args.org)
     if args.json:
         print(json.dumps(models, indent=2))
-        return 0
-    if not models:
+    elif not models:
         print(f"No DiffusionAD models{f' of {args.org}' if args.org else ''} on the Hub that you may see.")
-        return 0
-    rows = [("category", "image AUROC", "size", "date", "model")]
-    for model in models:
-        auroc, size = model["image_auroc"], model["size"]
-        rows.append(
-            (
-                str(model["category"] or "-"),
-                f"{auroc:.3f}" if isinstance(auroc, float) else "-",
-                f"{size / 1e6:.0f} MB" if size else "-",
-                (model["last_modified"] or "-")[:10],
-                model["id"] + (" (private)" if model["private"] else ""),
-            )
-        )
-    print(format_table(rows))
+    else:
+        print(format_table([_COLUMNS, *map(_cells, models)]))
     return 0
+
+
+def _cells(model: dict[str, Any]) -> list[str]:
+    auroc, size = model["image_auroc"], model["size"]
+    return [
+        str(model["category"] or "-"),
+        f"{auroc:.3f}" if isinstance(auroc, float) else "-",
+        f"{size / 1e6:.0f} MB" if size else "-",
+        (model["last_modified"] or "-")[:10],
+        model["id"] + (" (private)" if model["private"] else ""),
+    ]

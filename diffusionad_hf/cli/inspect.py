@@ -4,24 +4,15 @@ import argparse
 import os
 import signal
 import sys
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .options import (
-    add_command,
-    add_pipeline_options,
-    check_writable,
-    format_table,
-    load_pipeline,
-    rate,
-    read_normal_images,
-    report_left_out,
-)
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from ..inspection.inputs import Inputs
-    from ..inspection.records import Failure, Inspection
-    from ..pipeline_diffusionad import DiffusionADPipeline
+from ..files import require
+from . import options
 
 _COLUMNS = ("file", "score", "threshold", "p-value", "verdict", "seconds", "where")
 _NO_VERDICTS = (
@@ -30,7 +21,7 @@ _NO_VERDICTS = (
 
 
 def add_commands(commands: Any) -> None:
-    parser = add_command(
+    parser = options.add_command(
         commands,
         "inspect",
         "inspect images: score, verdict, and where the defects are",
@@ -46,29 +37,20 @@ def add_commands(commands: Any) -> None:
         "      --dataset org/photos --split train --model org/diffusionad-mvtec-screw --parquet results.parquet\n"
         "With a Ray cluster: --engine ray. Several machines need the folder of FILE, and local images, in common.",
     )
-    parser.add_argument(
-        "input", nargs="*", metavar="INPUT", help="image files, folders (with all below them) or glob patterns"
-    )
-    parser.add_argument(
-        "--file-list", metavar="FILE", type=Path, help="instead of INPUTs: a text file with a path on each line"
-    )
+    parser.add_argument("input", nargs="*", metavar="INPUT", help="image files, folders and all below, or patterns")
+    parser.add_argument("--file-list", type=Path, help="instead of INPUTs: a text file with a path on each line")
     parser.add_argument(
         "--dataset",
         metavar="D",
-        help="instead of INPUTs, with --parquet: a dataset of the library `datasets` (Hub id, folder or file); "
-        "Parquet is read where it is, all else is downloaded first",
+        help="instead of INPUTs, with --parquet: Hub id, folder or file that the library `datasets` loads; Parquet is "
+        "read where it is, all else is downloaded first",
     )
     parser.add_argument("--dataset-config", metavar="C", help="configuration of the dataset, if it has several")
     parser.add_argument("--dataset-revision", metavar="R", help="branch, tag or commit of a dataset on the Hub")
     parser.add_argument("--split", metavar="S", help="split of the dataset, if it has several")
     parser.add_argument("--image-column", metavar="C", help="column of images of the dataset, if it has several")
-    add_pipeline_options(parser)
-    parser.add_argument(
-        "--output-dir",
-        metavar="DIR",
-        type=Path,
-        help="write an overlay, a mask and the reconstruction of each image here",
-    )
+    options.add_pipeline_options(parser)
+    parser.add_argument("--output-dir", type=Path, help="write overlay, mask and reconstruction of each image here")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all results, with every region, as JSON")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write a row per image as CSV")
     parser.add_argument(
@@ -82,24 +64,15 @@ def add_commands(commands: Any) -> None:
         "--engine",
         choices=("local", "accelerate", "ray"),
         help="who inspects the blocks: this process, those of `accelerate launch`, or a Ray cluster (RAY_ADDRESS, or "
-        "the one on this machine); the table does not depend on it (default: accelerate if launched by it, else "
-        "local)",
+        "the one on this machine), with one and the same table (default: accelerate if launched by it, else local)",
     )
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
-        "--threshold",
-        type=float,
-        metavar="T",
-        help="call scores above T anomalous, instead of the calibrated threshold",
+        "--threshold", type=float, help="call scores above it anomalous, instead of the calibrated one"
     )
-    chosen.add_argument(
-        "--false-alarm-rate",
-        type=rate,
-        metavar="A",
-        help="use the threshold that a calibrated model promises this rate with",
-    )
+    chosen.add_argument("--false-alarm-rate", type=options.rate, help="use a calibrated threshold of this rate")
 
-    parser = add_command(
+    parser = options.add_command(
         commands,
         "calibrate",
         "set a model's threshold and p-values from normal images that it was not trained on",
@@ -107,17 +80,11 @@ def add_commands(commands: Any) -> None:
         epilog="example: diffusionad calibrate good_parts/ --model my_model --false-alarm-rate 0.02",
     )
     parser.add_argument("input", nargs="+", metavar="INPUT", help="normal images: files, folders or glob patterns")
-    add_pipeline_options(parser)
+    options.add_pipeline_options(parser)
     parser.add_argument(
-        "--false-alarm-rate",
-        type=rate,
-        default=0.05,
-        metavar="A",
-        help="share of normal images that may be called anomalous (default: 0.05)",
+        "--false-alarm-rate", type=options.rate, default=0.05, help="normal images called anomalous (default: 0.05)"
     )
-    parser.add_argument(
-        "--output-dir", metavar="DIR", type=Path, help="save the calibrated model here instead of into its own folder"
-    )
+    parser.add_argument("--output-dir", type=Path, help="save the model here instead of into its own folder")
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -129,15 +96,13 @@ def _inspect(args: argparse.Namespace) -> int:
         raise ValueError("--dataset: give --parquet FILE for the results.")
     if args.engine not in (None, "local") or _num_processes() > 1:
         raise ValueError("several processes share the work only with --parquet FILE.")
-    from tqdm import tqdm
-
     from ..inspection.inspection import find_images, inspect_files, read_list
     from ..inspection.records import Failure, write_report, write_table
 
     files, results = (read_list(args.file_list), []) if args.file_list else find_images(args.input)
     if not files:
         raise ValueError(" ".join(failure.error for failure in results))
-    check_writable(args.output_dir, args.json and args.json.parent, args.csv and args.csv.parent)
+    options.check_writable(args.output_dir, args.json and args.json.parent, args.csv and args.csv.parent)
     pipe = _load_inspector(args, args.device)
     try:
         found = inspect_files(pipe, files, args.output_dir, batch_size=args.batch_size)
@@ -149,27 +114,29 @@ def _inspect(args: argparse.Namespace) -> int:
             write_report(args.json, args.model, results)
         if args.csv is not None:
             write_table(args.csv, results)
-    print(format_table([_COLUMNS, *map(_cells, results)]))
+    print(options.format_table([_COLUMNS, *map(_cells, results)]))
     if pipe.threshold is None:
         print(_NO_VERDICTS)
     if args.output_dir is not None:
         print(f"Pictures in {args.output_dir}.")
-    return report_left_out([result.error for result in results if isinstance(result, Failure)])
+    return options.report_left_out([result.error for result in results if isinstance(result, Failure)])
 
 
 def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _load_inspector(args: argparse.Namespace, device: str | None) -> "DiffusionADPipeline":
+def _load_inspector(args: argparse.Namespace, device: str | None) -> Any:
     overrides = {"threshold": args.threshold, "false_alarm_rate": args.false_alarm_rate}
-    pipe = load_pipeline(args, device, **{name: value for name, value in overrides.items() if value is not None})
+    pipe = options.load_pipeline(
+        args, device, **{name: value for name, value in overrides.items() if value is not None}
+    )
     if args.false_alarm_rate is not None and pipe.config.calibration_scores is None:
         raise ValueError(f"--false-alarm-rate: {args.model} is not calibrated; run `diffusionad calibrate` first.")
     return pipe
 
 
-def _cells(result: "Inspection | Failure") -> list[str]:
+def _cells(result: Any) -> list[str]:
     if not hasattr(result, "score"):
         return [result.file, "", "", "", "not read", "", ""]
     return [
@@ -184,13 +151,6 @@ def _cells(result: "Inspection | Failure") -> list[str]:
 
 
 def _inspect_in_blocks(args: argparse.Namespace) -> int:
-    from contextlib import ExitStack
-    from functools import partial
-
-    from tqdm import tqdm
-
-    from ..files import require
-
     require("pyarrow", "train")
     from ..inspection.blocks import merge_blocks, open_run
     from ..inspection.engines import AccelerateEngine, LocalEngine, RayEngine
@@ -240,11 +200,11 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find_inputs(args: argparse.Namespace, target_dir: Path) -> "Inputs":
+def _find_inputs(args: argparse.Namespace, target_dir: Path) -> Any:
     from ..inspection.inputs import DatasetInputs, FileInputs
     from ..inspection.inspection import find_images, read_list
 
-    check_writable(target_dir, args.output_dir)
+    options.check_writable(target_dir, args.output_dir)
     if args.dataset is not None:
         return DatasetInputs(args.dataset, args.dataset_config, args.split, args.image_column, args.dataset_revision)
     if args.file_list is not None:
@@ -264,9 +224,9 @@ def _calibrate(args: argparse.Namespace) -> int:
             f"--model {args.model}: comes from the Hub; give --output-dir to say where to save it calibrated."
         )
     target = args.output_dir or Path(args.model)
-    check_writable(target)
-    pipe = load_pipeline(args, args.device)
-    images, failures = read_normal_images(args.input, pipe.config.image_size)
+    options.check_writable(target)
+    pipe = options.load_pipeline(args, args.device)
+    images, failures = options.read_normal_images(args.input, pipe.config.image_size)
     pipe.set_progress_bar_config(disable=False, desc="calibrating", file=sys.stderr)
     scores = calibrate(pipe, images, false_alarm_rate=args.false_alarm_rate, batch_size=args.batch_size)
     if args.output_dir is not None:
@@ -277,4 +237,4 @@ def _calibrate(args: argparse.Namespace) -> int:
         f"{target}: threshold {pipe.threshold:.4f} at a false-alarm rate of {args.false_alarm_rate:.1%}, "
         f"from {len(scores)} normal images (scores {scores[0]:.4f} to {scores[-1]:.4f})."
     )
-    return report_left_out(failures)
+    return options.report_left_out(failures)

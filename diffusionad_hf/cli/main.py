@@ -42,7 +42,3 @@ def _parser() -> argparse.ArgumentParser:
     for module in (serve, inspect, evaluate, train, export, hub):
         module.add_commands(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,10 +5,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..pipeline_diffusionad import DiffusionADPipeline
+from tqdm import tqdm
 
 # Torch and diffusers take seconds to import: here and in all commands, whatever needs them is imported when a command
 # runs, so that --help answers at once.
@@ -42,20 +41,18 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
 
 
 def positive_integer(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return int(text)
 
 
 def rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must lie between 0 and 1, such as 0.05")
-    return value
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and 1, such as 0.05")
+    return float(text)
 
 
-def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs: Any) -> "DiffusionADPipeline":
+def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs: Any) -> Any:
     """Loads `--model` onto a device, or the GPU if there is one; `kwargs` replace values of its configuration."""
     import torch
     from diffusers.utils import logging
@@ -89,8 +86,6 @@ def check_writable(*folders: Path | None) -> None:
 
 def read_normal_images(inputs: Sequence[str], size: int) -> tuple[list, list[str]]:
     """The images that inputs name, at the model's resolution, and why others were left out."""
-    from tqdm import tqdm
-
     from ..inspection.inspection import find_images, read_small
     from ..inspection.records import Failure
 

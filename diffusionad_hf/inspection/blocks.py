@@ -28,7 +28,6 @@ from .inputs import Inputs
 from .inspection import batched, inspect_batches
 from .records import Failure, Inspection
 
-# What a killed process loses is at most one block.
 _BATCHES_PER_BLOCK = 16
 _ROWS_PER_GROUP = 10_000
 _RUN_FILE = "run.json"
@@ -153,10 +152,7 @@ def inspect_blocks(
     pipe: DiffusionADPipeline, inputs: Inputs, run: Run, blocks: Sequence[int], output_dir: Path | None = None
 ) -> Iterator[int]:
     """
-    Inspects blocks one after another and writes each when it is done; images of the next are read meanwhile.
-
-    Yields:
-        `int`: 1 for each image that is done.
+    Inspects blocks and writes each when it is done; images of the next are read meanwhile. Yields 1 for every image.
 
     Raises:
         OSError: If a block or picture cannot be written, or an input cannot be reached.

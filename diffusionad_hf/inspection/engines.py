@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -14,8 +14,6 @@ from ..files import require
 from ..pipeline_diffusionad import DiffusionADPipeline
 from .blocks import Run, describe_model, inspect_blocks
 from .inputs import Inputs
-
-T = TypeVar("T")
 
 # Loads the pipeline, onto a device or, with `None`, wherever is best.
 Load = Callable[[str | None], DiffusionADPipeline]
@@ -30,7 +28,7 @@ class LocalEngine:
     def __init__(self, device: str | None = None):
         self.device = device
 
-    def decide(self, work: Callable[[], T]) -> T:
+    def decide(self, work: Callable[[], Any]) -> Any:
         """What the main process finds, in every process."""
         return work()
 
@@ -40,11 +38,10 @@ class LocalEngine:
         return describe_model(self.pipe) if self.is_main else {}, self.pipe.default_batch_size
 
     def share(self, blocks: Sequence[int]) -> Sequence[int]:
-        """Those of the blocks that this process sees to."""
         return blocks
 
     def inspect(self, inputs: Inputs, run: Run, blocks: Sequence[int], output_dir: Path | None) -> Iterator[int]:
-        """Inspects its share of the blocks; yields numbers of images as they are done."""
+        """Yields numbers of images as they are done."""
         return inspect_blocks(self.pipe, inputs, run, blocks, output_dir)
 
     def wait(self) -> None:
@@ -72,7 +69,7 @@ class AccelerateEngine(LocalEngine):
             device = "cpu" if on_cpu else str(self._state.device)
         super().__init__(device)
 
-    def decide(self, work: Callable[[], T]) -> T:
+    def decide(self, work: Callable[[], Any]) -> Any:
         """If it fails the main process says why, and the others leave in silence."""
         from accelerate.utils import broadcast_object_list
 

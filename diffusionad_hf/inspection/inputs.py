@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
@@ -19,19 +19,8 @@ from .inspection import Item, picture_names
 _ROWS_PER_FOLDER = 10_000
 
 
-class Inputs(Protocol):
-    """Images in order; can be pickled. An interrupted run continues only with inputs of the same description."""
-
-    description: str
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> Iterator[Item]:
-        """Images `start` to `stop` (half open), not decoded."""
-
-
 class FileInputs:
-    """Image files, each once."""
+    """Image files, each once, in this order. A run continues only with inputs of the same `description`."""
 
     def __init__(self, files: Sequence[Path]):
         self.files = files
@@ -45,6 +34,7 @@ class FileInputs:
         return len(self.files)
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
+        """Images `start` to `stop` (half open), not decoded."""
         return (Item(str(file), file, self._names[file]) for file in self.files[start:stop])
 
 
@@ -58,7 +48,6 @@ class DatasetInputs:
     Raises:
         OSError: If the dataset is not there or cannot be reached.
         ValueError: If it cannot be read, or if the split or column does not exist or is not clear.
-        ImportError: If `datasets` is not installed.
     """
 
     def __init__(
@@ -180,3 +169,6 @@ def _digest(lines: Iterable[str]) -> str:
     for line in lines:
         digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()[:16]
+
+
+Inputs = FileInputs | DatasetInputs

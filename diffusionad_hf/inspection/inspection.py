@@ -87,13 +87,7 @@ def inspect_files(
     pipe: DiffusionADPipeline, files: Sequence[Path], output_dir: Path | None = None, *, batch_size: int | None = None
 ) -> Iterator[Inspection | Failure]:
     """
-    Inspects files batch by batch and writes their pictures as it goes.
-
-    Args:
-        pipe: The pipeline.
-        files: Image files.
-        output_dir: Folder for the overlay, mask and reconstruction of every image; without it none are written.
-        batch_size: Images per pass; the pipeline's default if `None`.
+    Inspects files batch by batch and writes their pictures, if there is a folder for them, as it goes.
 
     Yields:
         [`Inspection`] or [`Failure`]: One per file, in order.
