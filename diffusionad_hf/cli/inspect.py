@@ -28,14 +28,14 @@ def add_commands(commands: Any) -> None:
         _inspect,
         epilog="exit code: 0 when all images were inspected, 2 when some could not be read (the others are done "
         "and the failures listed; with --parquet they are rows with an error, and the code is 0)\n\n"
-        "example: diffusionad inspect photos/ --model org/diffusionad-mvtec-screw --output-dir report "
-        "--json report.json\n\n"
+        "example: diffusionad inspect photos/ --model org/diffusionad-mvtec-screw --output-dir report --csv r.csv\n\n"
         "More images than you want to wait for: --parquet writes them in blocks, and the same command goes on where\n"
-        "one was interrupted or killed. With all GPUs of a machine, or in as many processes on its CPU (for which\n"
-        "--multi_gpu is needed as well: without it accelerate starts one process):\n"
+        "one was interrupted or killed. With all GPUs of a machine, or as many processes on its CPU (there too only\n"
+        "with --multi_gpu: without it accelerate starts one):\n"
         "  accelerate launch --multi_gpu --num_processes 8 -m diffusionad_hf inspect \\\n"
         "      --dataset org/photos --split train --model org/diffusionad-mvtec-screw --parquet results.parquet\n"
-        "With a Ray cluster: --engine ray. Several machines need the folder of FILE, and local images, in common.",
+        "With a Ray cluster: --engine ray. Several machines need FILE's folder, local images and all that `datasets`\n"
+        "downloads in common.",
     )
     parser.add_argument("input", nargs="*", metavar="INPUT", help="image files, folders and all below, or patterns")
     parser.add_argument("--file-list", type=Path, help="instead of INPUTs: a text file with a path on each line")

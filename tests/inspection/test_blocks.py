@@ -163,9 +163,11 @@ def test_what_is_missing_is_done_and_what_is_there_is_not_done_again(
     assert written(target).items() >= kept.items() and target.read_bytes() == whole.read_bytes()
     assert not list(folder.glob("*.partial"))
 
+    before = written(target)
     target.unlink()
     monkeypatch.setattr(DiffusionADPipeline, "_inspect", None)  # no image can be inspected any more
-    assert run(*arguments) == 0 and target.read_bytes() == whole.read_bytes()
+    assert run(*arguments) == 0
+    assert written(target) == before and target.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("reason", ["an error", "SIGTERM"])
@@ -311,6 +313,10 @@ def test_a_file_list(photos, whole, model_dir, tmp_path, target, capsys):
     assert [row["file"] for row in rows] == [str(file) for file in files]
     assert "missing.png: no such" in rows[1]["error"] and "missing.png: no such" in capsys.readouterr().err
     assert rows[0]["score"] == pytest.approx(pq.read_table(whole)["score"][3].as_py(), abs=1e-6)
+    # And without Parquet.
+    assert run(*arguments, "--json", tmp_path / "r.json") == 2
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [image["file"] for image in report["images"]] == [str(files[0]), str(files[2])]
 
 
 @pytest.mark.parametrize("kind", ["Parquet", "one file", "images in a folder", "tar files", "saved to disk", "paths"])
