@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 .PHONY: demo test test-any-cpu style quality space wheel clean
 
 demo: $(VENV)/.core  ## Inspect the bundled examples with the embedded model.
-	HF_HUB_OFFLINE=1 $(BIN)/diffusionad inspect space/examples --model space/checkpoints/demo-part --output-dir outputs/demo
+	$(BIN)/diffusionad demo
 
 test: $(VENV)/.all  ## Run all tests.
 	$(BIN)/python -m pytest

@@ -10,9 +10,6 @@ MEASUREMENTS = {
     "training": "images a second (and GPU memory) of a training step, synthesis included",
     "synthesis": "synthetic anomalies a second",
     "metrics": "time and memory of the evaluation's metrics",
-    "startup": "import, --help, and the first image from a cold start",
-    "space": "load and speed of the inspection page",
-    "pareto": "sizes of the networks: accuracy against cost",
     "runtimes": "exported models: OpenVINO and ONNX against PyTorch",
 }
 

@@ -1,7 +1,7 @@
 """Speed of inspection, against the paper's way of computing the same thing.
 
     python -m benchmarks inference                                  # small and tiny, 256 px
-    python -m benchmarks inference --presets paper --batch_sizes 1 --repeats 3
+    python -m benchmarks inference --presets paper --batch-sizes 1 --repeats 3
     python -m benchmarks inference --device cuda --presets paper --dtypes float32 bfloat16 --compile reduce-overhead
     python -m benchmarks inference --model space/checkpoints/demo-part --files 32
     python -m benchmarks inference --presets small --profile        # where the time goes
@@ -51,9 +51,8 @@ from benchmarks.machine import (
     timed,
 )
 from diffusionad_hf import PRESETS, DiffusionADPipeline, build_pipeline
-from diffusionad_hf.pipeline_diffusionad import load_image
-
-__all__ = ["count_image", "main", "papers_way"]
+from diffusionad_hf.flags import DashedParser
+from diffusionad_hf.images_diffusionad import load_image
 
 _PHOTO_SIZE = 1024
 
@@ -99,12 +98,12 @@ def papers_way(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["small", "tiny"])
     what.add_argument("--model", metavar="M", help="a pipeline folder or Hub id instead of untrained presets")
     parser.add_argument("--resolution", type=int, default=256, help="of the presets' images in px (default: 256)")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", metavar="B", help="default: 1 4; on a GPU 1 16 64")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="default: 1 4; on a GPU 1 16 64")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
     parser.add_argument(
         "--compile",
@@ -113,8 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         help="also measure both networks compiled so",
     )
     parser.add_argument("--files", type=int, default=0, metavar="N", help="also inspect N PNG files of 1024 px")
-    parser.add_argument("--no_baseline", action="store_true", help="leave the paper's way out: it takes long on a CPU")
-    parser.add_argument("--keep_freed_memory", action="store_true", help="see training/memory.py; for all rows")
+    parser.add_argument("--no-baseline", action="store_true", help="leave the paper's way out: it takes long on a CPU")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="see training/memory.py; for all rows")
     parser.add_argument("--profile", action="store_true", help="also tell the pipeline's most expensive operations")
     add_options(parser, repeats=5)
     args = parser.parse_args(argv)

@@ -16,25 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusionad_hf.evaluation.evaluator import describe_hardware
 
-__all__ = [
-    "DTYPES",
-    "PeakMemory",
-    "add_options",
-    "compile_everything",
-    "count_flops",
-    "describe",
-    "find_device",
-    "find_slow_types",
-    "matmul_peak",
-    "measure_in_turns",
-    "report",
-    "save",
-    "set_free",
-    "spread",
-    "take_turns",
-    "timed",
-]
-
 SLOW = 4
 """A type this many times slower than float32 is not computed by the processor itself, and can take hours."""
 

@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from diffusionad_hf.evaluation.evaluator import AnomalyEvaluator, aupro
+from diffusionad_hf.evaluation.evaluator import AnomalyEvaluator
+from diffusionad_hf.evaluation.metrics import aupro
+from diffusionad_hf.flags import DashedParser
 
 
 def make_predictions(
@@ -88,13 +90,13 @@ def peak_gigabytes() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=160)
-    parser.add_argument("--memory_images", type=int, default=1000)
+    parser.add_argument("--memory-images", type=int, default=1000)
     parser.add_argument("--size", type=int, default=256, help="side of the maps in px")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--stream_only", action="store_true", help="only feed --images maps one by one, for memory")
+    parser.add_argument("--stream-only", action="store_true", help="only feed --images maps one by one, for memory")
     args = parser.parse_args()
 
     if args.stream_only:
@@ -104,7 +106,7 @@ def main() -> None:
         return
 
     # A process starts with its parent's peak, so memory is measured before anything large is made here.
-    command = [sys.executable, "-m", "benchmarks.metrics", "--stream_only"]
+    command = [sys.executable, "-m", "benchmarks.metrics", "--stream-only"]
     command += ["--images", str(args.memory_images), "--size", str(args.size)]
     memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(f"{args.memory_images} maps of {args.size} px, fed one by one")

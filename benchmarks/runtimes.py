@@ -1,7 +1,7 @@
 """Eager torch against exported models: time per image, and what it does to the scores.
 
     python -m benchmarks.runtimes --preset small --resolution 256
-    python -m benchmarks.runtimes --model M --data_dir D [--category C] --calibration_images NORMAL
+    python -m benchmarks.runtimes --model M --data-dir D [--category C] --calibration-images NORMAL
 
 The first measures time alone, on random weights: time does not depend on them. The second also measures image AUROC
 and how far scores move, on the labelled test set D; NORMAL are normal images outside of it, which int8 is calibrated
@@ -27,11 +27,12 @@ import torch
 
 from benchmarks.machine import describe, find_slow_types, measure_in_turns, report
 from diffusionad_hf import PRESETS, DiffusionADPipeline, build_pipeline
-from diffusionad_hf.evaluation.evaluator import image_metrics
-from diffusionad_hf.export.exported_pipeline import load_model
+from diffusionad_hf.evaluation.metrics import image_metrics
 from diffusionad_hf.export.exporting import export_pipeline
+from diffusionad_hf.flags import DashedParser
+from diffusionad_hf.images_diffusionad import load_image
 from diffusionad_hf.inspection.inspection import find_images
-from diffusionad_hf.pipeline_diffusionad import load_image
+from diffusionad_hf.loading import load_model
 
 EAGER, EAGER_BF16 = "torch eager fp32", "torch eager bf16"
 EXPORTS = {
@@ -53,7 +54,7 @@ def random_pipeline(preset: str, resolution: int) -> DiffusionADPipeline:
 
 
 def labelled_images(data_dir: str, category: str | None, limit: int | None) -> tuple[list[Any], list[int]]:
-    """Test images of a data set and their labels, spread evenly over it where there are more than `limit`."""
+    """Test images of a dataset and their labels, spread evenly over it where there are more than `limit`."""
     from diffusionad_hf.data import load_category
 
     test = load_category(data_dir, category)["test"]
@@ -166,8 +167,15 @@ def run(
     }
 
 
-def add_runtimes(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that names the runtimes to measure."""
+def main() -> None:
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="pipeline folder or Hub id; random weights of --preset without")
+    parser.add_argument("--preset", default="small", choices=list(PRESETS))
+    parser.add_argument("--resolution", type=int, default=256, help="side of the images in px, without --model")
+    parser.add_argument("--data-dir", help="dataset with a labelled test split, for the image AUROC")
+    parser.add_argument("--category", help="which category of it")
+    parser.add_argument("--calibration-images", nargs="+", help="normal images for int8: files, folders or patterns")
+    parser.add_argument("--limit", type=int, help="use only so many test images")
     parser.add_argument(
         "--runtimes",
         nargs="+",
@@ -176,18 +184,6 @@ def add_runtimes(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="compared with eager float32, each name in quotes; default: all of %(choices)s",
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="pipeline folder or Hub id; random weights of --preset without")
-    parser.add_argument("--preset", default="small", choices=list(PRESETS))
-    parser.add_argument("--resolution", type=int, default=256, help="side of the images in px, without --model")
-    parser.add_argument("--data_dir", help="data set with a labelled test split, for the image AUROC")
-    parser.add_argument("--category", help="which category of it")
-    parser.add_argument("--calibration_images", nargs="+", help="normal images for int8: files, folders or patterns")
-    parser.add_argument("--limit", type=int, help="use only so many test images")
-    add_runtimes(parser)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int)
     parser.add_argument(

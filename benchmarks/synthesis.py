@@ -1,6 +1,6 @@
 """Images a second of the anomaly synthesis, on one CPU core or on a GPU.
 
-    python -m benchmarks.synthesis [--device cuda] [--texture_dir DTD/images] [--json FILE]
+    python -m benchmarks synthesis [--device cuda] [--texture-dir DTD/images] [--json FILE]
 
 Counts every image, also the half that stays normal: this is the rate at which training batches come out. The images
 are smooth noise with a foreground over a seventh of them, as large as the screws of MVTec AD with their surroundings.
@@ -8,90 +8,52 @@ On a CPU the clock is the processor time of the one thread, so that other progra
 loader makes 80 images a second on a core.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
-import platform
 import time
+from itertools import count
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.machine import add_options, describe, find_device, report, spread, timed
+from diffusionad_hf.flags import DashedParser
 from diffusionad_hf.training.synthesis import AnomalySynthesizer
 from diffusionad_hf.training.textures import FolderTextures, ProceduralTextures
 
 
-def run(
-    device: str = "cpu", *, size: int = 256, batch: int = 16, repeats: int = 20, texture_dir: str | Path | None = None
-) -> dict:
-    """Measures the synthesis.
-
-    Args:
-        device: where the images lie. On "cpu" one thread is used.
-        size: side of the images in pixels.
-        batch: images a call.
-        repeats: calls in each of the five timings; the median counts.
-        texture_dir: folder of textures; procedural ones without.
-
-    Returns:
-        What was measured: images a second (median, lowest and highest of five) and the settings.
-    """
-    threads = torch.get_num_threads()
-    if device == "cpu":
+def main(argv: list[str] | None = None) -> None:
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=256, help="side of the images in px (default: 256)")
+    parser.add_argument("--batch", type=int, default=16, help="images a call (default: 16)")
+    parser.add_argument("--calls", type=int, default=20, help="calls in each timing (default: 20)")
+    parser.add_argument("--texture-dir", type=Path, help="folder of textures; procedural ones without it")
+    add_options(parser, repeats=5)
+    args = parser.parse_args(argv)
+    device, size = find_device(args.device), args.size
+    if device.type == "cpu":
         torch.set_num_threads(1)
-    try:
-        textures = FolderTextures(texture_dir, size, 200) if texture_dir else ProceduralTextures(size, 60)
-        generator = torch.Generator().manual_seed(0)
-        images = F.interpolate(torch.rand(batch, 3, 32, 32, generator=generator), size=size, mode="bilinear").to(
-            device
-        )
-        foreground = torch.zeros(batch, 1, size, size, device=device)
-        foreground[:, :, 2 * size // 5 : 3 * size // 5, size // 8 : 7 * size // 8] = 1
-        synthesizer = AnomalySynthesizer(textures)
+    textures = FolderTextures(args.texture_dir, size, 200) if args.texture_dir else ProceduralTextures(size, 60)
+    coarse = torch.rand(args.batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(coarse, size=size, mode="bilinear").to(device)
+    foreground = torch.zeros(args.batch, 1, size, size, device=device)
+    foreground[:, :, 2 * size // 5 : 3 * size // 5, size // 8 : 7 * size // 8] = 1
+    synthesizer, epochs = AnomalySynthesizer(textures), count()
 
-        def seconds(first_epoch: int) -> float:
-            clock = time.perf_counter if images.is_cuda else time.process_time
-            start = clock()
-            for epoch in range(first_epoch, first_epoch + repeats):
-                synthesizer(images, range(batch), epoch, foreground)
-            if images.is_cuda:
-                torch.cuda.synchronize(images.device)
-            return clock() - start
+    def seconds() -> float:
+        def calls() -> None:
+            for _ in range(args.calls):
+                synthesizer(images, range(args.batch), next(epochs), foreground)
 
-        seconds(0)  # warm-up
-        rates = sorted(batch * repeats / seconds(i * repeats) for i in range(5))
-    finally:
-        torch.set_num_threads(threads)
-    return {
-        "images_per_second": round(rates[2], 1),
-        "lowest": round(rates[0], 1),
-        "highest": round(rates[-1], 1),
-        "device": torch.cuda.get_device_name(images.device)
-        if images.is_cuda
-        else f"{platform.machine()} CPU, 1 thread",
-        "size": size,
-        "batch": batch,
-        "textures": "folder" if texture_dir else "procedural",
-        "torch": torch.__version__,
-    }
+        began = time.process_time()
+        elapsed = timed(calls, device)
+        return time.process_time() - began if device.type == "cpu" else elapsed
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--texture_dir", type=Path)
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    options = vars(parser.parse_args())
-    file = options.pop("json")
-    result = json.dumps(run(**options), indent=2)
-    print(result)
-    if file:
-        file.write_text(result + "\n", encoding="utf-8")
+    seconds()  # warm-up
+    rates = spread([args.batch * args.calls / seconds() for _ in range(args.repeats)])
+    settings = {"size": size, "batch": args.batch, "textures": "folder" if args.texture_dir else "procedural"}
+    result = {"machine": describe(device), **settings, "images_per_second": rates}
+    report(result, ", ".join(f"{name} {value:.1f} images/s" for name, value in rates.items()), args.json)
 
 
 if __name__ == "__main__":

@@ -40,23 +40,22 @@ from benchmarks.machine import (
     timed,
 )
 from diffusionad_hf import PRESETS, build_pipeline
+from diffusionad_hf.flags import DashedParser
 from diffusionad_hf.training.loop import prepare_batch
 from diffusionad_hf.training.losses import DiffusionADObjective
 from diffusionad_hf.training.memory import keep_freed_memory
 from diffusionad_hf.training.synthesis import AnomalySynthesizer
 from diffusionad_hf.training.textures import ProceduralTextures
 
-__all__ = ["main"]
-
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["tiny", "small"])
     parser.add_argument("--resolution", type=int, default=256, help="of the images in px (default: 256)")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", metavar="B", help="default: 4; on a GPU 16")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="default: 4; on a GPU 16")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="autocast")
     parser.add_argument("--layouts", nargs="+", choices=["contiguous", "channels_last"], default=["channels_last"])
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="also measure with it")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="also measure with it")
     parser.add_argument("--compile", action="store_true", help="also measure with torch.compile")
     parser.add_argument("--fused", action="store_true", help="fused Adam on a CPU too")
     add_options(parser, repeats=5)

@@ -4,15 +4,14 @@ import logging
 import math
 from collections.abc import Sequence
 
-from .pipeline_diffusionad import DiffusionADPipeline, ImageInput
-
-__all__ = ["calibrate", "images_needed"]
+from .images_diffusionad import ImageInput
+from .pipeline_diffusionad import DiffusionADPipeline
 
 logger = logging.getLogger(__name__)
 
 
 def images_needed(false_alarm_rate: float) -> int:
-    """How many normal images it takes before a false-alarm rate can be promised at all: `1 / rate - 1`."""
+    """The fewest normal images that can promise a false-alarm rate: `1 / rate - 1`."""
     return math.ceil(1 / false_alarm_rate - 1 - 1e-9)
 
 
@@ -49,18 +48,17 @@ def calibrate(
     if len(images) < images_needed(rate):
         logger.warning(
             f"{len(images)} normal images cannot promise a false-alarm rate of {rate:.1%}: no image will be "
-            "called anomalous. "
-            f"Give {images_needed(rate)} or more, or allow a higher rate."
+            f"called anomalous. Give {images_needed(rate)} or more, or allow a higher rate."
         )
     size = pipe.default_batch_size if batch_size is None else batch_size
     scores: list[float] = []
-    # Batch by batch: of thousands of images, the maps at their own sizes would not fit into memory.
+    # Batch by batch: the full-size maps of thousands of images would not fit into memory.
     with pipe.progress_bar(total=len(images)) as progress:
         for start in range(0, len(images), size):
             found = pipe(images[start : start + size], batch_size=size).anomaly_score.tolist()
             scores += found
             progress.update(len(found))
     scores.sort()
-    # A threshold of one's own would hide the calibrated one.
+    # An explicit threshold overrides the calibrated one, so clear it.
     pipe.register_to_config(calibration_scores=scores, false_alarm_rate=rate, threshold=None)
     return scores

@@ -13,8 +13,6 @@ from .modeling_norm_guided_unet import NormGuidedUNet2DModel
 from .pipeline_diffusionad import DiffusionADPipeline
 from .scheduling_norm_guided import NormGuidedScheduler
 
-__all__ = ["convert_checkpoint", "convert_segmenter_weights", "convert_unet_weights", "pipeline_from_checkpoint"]
-
 _RESNET_PARTS = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -26,28 +24,17 @@ _RESNET_PARTS = {
 _SEGMENTER_UP = ("b", "1", "2", "3", "4")
 
 
-def convert_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> DiffusionADPipeline:
+def pipeline_from_checkpoint(checkpoint: str | Path) -> DiffusionADPipeline:
     """
-    Writes a pipeline folder from a `params-*.pt` of the reference implementation.
+    Reads a `params-*.pt` of the reference implementation.
 
     Args:
         checkpoint: The file; read with `weights_only=True`, so that nothing in it is executed.
-        output_dir: Folder of the pipeline; created where needed.
-
-    Returns:
-        [`DiffusionADPipeline`]: The converted pipeline.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no such checkpoint, or its weights fit no network of this package.
+        ValueError: If it is not such a checkpoint, or its weights fit no network of this package.
     """
-    pipe = pipeline_from_checkpoint(checkpoint)
-    pipe.save_pretrained(output_dir)
-    return pipe
-
-
-def pipeline_from_checkpoint(checkpoint: str | Path) -> DiffusionADPipeline:
-    """Like [`convert_checkpoint`], in memory."""
     state = _read(Path(checkpoint))
     unet_weights, segmenter_weights = state["unet_model_state_dict"], state["seg_model_state_dict"]
     args = dict(state.get("args") or {})
@@ -171,7 +158,7 @@ def convert_segmenter_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def _unet_config(weights: Mapping[str, torch.Tensor], args: Mapping) -> dict:
-    """The network's configuration: from its weights' shapes where they tell, else from the training's arguments."""
+    """The network's configuration, from the shapes of its weights, and from the training's arguments for the rest."""
     entries = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("down."))
     # Every level but one ends with an upsampler, the only residual block in an entry of the up list that is not its
     # first.
@@ -210,7 +197,7 @@ def _read(path: Path) -> dict:
             f"{path}: refused, because it holds more than tensors and plain values and loading it could run code. "
             "Only convert checkpoints written by the reference's train.py."
         ) from error
-    # The unpickler stumbles over other kinds of file in every way there is: KeyError, EOFError, RuntimeError, ...
+    # On other files the unpickler may raise anything: KeyError, EOFError, RuntimeError, ...
     except Exception as error:
         raise ValueError(f"{path}: not a readable PyTorch checkpoint (truncated, or another kind of file).") from error
     missing = [k for k in ("unet_model_state_dict", "seg_model_state_dict") if not _is_weights(state, k)]
@@ -220,8 +207,7 @@ def _read(path: Path) -> dict:
 
 
 def _plain_dict(*_: object) -> dict:
-    """Stands in for `collections.defaultdict(str)`, in which the reference saves its `args` and which the safe
-    unpickler refuses to fill."""
+    """Replaces `collections.defaultdict(str)`, the type of the reference's `args`, which the unpickler refuses."""
     return {}
 
 

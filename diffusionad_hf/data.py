@@ -1,4 +1,4 @@
-"""Anomaly-detection data sets in the layouts they come in, as `datasets.Dataset`s that hold paths instead of pixels.
+"""Anomaly-detection datasets in the layouts they come in, as `datasets.Dataset`s that hold paths instead of pixels.
 
 Every layout becomes a `DatasetDict` with the splits "train" (normal images only, which is all that training may see)
 and "test", and the columns
@@ -19,13 +19,21 @@ Layouts, recognised by themselves or named by `layout=`:
     visa     split_csv/1cls.csv and the files that it lists: VisA as downloaded
     dagm     Class<N>/Train and Test, each with a Label folder: DAGM 2007. Defective training images are left out
     folder   good/ and one folder a defect, if any (ground_truth/<defect> for masks), or normal images alone
-    hub      the id of a dataset on the Hugging Face Hub
+    hub      the id of a dataset on the Hugging Face Hub with these columns, of which only `image` is needed:
+
+                 image        an `Image`
+                 mask         an `Image`, non-zero on defects
+                 label        0 normal / 1 anomalous, or class names: good, ok or normal, and anything else for defects
+                 defect_type  text
+                 category     text; several configurations are categories as well
+
+             Splits "train" and "test"; without a test split every fifth normal image is held out. Without a label and
+             a type, images with a mask are defective
 """
 
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import logging
 import re
@@ -40,40 +48,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .pipeline_diffusionad import load_image
+from .files import require
+from .images_diffusionad import IMAGE_SUFFIXES, load_image
 
 logger = logging.getLogger(__name__)
 
 NORMAL = "good"
-"""`defect_type` of normal images in every data set, whatever the data set itself calls them."""
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+"""`defect_type` of normal images in every dataset, whatever the dataset itself calls them."""
 
 _NORMAL_NAMES = frozenset({"good", "ok", "normal"})
 _MASK_FOLDERS = ("ground_truth", "masks")
-_TEST_SHARE = 0.2  # of the normal images, where a data set has defects but no split of its own
+_TEST_SHARE = 0.2  # of the normal images, where a dataset has defects but no split of its own
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on broken files
 
 
 class Sample(NamedTuple):
-    """One image of a data set, by its path."""
+    """One image of a dataset, by its path."""
 
     image: Path
     mask: Path | None
     defect_type: str
     split: str
-
-
-def require(module: str) -> ModuleType:
-    """Import a package that only model makers need.
-
-    Raises:
-        ImportError: it is not installed; the message says how to get it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f'this needs {error.name}: pip install "diffusionad-hf[train]"') from None
 
 
 def binary_mask(mask: Image.Image | np.ndarray) -> np.ndarray:
@@ -125,7 +120,7 @@ def _pair(images: list[Path], masks: list[Path], defective: list[Path]) -> dict[
     """Masks by image. `images` may own a mask, `defective` ones must.
 
     Raises:
-        ValueError: a mask has no image, or a defective image has no mask; names them.
+        ValueError: If a mask has no image, or a defective image has no mask; names them.
     """
     by_stem = {image.stem: image for image in images}
     pairs, orphans = {}, []
@@ -303,7 +298,7 @@ def _recognise(source: str | Path, layout: str) -> tuple[str, dict[str, Path]]:
         return "hub", {}
     if not root.is_dir():
         raise FileNotFoundError(
-            f"there is no folder {source}: give the folder of the data set, or owner/name on the Hub."
+            f"there is no folder {source}: give the folder of the dataset, or owner/name on the Hub."
         )
     root = root.resolve()  # so that "." has a name
     candidates = _LAYOUTS if layout == "auto" else {layout: _LAYOUTS[layout]}
@@ -328,11 +323,11 @@ def _choose(category: str | None, categories: Sequence[str], source: str | Path)
 def list_categories(source: str | Path, layout: str = "auto") -> list[str]:
     """Names of the categories in a folder or a Hub dataset, sorted.
 
-    On the Hub these are the configurations, or the values of a category column, for which the dataset is downloaded.
+    On the Hub these are the configurations, or else the values of `category`, for which the dataset is downloaded.
 
     Raises:
-        FileNotFoundError: the folder or the Hub dataset does not exist.
-        ValueError: the layout is not recognised.
+        FileNotFoundError: If the folder or the Hub dataset does not exist.
+        ValueError: If the layout is not recognised.
     """
     layout, categories = _recognise(source, layout)
     return _hub_categories(str(source)) if layout == "hub" else sorted(categories)
@@ -342,20 +337,20 @@ def load_category(source: str | Path, category: str | None = None, *, layout: st
     """Load one category as a `datasets.DatasetDict` with the splits "train" (normal images) and "test".
 
     Args:
-        source: folder of the data set or of one category of it, or a dataset id on the Hub (`owner/name`).
+        source: folder of the dataset or of one category of it, or a dataset id on the Hub (`owner/name`).
         category: which one; not needed where there is only one.
         layout: "auto" or one of `LAYOUTS`; the module's docstring describes them.
 
     Returns:
-        The data set. Only paths are in memory; images are decoded row by row.
+        The dataset. Only paths are in memory; images are decoded row by row.
 
     Raises:
-        FileNotFoundError: the folder or the Hub dataset does not exist.
-        ValueError: the layout is not recognised; the category is not there; it has no normal training image; a mask
+        FileNotFoundError: If the folder or the Hub dataset does not exist.
+        ValueError: If the layout is not recognised; the category is not there; it has no normal training image; a mask
             has no image, a defective image no mask, or a mask another size than its image.
-        ImportError: `datasets` is not installed.
+        ImportError: If `datasets` is not installed.
     """
-    datasets = require("datasets")
+    datasets = require("datasets", "train")
     layout, categories = _recognise(source, layout)
     if layout == "hub":
         return _load_hub(str(source), category)
@@ -412,14 +407,10 @@ def _shown_size(path: Path) -> tuple[int, int]:
 
 # -- The Hub --------------------------------------------------------------------------------------------------------
 
-_HUB_COLUMNS = {
-    "image": ("image", "img"),
-    "mask": ("mask", "ground_truth", "segmentation_mask", "segmentation", "gt"),
-    "label": ("label", "labels", "is_anomalous", "anomaly", "target"),
-    "defect_type": ("defect_type", "anomaly_type", "defect"),
-    "category": ("category", "object", "product"),
-}
-_HUB_NORMAL = _NORMAL_NAMES | {"0", "false"}
+_HUB_SCHEMA = (
+    "image (an Image) and, if there are any, mask (an Image), label (0 and 1, or class names like good and scratch), "
+    "defect_type and category (text)"
+)
 
 
 def _ask_hub(function: Callable[..., Any], repo_id: str, *args: Any) -> Any:
@@ -434,36 +425,39 @@ def _ask_hub(function: Callable[..., Any], repo_id: str, *args: Any) -> Any:
 
 
 def _hub_configs(repo_id: str) -> list[str]:
-    return sorted(_ask_hub(require("datasets").get_dataset_config_names, repo_id))
+    return sorted(_ask_hub(require("datasets", "train").get_dataset_config_names, repo_id))
 
 
-def _names(table: Any, column: str) -> np.ndarray:
-    """A column's values as strings, class numbers replaced by their class's name."""
+def _hub_table(repo_id: str, config: str) -> tuple[Any, np.ndarray]:
+    """All splits of a configuration in one table, and the split that each row comes from."""
+    datasets = require("datasets", "train")
+    raw = _ask_hub(datasets.load_dataset, repo_id, config)
+    table = datasets.concatenate_datasets(list(raw.values()))
+    features = table.features
+    # A dataset with defects that nothing marks, under a column name of its own, would be trained on as normal.
+    unknown = set(features) - {*_features(datasets), "category"}
+    pictures = [features.get("image"), features.get("mask", datasets.Image())]
+    unmarked = unknown and not {"mask", "label", "defect_type"} & set(features)
+    if unmarked or not all(isinstance(feature, datasets.Image) for feature in pictures):
+        raise ValueError(
+            f"dataset {repo_id} has the columns {_shorten(table.column_names, most=40)}; expected are {_HUB_SCHEMA}. "
+            "Rename those that have other names with `dataset.rename_column` and push the result."
+        )
+    return table, np.repeat(list(raw), [len(part) for part in raw.values()])
+
+
+def _hub_values(table: Any, column: str) -> np.ndarray:
+    """A column as strings, with class numbers replaced by their names."""
     feature, values = table.features[column], table.select_columns(column)[:][column]
     if hasattr(feature, "int2str"):
         values = [None if value is None else feature.int2str(value) for value in values]
     return np.array(["" if value is None else str(value) for value in values], dtype=object)
 
 
-def _hub_table(repo_id: str, config: str) -> tuple[Any, np.ndarray, dict[str, str | None]]:
-    """All splits of a configuration in one table, the split that each row comes from, and our roles' columns."""
-    datasets = require("datasets")
-    raw = _ask_hub(datasets.load_dataset, repo_id, config)
-    table = datasets.concatenate_datasets(list(raw.values()))
-    origin = np.repeat(list(raw), [len(part) for part in raw.values()])
-    columns = {role: next((c for c in names if c in table.features), None) for role, names in _HUB_COLUMNS.items()}
-    for role in ("image", "mask"):
-        if columns[role] is not None and not isinstance(table.features[columns[role]], datasets.Image):
-            columns[role] = None
-    if columns["image"] is None:
-        raise ValueError(f"dataset {repo_id} has no image column: it has {_shorten(table.column_names)}.")
-    return table, origin, columns
-
-
-def _hub_row_categories(repo_id: str, table: Any, columns: dict[str, str | None]) -> np.ndarray:
-    """Each row's category: what a category column says, else all are one, called as the repository is."""
-    if columns["category"] is not None:
-        return _names(table, columns["category"])
+def _hub_row_categories(repo_id: str, table: Any) -> np.ndarray:
+    """Each row's category; without such a column all rows are one, named after the repository."""
+    if "category" in table.features:
+        return _hub_values(table, "category")
     return np.full(len(table), repo_id.rstrip("/").rpartition("/")[2], dtype=object)
 
 
@@ -471,76 +465,63 @@ def _hub_categories(repo_id: str) -> list[str]:
     configs = _hub_configs(repo_id)
     if len(configs) > 1:
         return configs
-    table, _, columns = _hub_table(repo_id, configs[0])
-    return sorted(set(_hub_row_categories(repo_id, table, columns)))
+    return sorted(set(_hub_row_categories(repo_id, _hub_table(repo_id, configs[0])[0])))
 
 
 def _load_hub(repo_id: str, category: str | None) -> Any:
-    """One category of a Hub dataset: a configuration, or the rows that a category column names.
+    """One category of a Hub dataset: a configuration, or the rows of that `category`.
 
-    Without a test split every fifth normal image is held out for it; with one, defective images of the train split
-    are dropped.
+    Defective images of a train split are dropped. Without a test split every fifth normal image is held out.
     """
-    datasets = require("datasets")
+    datasets = require("datasets", "train")
     configs = _hub_configs(repo_id)
     config = _choose(category, configs, repo_id) if len(configs) > 1 else configs[0]
-    table, origin, columns = _hub_table(repo_id, config)
-    wanted = np.ones(len(table), dtype=bool)
+    table, origin = _hub_table(repo_id, config)
     if len(configs) == 1:
-        row_categories = _hub_row_categories(repo_id, table, columns)
-        wanted = row_categories == _choose(category, sorted(set(row_categories)), repo_id)
+        row_categories = _hub_row_categories(repo_id, table)
+        category = _choose(category, sorted(set(row_categories)), repo_id)
+        origin = np.where(row_categories == category, origin, "")
 
-    types = _hub_defect_types(table, columns, repo_id)
+    types = _hub_defect_types(table)
     normal = types == NORMAL
-    test_name = next((name for name in ("test", "validation") if name in origin), None)
-    split = np.full(len(table), "", dtype=object)
-    if "train" in origin and test_name is not None:
-        split[wanted & normal & (origin == "train")] = "train"
-        split[wanted & (origin == test_name)] = "test"
-        if dropped := np.sum(wanted & ~normal & (origin == "train")):
-            logger.warning("%s: %d defective images of the train split are left out", repo_id, dropped)
+    if "train" in origin and "test" in origin:
+        dropped = ~normal & (origin == "train")
+        split = np.where(dropped, "", origin)
+        if dropped.any():
+            logger.warning("%s: %d defective images of the train split are left out", repo_id, dropped.sum())
     else:
-        split[wanted] = np.where(normal[wanted], "train", "test")
-        if not normal[wanted].all():
-            split[np.flatnonzero(wanted & normal)[4::5]] = "test"
-    if not (split == "train").any():
-        raise ValueError(
-            f"dataset {repo_id} has no normal images to train on: its labels are {_shorten(sorted(set(types)))}."
-        )
+        split = np.where(origin == "", "", np.where(normal, "train", "test"))
+        if "test" in split:
+            split[np.flatnonzero(split == "train")[4::5]] = "test"
+    if "train" not in split:
+        found = _shorten(sorted(set(types[origin != ""])))
+        raise ValueError(f"dataset {repo_id} has no normal images to train on: it has {found}.")
 
     features = _features(datasets)
     ours = {"label": (~normal).astype(int).tolist(), "defect_type": types.tolist(), "split": split.tolist()}
-    if columns["mask"] is None:
+    if "mask" not in table.features:
         ours["mask"] = [None] * len(table)
     ours = datasets.Dataset.from_dict(ours, features=datasets.Features({name: features[name] for name in ours}))
-    pictures = {columns[role]: role for role in ("image", "mask") if columns[role] is not None}
-    table = table.select_columns(list(pictures)).rename_columns(pictures)
+    pictures = table.select_columns([name for name in ("image", "mask") if name in table.features])
     # Side by side and then selected: neither step copies or decodes an image.
-    table = datasets.concatenate_datasets([table, ours], axis=1).select_columns(list(features))
+    table = datasets.concatenate_datasets([pictures, ours], axis=1).select_columns(list(features))
     return datasets.DatasetDict({name: table.select(np.flatnonzero(split == name)) for name in ("train", "test")})
 
 
-def _hub_defect_types(table: Any, columns: dict[str, str | None], repo_id: str) -> np.ndarray:
-    """Defect type of every row, from a label and a type column, from either, or from the masks; all normal without
-    any."""
-    label, kind = columns["label"], columns["defect_type"]
-    if label is None and kind is None:
-        if columns["mask"] is None:
-            return np.full(len(table), NORMAL, dtype=object)
-        masks = table.select_columns(columns["mask"])
-        defective = [row[columns["mask"]] is not None and binary_mask(row[columns["mask"]]).any() for row in masks]
+def _hub_defect_types(table: Any) -> np.ndarray:
+    """Defect type of every row, from `label` and `defect_type`, or from the masks; all normal without any of them."""
+    columns = [name for name in ("label", "defect_type", "mask") if name in table.features]
+    if not columns:
+        return np.full(len(table), NORMAL, dtype=object)
+    if columns == ["mask"]:
+        masks = (row["mask"] for row in table.select_columns("mask"))
+        defective = [mask is not None and binary_mask(mask).any() for mask in masks]
         return np.where(defective, "defect", NORMAL).astype(object)
-    labels, kinds = (None if column is None else _names(table, column) for column in (label, kind))
-    values = kinds if labels is None else labels
-    normal = np.array([value.lower() in _HUB_NORMAL for value in values])
-    if not normal.any():
-        raise ValueError(
-            f"column {label or kind!r} of dataset {repo_id} marks no image as normal: its values are "
-            f"{_shorten(sorted(set(values)))}, and normal ones are called good, ok, normal, 0 or false."
-        )
-    named = kinds if kinds is not None else labels
-    named = np.array(["defect" if value.lower() in ("", "1", "true") else value for value in named], dtype=object)
-    return np.where(normal, NORMAL, named)
+    columns = [name for name in columns if name != "mask"]
+    labels, kinds = _hub_values(table, columns[0]), _hub_values(table, columns[-1])
+    normal = np.array([_is_normal(label) or label.lower() in ("0", "false") for label in labels])
+    named = [kind if kind.lower() not in ("", "1", "true") else "defect" for kind in kinds]
+    return np.where(normal, NORMAL, np.array(named, dtype=object))
 
 
 # -- Checking -------------------------------------------------------------------------------------------------------
@@ -559,9 +540,9 @@ def check_images(dataset: Any, *, max_corrupt: float = 0.05) -> tuple[Any, list[
         The dataset without them, and one line for each, `file: reason`, which is also logged as a warning.
 
     Raises:
-        ValueError: more than `max_corrupt` of the rows are unusable; names the first of them.
+        ValueError: If more than `max_corrupt` of the rows are unusable; names the first of them.
     """
-    datasets = require("datasets")
+    datasets = require("datasets", "train")
     encoded = dataset.select_columns(["image", "mask"])
     for column in ("image", "mask"):
         encoded = encoded.cast_column(column, datasets.Image(decode=False))

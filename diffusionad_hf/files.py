@@ -1,4 +1,4 @@
-"""Files and folders that are replaced whole: a process that is killed leaves the former or the new one."""
+"""Files and folders that are replaced whole: a killed process leaves the old one or the new one, nothing between."""
 
 import importlib
 import json
@@ -6,23 +6,12 @@ import math
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-__all__ = [
-    "bundled",
-    "one_line",
-    "replace_file",
-    "replace_folder",
-    "replacing",
-    "require",
-    "restore_folder",
-    "slug",
-    "write_json",
-]
 
 
 def bundled(path: str) -> Path:
@@ -39,8 +28,14 @@ def bundled(path: str) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields the path to write to; the file takes its own place at the end, and none is left of one that failed."""
-    partial = path.with_name(f".{path.name}.partial")
+    """
+    Replaces a file whole, safe with concurrent writers, of which the last one wins.
+
+    Yields:
+        `Path`: Where to write: a path in the same folder, which takes the file's place unless the body fails.
+    """
+    # Nothing of the file's own name, which may be as long as names can be.
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         yield partial
         os.replace(partial, path)
@@ -49,11 +44,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Writes a file; text in UTF-8, its line ends as they are."""
+    """Replaces a file whole, synced to disk; text in UTF-8, line ends unchanged."""
     with replacing(path) as partial, partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        # A file name that is no text has bytes in it that UTF-8 lacks; so escaped, they are valid JSON.
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         file.flush()
-        # Or a machine that fails may leave a file of the right name and no content.
+        # Otherwise a crash of the machine may leave the new name without content.
         os.fsync(file.fileno())
 
 
@@ -69,7 +65,7 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     write(partial)
     restore_folder(folder)
-    # No system call of Python's exchanges two folders; between these two lines the former one is the only one.
+    # Python cannot exchange two folders atomically: between these renames, only the former one exists.
     if folder.exists():
         folder.rename(former)
     partial.rename(folder)
@@ -77,7 +73,7 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def restore_folder(folder: Path) -> None:
-    """Puts right what a [`replace_folder`] left that was killed between its renames; call it before reading."""
+    """Repairs what a killed [`replace_folder`] may have left between its renames; call it before reading."""
     _, former = _beside(folder)
     if not folder.exists() and former.exists():
         former.rename(folder)
@@ -89,7 +85,7 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON that every reader takes: numbers that are not finite, which JSON lacks, become null."""
+    """Writes strict JSON, as a whole: numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
 

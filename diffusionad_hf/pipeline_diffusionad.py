@@ -1,16 +1,13 @@
 """`DiffusionADPipeline`: from images to anomaly maps, scores and calibrated verdicts."""
 
-import errno
 import importlib
 import inspect
 import json
 import os
 import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +18,12 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi, constants
-from huggingface_hub import errors as hub_errors
 from PIL import Image
-from safetensors import SafetensorError
 
 from .images_diffusionad import ImageInput, InvalidImageError, load_image, resize_image, to_uint8
 
-# This file travels to the Hub beside the weights, with the siblings it imports: nothing else of this package is there.
+# This file is saved beside the weights, and plain diffusers runs it from there: only the siblings that it imports
+# relatively are there too. Other modules of this package are imported by name, and only if installed: see `_package`.
 __all__ = [
     "DiffusionADPipeline",
     "DiffusionADPipelineOutput",
@@ -41,21 +36,17 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
-# Where each class of ours lies: the file beside the component's weights, and the module of the installed package.
+# By class: the module, both as a file in the component's folder and in the installed package.
 _COMPONENT_MODULES = {
     "NormGuidedUNet2DModel": "modeling_norm_guided_unet",
     "AnomalySegmenter": "modeling_anomaly_segmenter",
     "NormGuidedScheduler": "scheduling_norm_guided",
 }
-# Counts up whenever a saved pipeline needs a newer version of this package to be read right.
+# Increased whenever older versions of this package cannot read a saved pipeline correctly.
 _FORMAT = 1
 # Images per pass, and pixels per pass on a CPU: four images of 128 px, one of 256 px.
 _MOST_AT_ONCE = 16
 _CPU_PIXELS_AT_ONCE = 256**2
-# Threads that decode images; more than that waits for the disk.
-_READERS = 8
-# How often a load is tried where the Hub is overloaded or a connection breaks; what was downloaded is kept in between.
-_ATTEMPTS = 3
 
 
 @dataclass
@@ -75,8 +66,8 @@ class DiffusionADPipelineOutput(BaseOutput):
             without one.
         p_value (`np.ndarray` of shape `(N,)`, *optional*): Probability of a score at least as high on a normal image;
             `None` where the model is not calibrated.
-        intermediates (`dict[str, torch.Tensor]`, *optional*): Everything on the way, at the model's resolution, of
-            shape `(N, C, H, W)`; only where asked for.
+        intermediates (`dict[str, torch.Tensor]`, *optional*): Every intermediate tensor, at the model's resolution,
+            of shape `(N, C, H, W)`; only with `return_intermediates=True`.
     """
 
     anomaly_map: list
@@ -91,8 +82,8 @@ class DiffusionADPipeline(DiffusionPipeline):
     r"""
     Anomaly detection by norm-guided one-step denoising (DiffusionAD, arXiv 2303.08730).
 
-    An image is noised at two scales; one UNet pass each gives back what it would look like without a defect, the big
-    scale guiding the small one; a segmentation network reads the anomaly off image and reconstruction.
+    An image is noised at two scales; the UNet predicts from each what it would look like without a defect, the big
+    scale guiding the small one; a segmentation network compares image and reconstruction.
 
     Args:
         unet ([`UNet2DModel`]): Predicts the noise in a noised image.
@@ -105,12 +96,12 @@ class DiffusionADPipeline(DiffusionPipeline):
             batching.
         calibration_scores (`list[float]`, *optional*): Scores of held-out normal images; see `diffusionad calibrate`.
         false_alarm_rate (`float`): The share of normal images that the calibrated threshold may call anomalous.
-        threshold (`float`, *optional*): A threshold of your own, which then replaces the calibrated one.
+        threshold (`float`, *optional*): Overrides the calibrated threshold.
     """
 
     model_cpu_offload_seq = "unet->segmenter"
 
-    # Images that fit into memory at once, where that was found out.
+    # Largest batch known to fit in memory; set after an out-of-memory retry.
     _largest_batch: int | None = None
 
     def __init__(
@@ -140,7 +131,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     @property
     def threshold(self) -> float | None:
-        """Scores above it are anomalous: one's own if set, else the calibrated one; `None` without either."""
+        """Scores above it are anomalous: the configured one, else the calibrated one; `None` without either."""
         if self.config.threshold is not None:
             return self.config.threshold
         if self.config.calibration_scores is None:
@@ -149,7 +140,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     @property
     def default_batch_size(self) -> int:
-        """Images per pass where the caller does not say; on a CPU, more pixels at once leave its cache."""
+        """Images per pass unless the caller says otherwise; on a CPU, as many as fit its cache."""
         if self._execution_device.type != "cpu":
             return _MOST_AT_ONCE
         return min(_MOST_AT_ONCE, max(1, _CPU_PIXELS_AT_ONCE // self.config.image_size**2))
@@ -180,15 +171,16 @@ class DiffusionADPipeline(DiffusionPipeline):
                 W)` or a batch `(N, C, H, W)`, or a list of them, sizes mixed. Integers are scaled by their type's
                 range, floats lie in [0, 1].
             batch_size (`int`, *optional*): Images per pass; [`default_batch_size`] when `None`. Does not change the
-                result. Halved, with a warning, where so many do not fit into memory.
+                result. Halved, with a warning, if that many do not fit into memory.
             generator (`torch.Generator`, *optional*): Draws the noise, image after image, instead of the configured
                 seed.
             noise (`torch.Tensor` of shape `(2, N, C, H, W)`, *optional*): The noise itself, small scale first.
-            num_noises (`int`): Average the maps of so many noise draws: a little more accurate, so many times slower.
+            num_noises (`int`): Average the maps of this many noise draws: a little more accurate, and that many times
+                slower.
             small_timestep, big_timestep (`int`, *optional*), guidance_weight (`float`, *optional*): Replace the
                 scheduler's values.
             output_type (`str`): `"np"`, `"pt"` or `"pil"`.
-            return_intermediates (`bool`): Also return every tensor on the way.
+            return_intermediates (`bool`): Also return every intermediate tensor.
             return_dict (`bool`): Return a [`DiffusionADPipelineOutput`], else a plain tuple.
 
         Returns:
@@ -214,13 +206,16 @@ class DiffusionADPipeline(DiffusionPipeline):
         maps, scores, reconstructions, kept = [], [], [], []
         starts = range(0, len(images), batch_size)
         bar = self.progress_bar(total=len(starts)) if len(starts) > 1 else nullcontext()
-        with bar as progress, closing(self._read_ahead(images, batch_size)) as batches:
-            # 1. Decode and resize: (B, 3, S, S) in [0, 1], and each image's own size.
-            for start, (pixels, sizes) in zip(starts, batches, strict=True):
-                pixels = pixels.to(device)
+        with bar as progress:
+            for start in starts:
+                # 1. Decode and resize: (B, 3, S, S) in [0, 1], and each image's own size.
+                batch = enumerate(images[start : start + batch_size], start)
+                decoded = [load_image(item, name=f"image {i}") for i, item in batch]
+                sizes = [(item.shape[-2], item.shape[-1]) for item in decoded]
+                pixels = torch.stack([resize_image(item, self.config.image_size) for item in decoded]).to(device)
 
                 # 2. Noise both scales, denoise in one step each, guide, segment; averaged over the noise draws.
-                probability = reconstruction = 0
+                probability = reconstruction = torch.zeros((), device=device)
                 for draw in range(num_noises):
                     if noise is not None:
                         pair = noise[:, start : start + len(pixels)]  # (2, B, 3, S, S)
@@ -313,33 +308,10 @@ class DiffusionADPipeline(DiffusionPipeline):
                 raise ValueError("noise: give it alone, without generator= or num_noises=.")
         return len(images)
 
-    def _read_ahead(
-        self, images: list[ImageInput], batch_size: int
-    ) -> Iterator[tuple[torch.Tensor, list[tuple[int, int]]]]:
-        """Batches `(B, 3, S, S)` and their images' own sizes; the next one is decoded while the model computes."""
-
-        def read(index: int) -> torch.Tensor:
-            return load_image(images[index], name=f"image {index}")
-
-        # Files only: where torch works on arrays, it starts threads of its own in every thread, and they get in each
-        # other's way. That is also why images are resized here.
-        files = [isinstance(image, (str, os.PathLike)) for image in images]
-        batches = [range(len(images))[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        pool = ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), thread_name_prefix="read-images")
-        try:
-            reading = {index: pool.submit(read, index) for index in batches[0] if files[index]}
-            for batch, following in zip(batches, [*batches[1:], range(0)], strict=True):
-                decoded = [reading[index].result() if files[index] else read(index) for index in batch]
-                reading = {index: pool.submit(read, index) for index in following if files[index]}
-                pixels = torch.stack([resize_image(image, self.config.image_size) for image in decoded])
-                yield pixels, [tuple(image.shape[-2:]) for image in decoded]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
     def _inspect_in_memory(
         self, pixels: torch.Tensor, noise: torch.Tensor, *arguments: int | float | None
     ) -> dict[str, torch.Tensor]:
-        """[`_inspect`] on as many images at once as fit into memory: the number is halved until they do."""
+        """Runs [`_inspect`], halving the batch until it fits into memory."""
         while True:
             at_once = min(len(pixels), self._largest_batch or len(pixels))
             try:
@@ -357,7 +329,7 @@ class DiffusionADPipeline(DiffusionPipeline):
                         f"not even one image of {size} x {size} px fits into the memory of {pixels.device} beside the "
                         f"model ({' '.join(str(error).split())}): free some, or use a smaller model."
                     ) from error
-            # Outside of the handler, where the failed pass has let go of its tensors.
+            # Outside the handler: the exception would keep the failed pass's tensors alive.
             self._largest_batch = at_once // 2
             logger.warning(
                 f"{at_once} images at once do not fit into the memory of {pixels.device}: going on with "
@@ -372,36 +344,23 @@ class DiffusionADPipeline(DiffusionPipeline):
         big_timestep: int,
         guidance_weight: float | None,
     ) -> dict[str, torch.Tensor]:
-        """One pass: images `(B, 3, S, S)` and noise `(2, B, 3, S, S)` to every tensor on the way, in float32."""
-        batch = len(pixels)
-        t_small = torch.full((batch,), small_timestep, device=pixels.device)
-        t_big = torch.full((batch,), big_timestep, device=pixels.device)
-        noised_small = self.scheduler.add_noise(pixels, noise[0], t_small)
-        noised_big = self.scheduler.add_noise(pixels, noise[1], t_big)
-        # Both scales are one batch: (2B, 3, S, S). The mathematics stays in float32, whatever the networks compute in.
-        # Channels-last takes less time on a CPU; the convolutions hand it on. On a GPU, the UNet's weights decide.
+        """One pass: images `(B, 3, S, S)` and noise `(2, B, 3, S, S)` to every intermediate tensor, in float32."""
+
+        # Channels-last is faster on a CPU; on a GPU, the layout of the UNet's weights decides.
         layout = torch.channels_last if pixels.device.type == "cpu" else torch.contiguous_format
-        noised = torch.cat([noised_small, noised_big]).to(self.unet.dtype, memory_format=layout)
-        output = self.unet(noised, torch.cat([t_small, t_big])).sample
-        # A copy: CUDA graphs reuse the memory of what one network gives for what the next one does.
-        output_small, output_big = output.to(torch.float32, copy=True).chunk(2)
-        noise_pred_small = self.scheduler.predict_noise(output_small, noised_small, t_small)
-        noise_pred_big = self.scheduler.predict_noise(output_big, noised_big, t_big)
-        step = self.scheduler.norm_guided_step(
-            noise_pred_small, noise_pred_big, noised_small, noised_big, t_small, t_big, guidance_weight
-        )
+
+        def predict(noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            output = self.unet(noised.to(self.unet.dtype, memory_format=layout), timesteps).sample
+            # A copy: CUDA graphs reuse the memory of one network's output for the next one's.
+            return output.to(torch.float32, copy=True)
+
+        # The mathematics stays in float32, whatever the networks compute in.
+        step = self.scheduler.reconstruct(predict, pixels, noise, small_timestep, big_timestep, guidance_weight)
         pair = torch.cat([pixels, step.reconstruction], dim=1)  # (B, 6, S, S)
-        # Channels-last takes a fifth less time and more on a CPU; the convolutions hand the layout on.
+        # Channels-last takes at least a fifth less time on a CPU; the convolutions keep the layout.
         layout = torch.preserve_format if pixels.device.type == "mps" else torch.channels_last
         logits = self.segmenter(pair.to(self.segmenter.dtype, memory_format=layout)).float()
-        return {
-            "noised_small": noised_small,
-            "noised_big": noised_big,
-            "noise_pred_small": noise_pred_small,
-            "noise_pred_big": noise_pred_big,
-            **step,
-            "probability": logits.sigmoid(),
-        }
+        return {**step, "probability": logits.sigmoid()}
 
     def _draw(self, generator: torch.Generator) -> torch.Tensor:
         """The noise of one image at both scales, `(2, C, S, S)`."""
@@ -436,10 +395,10 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
-        Writes `model_index.json` and, beside it and in the components' folders, the modules of our classes.
+        Writes `model_index.json`, and the modules of our classes beside it and in the components' folders.
 
-        With them, a plain `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the folder where this
-        package is not installed.
+        With them, plain `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the folder without this
+        package.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
@@ -467,7 +426,7 @@ class DiffusionADPipeline(DiffusionPipeline):
             raise ValueError(
                 "it was written by a newer version of this package: pip install --upgrade diffusionad-hf."
             )
-        # The list form asks diffusers to run the repo's own code, which is for those who come without this package.
+        # The list form makes diffusers run the repo's code, which is meant for users without this package.
         if _package() and isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][-1]
         return config
@@ -482,14 +441,12 @@ class DiffusionADPipeline(DiffusionPipeline):
                 continue
             if value[1] in _COMPONENT_MODULES:
                 value[0] = f"{_package()}.{_COMPONENT_MODULES[value[1]]}"
-                # Diffusers takes classes of other packages from modules that are imported already, and from nowhere
-                # else.
+                # Diffusers finds classes of other packages only in modules that are already imported.
                 importlib.import_module(value[0])
             elif value[0] != "diffusers":
                 raise ValueError(
-                    f"{pretrained_model_name_or_path}: component '{name}' is a {value[0]}.{value[1]}, which "
-                    "is neither of this "
-                    "package nor of diffusers and is not run."
+                    f"{pretrained_model_name_or_path}: component '{name}' is a {value[0]}.{value[1]}, which is "
+                    "neither of this package nor of diffusers and is not run."
                 )
         return loaded
 
@@ -508,34 +465,11 @@ class DiffusionADPipeline(DiffusionPipeline):
             OSError: If the model is not there or not whole; the message names it and the way out.
         """
         kwargs["use_safetensors"] = True
-        name = os.fspath(pretrained_model_name_or_path)
-        if os.path.isdir(name) and not os.path.isfile(os.path.join(name, cls.config_name)):
-            raise OSError(f"{name}: no {cls.config_name} in this folder; give a folder written by save_pretrained.")
-        if not os.path.isdir(name) and (name.count("/") != 1 or name.startswith((".", "~", "/"))):
-            raise OSError(f"{name}: no such folder; give an existing one, or a Hub id such as org/name.")
-        failure, attempts = None, _ATTEMPTS
-        while True:
-            try:
-                if not os.path.isdir(name):
-                    # Diffusers asks the Hub too, but then looks into the cache whatever the answer, and reports that.
-                    where = {key: kwargs.get(key) for key in ("revision", "token", "cache_dir", "local_files_only")}
-                    kwargs["revision"] = HfApi().resolve_revision(name, **where)
-                pipe = super().from_pretrained(name, **kwargs)
-            except (
-                *(ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError),
-                *(hub_errors.HTTPError, hub_errors.OfflineModeIsEnabled, hub_errors.RevisionResolutionError),
-            ) as error:
-                failure, attempts = failure or error, attempts - 1
-                if kwargs.get("local_files_only") or not _is_network_failure(failure):
-                    raise _explained(name, failure, kwargs) from failure
-                if attempts > 0 and _may_pass(failure):
-                    time.sleep(2 ** (_ATTEMPTS - 1 - attempts))
-                else:
-                    kwargs["local_files_only"] = True
-                continue
-            if failure is not None and kwargs.get("local_files_only"):
-                logger.warning(f"{name}: the Hub cannot be reached; the copy in the cache is used.")
-            return pipe
+        if not _package():
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # By name, because diffusers fetches what is imported relatively from the repo.
+        loading = importlib.import_module(f"{_package()}.loading")
+        return loading.load_pretrained(super().from_pretrained, os.fspath(pretrained_model_name_or_path), **kwargs)
 
 
 # ---- conformal calibration ------------------------------------------------------------------------------------------
@@ -560,7 +494,7 @@ def conformal_p_value(calibration_scores: Sequence[float], score: np.ndarray | f
 
 def conformal_threshold(calibration_scores: Sequence[float], false_alarm_rate: float) -> float:
     """
-    The lowest threshold that keeps the stated false-alarm rate: `score > threshold` holds just where the p-value is at
+    The lowest threshold that keeps the stated false-alarm rate: `score > threshold` if and only if the p-value is at
     most the rate.
 
     Args:
@@ -571,20 +505,21 @@ def conformal_threshold(calibration_scores: Sequence[float], false_alarm_rate: f
         `float`: The k-th largest score, k = floor(rate (n + 1)); infinity where n is too small to promise that rate.
     """
     ordered = np.sort(np.asarray(calibration_scores, dtype=np.float64))
-    # 0.05 * 20 is 1.0000000000000002 in floats, and 0.07 * 100 is 7.000000000000001: a hair of slack keeps both counts
-    # right.
+    # Rounding: (1 / 49) * 49 may fall just short of 1, and 0.07 * 100 is 7.000000000000001.
     k = int(np.floor(false_alarm_rate * (len(ordered) + 1) + 1e-9))
     return float(ordered[-k]) if k else float("inf")
 
 
-# ---- errors of memory -----------------------------------------------------------------------------------------------
+# ---- out of memory --------------------------------------------------------------------------------------------------
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: an error of its own on a GPU, a `RuntimeError` among others elsewhere."""
-    # In this order: PyTorch on Linux, on Windows, on Apple's GPU; oneDNN, cuDNN and cuBLAS, which say no more.
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    words += (
+    """Whether memory ran out: a class of its own on CUDA, only words in a `RuntimeError` elsewhere."""
+    # In this order: PyTorch on Linux, Windows and Apple's GPU; oneDNN, cuDNN, cuBLAS.
+    words = (
+        "can't allocate memory",
+        "not enough memory",
+        "out of memory",
         "could not create a",
         "unable to find an engine",
         "CUDNN_STATUS_ALLOC_FAILED",
@@ -593,85 +528,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
-# ---- errors of loading ----------------------------------------------------------------------------------------------
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    """An error and those behind it."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
-
-
-def _status(error: BaseException) -> int | None:
-    """What the Hub answered, if it did."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _is_network_failure(error: BaseException) -> bool:
-    """Whether the Hub could not be asked, or could not answer: no network, a broken connection, 429, 5xx."""
-    # `HTTPError` is the base class of all that the client's HTTP library raises, whichever library that is.
-    found = [e for e in _chain(error) if isinstance(e, (hub_errors.HTTPError, hub_errors.OfflineModeIsEnabled))]
-    statuses = [_status(e) for e in found if _status(e) is not None]
-    return bool(found) and all(status == 429 or status >= 500 for status in statuses)
-
-
-def _may_pass(failure: BaseException) -> bool:
-    """Whether trying again soon may help: not where no connection came about in the first place."""
-    hopeless = ("ConnectError", "ConnectTimeout", "OfflineModeIsEnabled")
-    return not any(type(e).__name__ in hopeless for e in _chain(failure))
-
-
-def _explained(name: str, error: BaseException, kwargs: dict[str, Any]) -> OSError:
-    """The error to raise for a load that failed: one line that names the model and says what to do."""
-    chain = _chain(error)
-
-    def has(*classes: type) -> bool:
-        return any(isinstance(e, classes) for e in chain)
-
-    url = f"{constants.ENDPOINT}/{name}"
-    log_in = "log in with `hf auth login`, or pass token="
-    # Diffusers' messages run over several lines and seldom name the model.
-    said = " ".join(str(error).split())
-    if any(getattr(e, "errno", None) == errno.ENOSPC for e in chain):
-        reason = "the disk is full; free some space, or pass cache_dir= for another disk"
-    elif has(hub_errors.GatedRepoError):
-        reason = f"access is restricted; ask for it at {url}, then {log_in}"
-    elif has(hub_errors.RevisionNotFoundError):
-        reason = f"it has no branch, tag or commit '{kwargs.get('revision')}'; see {url}/tree/main for those it has"
-    elif has(hub_errors.RepositoryNotFoundError):
-        reason = f"no such model on the Hub, or a private one; check the name, or {log_in}"
-    elif any(_status(e) == 401 for e in chain):
-        reason = f"the Hub does not know your token; {log_in}"
-    elif has(hub_errors.RemoteEntryNotFoundError):
-        reason = f"the repo has no {DiffusionADPipeline.config_name}, so there is no pipeline in it"
-    elif _is_network_failure(error):
-        if has(hub_errors.OfflineModeIsEnabled):
-            reason = "HF_HUB_OFFLINE is set and the cache holds no whole copy; unset it and load the model once"
-        else:
-            status = next((_status(e) for e in chain if _status(e)), None)
-            said = " ".join(str(chain[-1]).split())
-            what = f"answers {status}" if status else f"cannot be reached ({said})"
-            reason = f"the Hub {what} and the cache holds no whole copy; check the network, or try again later"
-    elif has(hub_errors.RevisionResolutionError, hub_errors.LocalEntryNotFoundError):
-        reason = "the cache holds no whole copy; load the model once without local_files_only"
-    elif has(SafetensorError) or any(
-        words in said for words in ("no file named", "does not exist in", "`safetensors` weights", "weights lack")
-    ):
-        again = "copy it again" if os.path.isdir(name) else "load it once with force_download=True, or tell its owner"
-        reason = f"the model is incomplete or damaged; {again} ({said})"
-    else:
-        reason = f"the model could not be loaded: {said}"
-    return OSError(f"{name}: {reason}")
-
-
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def _package() -> str:
-    """The installed package this module belongs to; empty where it runs as a repo's own code."""
+    """The installed package that this module belongs to; empty if it runs as a repo's code."""
     return "" if __name__.startswith("diffusers_modules") else __name__.rpartition(".")[0]
 
 
@@ -683,7 +544,7 @@ def _copy_module(module: str, folder: Path) -> None:
 
 
 def _drop_local_path(folder: Path) -> None:
-    """Drops where a component was loaded from, which diffusers writes into its config: no business of its users."""
+    """Removes the local path that diffusers writes into component configs."""
     for file in folder.glob("*config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:

@@ -8,8 +8,6 @@ from .modeling_norm_guided_unet import NormGuidedUNet2DModel
 from .pipeline_diffusionad import DiffusionADPipeline
 from .scheduling_norm_guided import NormGuidedScheduler
 
-__all__ = ["PRESETS", "build_pipeline"]
-
 # `paper` is the size of the published models, and predicts the noise as they do. The others predict the image: narrow
 # networks learn that in fewer steps, as they need not carry the noise from one end to the other. `tiny`
 # attends from 16 px down: on a CPU, half of its time went into the 32 px maps. `light` is `tiny` on patches instead of
@@ -48,7 +46,7 @@ def build_pipeline(
     multiple = math.lcm(AnomalySegmenter.size_multiple, smallest_map)
     if resolution < multiple or resolution % multiple:
         raise ValueError(
-            f"resolution={resolution}: the networks halve the image again and again, so it must be a multiple of "
+            f"resolution={resolution}: the networks halve the image at every level, so it must be a multiple of "
             f"{multiple}."
         )
     return DiffusionADPipeline(

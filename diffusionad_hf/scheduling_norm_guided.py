@@ -1,5 +1,6 @@
 """The noise-to-norm mathematics: noising at two scales, one-step prediction, re-noising and norm guidance."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +14,21 @@ __all__ = ["NormGuidedScheduler", "NormGuidedSchedulerOutput", "SchedulerMixin"]
 @dataclass
 class NormGuidedSchedulerOutput(BaseOutput):
     """
-    Every image on the way from two noised images to the norm-guided reconstruction, each of shape `(N, C, H, W)`.
+    Every step from two noised images to the norm-guided reconstruction, each of shape `(N, C, H, W)`.
 
     Args:
+        noised_small, noised_big (`torch.Tensor`): The images, noised at both scales.
+        noise_pred_small, noise_pred_big (`torch.Tensor`): The noise predicted in them.
         pred_original_small (`torch.Tensor`): One-step prediction from the small noise scale.
         pred_original_big (`torch.Tensor`): One-step prediction from the big noise scale.
         renoised (`torch.Tensor`): The big scale's prediction, noised again to the small scale.
         reconstruction (`torch.Tensor`): The norm-guided one-step reconstruction, in [-1, 1].
     """
 
+    noised_small: torch.Tensor
+    noised_big: torch.Tensor
+    noise_pred_small: torch.Tensor
+    noise_pred_big: torch.Tensor
     pred_original_small: torch.Tensor
     pred_original_big: torch.Tensor
     renoised: torch.Tensor
@@ -31,8 +38,8 @@ class NormGuidedSchedulerOutput(BaseOutput):
 class NormGuidedScheduler(DDPMScheduler):
     r"""
     A [`DDPMScheduler`] that also knows the norm-guided one-step denoising of DiffusionAD (arXiv 2303.08730, section
-    III; `models/DDPM.py` of the reference). Timesteps are given per sample. Pipeline and training both call it, so
-    that the formulas stand once.
+    III; `models/DDPM.py` of the reference). Timesteps are given per sample. Pipeline, training and export all call
+    [`reconstruct`].
 
     Args:
         small_timestep (`int`): Timestep of the small noise scale at inference (keeps detail, may keep the defect).
@@ -124,11 +131,11 @@ class NormGuidedScheduler(DDPMScheduler):
 
     def predict_noise(self, model_output: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """
-        The noise that a network's output stands for, by `prediction_type`: the output itself, or what `x_t` holds
-        besides the predicted image, or what follows from the predicted velocity `sqrt(a) eps - sqrt(1 - a) x_0`.
+        Converts a network's output to noise, by `prediction_type`: the output is the noise, the clean image, or the
+        velocity `sqrt(a) eps - sqrt(1 - a) x_0`.
 
         Args:
-            model_output (`torch.Tensor` of shape `(N, C, H, W)`): What the network gave.
+            model_output (`torch.Tensor` of shape `(N, C, H, W)`): The network's output.
             sample (`torch.Tensor` of shape `(N, C, H, W)`): The noised images x_t.
             timesteps (`torch.Tensor` of shape `(N,)`): Timestep of each image.
         """
@@ -158,6 +165,46 @@ class NormGuidedScheduler(DDPMScheduler):
         signal_scale, noise_scale = self._scales(timesteps, sample)
         limit = self.config.clip_sample_range
         return ((sample - noise_scale * noise_pred) / signal_scale).clamp(-limit, limit)
+
+    def reconstruct(
+        self,
+        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        images: torch.Tensor,
+        noise: torch.Tensor,
+        small_timestep: int | torch.Tensor,
+        big_timestep: int | torch.Tensor,
+        guidance_weight: float | None = None,
+    ) -> NormGuidedSchedulerOutput:
+        """
+        From images to their norm-guided reconstructions: noise at both scales, one pass of the network, guide.
+
+        Args:
+            predict (`Callable`): The network: noised images of both scales, `(2N, C, H, W)`, small scale first, and
+                their timesteps, `(2N,)`, to its output, `(2N, C, H, W)`.
+            images (`torch.Tensor` of shape `(N, C, H, W)`): Clean images.
+            noise (`torch.Tensor` of shape `(2, N, C, H, W)`): The noise, small scale first.
+            small_timestep, big_timestep (`int` or `torch.Tensor` of shape `(N,)`): The noise scales, one for all
+                images or one for each.
+            guidance_weight (`float`, *optional*): w; the configured weight when `None`.
+
+        Returns:
+            [`NormGuidedSchedulerOutput`]: The reconstruction and every step to it.
+        """
+        # A single timestep keeps its shape, (1,): traced, the factors that follow from it are constants of the graph.
+        t_small, t_big = (torch.as_tensor(t, device=images.device).view(-1) for t in (small_timestep, big_timestep))
+        noised_small = self.add_noise(images, noise[0], t_small)
+        noised_big = self.add_noise(images, noise[1], t_big)
+        timesteps = torch.cat([t.expand(images.shape[0]) for t in (t_small, t_big)])
+        output_small, output_big = predict(torch.cat([noised_small, noised_big]), timesteps).chunk(2)
+        return self.norm_guided_step(
+            self.predict_noise(output_small, noised_small, t_small),
+            self.predict_noise(output_big, noised_big, t_big),
+            noised_small,
+            noised_big,
+            t_small,
+            t_big,
+            guidance_weight,
+        )
 
     def norm_guided_step(
         self,
@@ -190,6 +237,10 @@ class NormGuidedScheduler(DDPMScheduler):
         _, noise_scale = self._scales(timesteps_small, sample_small)
         guided = noise_pred_small - noise_scale * weight * (renoised - sample_small)
         return NormGuidedSchedulerOutput(
+            noised_small=sample_small,
+            noised_big=sample_big,
+            noise_pred_small=noise_pred_small,
+            noise_pred_big=noise_pred_big,
             pred_original_small=self.predict_original(noise_pred_small, sample_small, timesteps_small),
             pred_original_big=pred_original_big,
             renoised=renoised,
@@ -200,4 +251,5 @@ class NormGuidedScheduler(DDPMScheduler):
         """`sqrt(a(t))` and `sqrt(1 - a(t))` per sample, each of shape `(N, 1, 1, 1)`."""
         self._signal_scale, self._noise_scale = (t.to(like.device) for t in (self._signal_scale, self._noise_scale))
         index = timesteps.to(like.device)
-        return tuple(t[index].view(-1, 1, 1, 1).to(like.dtype) for t in (self._signal_scale, self._noise_scale))
+        signal_scale, noise_scale = (t[index].view(-1, 1, 1, 1) for t in (self._signal_scale, self._noise_scale))
+        return signal_scale.to(like.dtype), noise_scale.to(like.dtype)

@@ -1,4 +1,4 @@
-"""Pictures a person can act on: heat maps, outlines, masks, lists of regions and report sheets from anomaly maps.
+"""Pictures a person can act on: heat maps, outlines, masks and lists of regions from anomaly maps.
 
 Everything here draws at the image's own size and needs only numpy, scipy and Pillow. An anomaly map is an (H, W) array
 in [0, 1], and a *pixel threshold* in [0, 1] says from which value on (inclusive) a pixel belongs to a region;
@@ -6,10 +6,9 @@ in [0, 1], and a *pixel threshold* in [0, 1] says from which value on (inclusive
 what counts as a region, so the outlines, the mask and the list always agree.
 """
 
+import io
 import math
 import os
-import secrets
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-__all__ = [
-    "Region",
-    "anomaly_map_16bit",
-    "colorize",
-    "difference",
-    "find_regions",
-    "location_words",
-    "mask_image",
-    "overlay",
-    "panel",
-    "region_threshold",
-    "save_image",
-]
+from .files import replacing
+from .images_diffusionad import to_uint8
 
 DEFAULT_THRESHOLD = 0.5
 """Pixel threshold without calibration: the segmenter calls the pixel "more likely anomalous than not"."""
@@ -43,17 +31,9 @@ _INFERNO = (
 )
 
 
-def _color_table() -> np.ndarray:
-    """The 256 colours of the heat scale, (256, 3) uint8."""
-    colors = np.array([list(bytes.fromhex(code)) for code in _INFERNO.split()], dtype=np.float64)
-    at = np.linspace(0, len(colors) - 1, 256)
-    return (
-        np.stack([np.interp(at, np.arange(len(colors)), channel) for channel in colors.T], axis=1).round().astype("u1")
-    )
-
-
-_COLORS = _color_table()
-_SPELT = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "≥": ">=", "≤": "<=", "→": "->", "·": "-", "ß": "ss"})
+_ANCHORS = np.array([list(bytes.fromhex(code)) for code in _INFERNO.split()])
+_COLORS = np.stack([np.interp(np.arange(256) / 17, np.arange(16), channel) for channel in _ANCHORS.T], axis=1)
+_COLORS = _COLORS.round().astype(np.uint8)  # (256, 3)
 _LIGHT, _DARK = (255, 255, 255), (16, 16, 20)
 
 
@@ -100,21 +80,6 @@ def region_threshold(image_threshold: float | None) -> float:
     return min(max(float(image_threshold), 0.01), 0.99)
 
 
-def colorize(anomaly_map: np.ndarray) -> np.ndarray:
-    """Colours an anomaly map on the absolute scale from 0 (black) over purple, red and orange to 1 (pale yellow).
-
-    Args:
-        anomaly_map: (H, W) in [0, 1].
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-
-    Raises:
-        ValueError: If the map is not a non-empty 2-D array of numbers in [0, 1].
-    """
-    return _COLORS[_to_levels(_checked_map(anomaly_map))]
-
-
 def overlay(
     image: Image.Image | np.ndarray,
     anomaly_map: np.ndarray,
@@ -124,7 +89,6 @@ def overlay(
     contour: bool = True,
     regions: Sequence[Region] = (),
     highlight: Region | None = None,
-    min_area: int | None = None,
 ) -> Image.Image:
     """Lays the heat over the photo and outlines every region, so that the place shows without relying on colour.
 
@@ -140,7 +104,6 @@ def overlay(
         regions: Regions to tag with their 1-based number, in the order of a table beside the picture.
             Pictures under 66 pixels have no room for tags.
         highlight: A region to frame.
-        min_area: As in `find_regions`.
 
     Returns:
         RGB image of the photo's size.
@@ -159,16 +122,16 @@ def overlay(
         raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
 
     pivot = DEFAULT_THRESHOLD if threshold is None else _checked_threshold(threshold)
-    levels = _to_levels(_centred_on(values, pivot))
+    levels = to_uint8(_centred_on(values, pivot))
     heat = Image.fromarray(levels).convert("P")
     # Up to amber only: the pale end of the scale, half transparent on a bright photo, would look weaker than orange.
     heat.putpalette(_COLORS[np.arange(256) * 4 // 5].tobytes())
     ramp = ((np.arange(256) / 255 - 0.2) / 0.7).clip(0, 1)  # nothing up to 0.4 of the threshold
-    alpha = (255 * opacity * ramp**2 * (3 - 2 * ramp)).round().astype(np.uint8)
+    alpha = to_uint8(opacity * ramp**2 * (3 - 2 * ramp))
     result = Image.composite(heat.convert("RGB"), photo, Image.fromarray(alpha[levels]))
 
     if contour and threshold is not None:
-        _draw_contours(result, _region_mask(values, threshold, min_area))
+        _draw_contours(result, _label_regions(values, threshold) > 0)
     if highlight is not None:
         _draw_frame(result, highlight.box)
     for number, region in enumerate(regions, start=1):
@@ -176,13 +139,12 @@ def overlay(
     return result
 
 
-def mask_image(anomaly_map: np.ndarray, threshold: float, *, min_area: int | None = None) -> Image.Image:
+def mask_image(anomaly_map: np.ndarray, threshold: float) -> Image.Image:
     """The regions as a black-and-white picture.
 
     Args:
         anomaly_map: (H, W) in [0, 1].
         threshold: Pixel threshold in [0, 1] (see `region_threshold`).
-        min_area: As in `find_regions`; 1 keeps every pixel at or above the threshold.
 
     Returns:
         Mode "L": 255 in a region, 0 elsewhere.
@@ -190,7 +152,7 @@ def mask_image(anomaly_map: np.ndarray, threshold: float, *, min_area: int | Non
     Raises:
         ValueError: If the map or an argument is out of range.
     """
-    return Image.fromarray(_region_mask(_checked_map(anomaly_map), threshold, min_area).astype(np.uint8) * 255)
+    return Image.fromarray(_label_regions(_checked_map(anomaly_map), threshold) > 0).convert("L")
 
 
 def anomaly_map_16bit(anomaly_map: np.ndarray) -> Image.Image:
@@ -233,14 +195,15 @@ def difference(image: Image.Image | np.ndarray, reconstruction: Image.Image | np
     return heat if heat.size == size else heat.resize(size, Image.Resampling.BILINEAR)
 
 
-def find_regions(anomaly_map: np.ndarray, threshold: float, *, min_area: int | None = None) -> list[Region]:
+def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[Region]:
     """Lists the 8-connected regions at or above the pixel threshold, strongest first.
+
+    Regions smaller than 1 in 65,536 of the image are left out: less than one pixel of a 256-pixel model is an artefact
+    of enlarging the map.
 
     Args:
         anomaly_map: (H, W) in [0, 1], at the image's own size.
         threshold: Pixel threshold in [0, 1] (see `region_threshold`).
-        min_area: Regions of fewer pixels are left out. None means 1 in 65,536 of the image, at least one pixel: less
-            than one pixel of a 256-pixel model is an artefact of enlarging the map.
 
     Returns:
         Regions by falling peak, compared to three decimals as people read it (otherwise a speck at 0.99999 would
@@ -250,35 +213,29 @@ def find_regions(anomaly_map: np.ndarray, threshold: float, *, min_area: int | N
         ValueError: If the map or an argument is out of range.
     """
     values = _checked_map(anomaly_map)
-    labels, count = _label_regions(values, threshold, min_area)
-    if count == 0:
-        return []
-    ys, xs = np.nonzero(labels)
-    index, strength = labels[ys, xs] - 1, values[ys, xs]
-    area = np.bincount(index)
-    mean = np.bincount(index, strength) / area
-    center_x, center_y = np.bincount(index, xs) / area, np.bincount(index, ys) / area
-    peak = np.zeros(count, dtype=values.dtype)
-    np.maximum.at(peak, index, strength)
-
-    top = np.flatnonzero(strength == peak[index])
-    distance = (xs[top] - center_x[index[top]]) ** 2 + (ys[top] - center_y[index[top]]) ** 2
-    nearest = np.full(count, np.inf)
-    np.minimum.at(nearest, index[top], distance)
-    top = top[distance == nearest[index[top]]]
-    top = top[np.unique(index[top], return_index=True)[1]]
-
-    regions = [
-        Region(
-            box=(box[1].start, box[0].start, box[1].stop, box[0].stop),
-            area_px=int(area[i]),
-            area_fraction=float(area[i] / values.size),
-            peak=float(peak[i]),
-            peak_xy=(int(xs[top[i]]), int(ys[top[i]])),
-            mean=float(mean[i]),
+    labels = _label_regions(values, threshold)
+    regions = []
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:  # a speck
+            continue
+        inside, strength = labels[box] == number, values[box]
+        ys, xs = np.nonzero(inside)
+        peak = strength[inside].max()
+        at_peak = strength[inside] == peak
+        # Of equal peaks the one closest to the centroid.
+        distance = np.where(at_peak, (ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2, np.inf)
+        nearest = distance.argmin()
+        y0, x0 = box[0].start, box[1].start
+        regions.append(
+            Region(
+                box=(x0, y0, box[1].stop, box[0].stop),
+                area_px=len(ys),
+                area_fraction=len(ys) / values.size,
+                peak=float(peak),
+                peak_xy=(int(x0 + xs[nearest]), int(y0 + ys[nearest])),
+                mean=float(strength[inside].mean(dtype=np.float64)),
+            )
         )
-        for i, box in enumerate(ndimage.find_objects(labels))
-    ]
     return sorted(regions, key=lambda r: (-round(r.peak, 3), -r.area_px, r.box[1], r.box[0]))
 
 
@@ -300,61 +257,28 @@ def location_words(region: Region, size: tuple[int, int]) -> str:
     return f"{row} {column}".strip()
 
 
-def panel(
-    images: Sequence[Image.Image],
-    titles: Sequence[str],
-    *,
-    header: str | None = None,
-    tile: int = 360,
-    columns: int | None = None,
-) -> Image.Image:
-    """Puts pictures side by side on a white sheet, each under its title, below a header such as the verdict.
+def side_by_side(images: Sequence[Image.Image], height: int = 256, gap: int = 8) -> Image.Image:
+    """Puts pictures of any sizes in a row on white, each scaled to the same height.
 
     Args:
-        images: Pictures of any sizes; each is fitted into its square, keeping its shape.
-        titles: One a picture. Long titles end in an ellipsis.
-        header: Text over the whole width, wrapped where it is longer. Like the titles it is written in ASCII, accents
-            dropped, because Pillow's bundled font has no other letters.
-        tile: Side of the squares in pixels, at least 32.
-        columns: Pictures in a row; None puts all in one row.
+        images: RGB pictures.
+        height: Of the row in pixels.
+        gap: White pixels between two pictures.
 
     Returns:
         RGB image.
-
-    Raises:
-        ValueError: If there is no picture, titles do not match pictures, or a number is too small.
     """
-    if not images or len(images) != len(titles):
-        raise ValueError(f"panel needs one title for each image, got {len(images)} images and {len(titles)} titles")
-    if tile < 32 or (columns is not None and columns < 1):
-        raise ValueError(f"panel needs tile >= 32 and columns >= 1, got tile={tile}, columns={columns}")
-    columns = min(columns or len(images), len(images))
-    rows = -(-len(images) // columns)
-    gap = max(tile // 22, 4)
-    title_font, header_font = ImageFont.load_default(max(tile / 20, 10)), ImageFont.load_default(max(tile / 15, 13))
-    title_height = int(1.7 * title_font.size)
-    width = columns * tile + (columns + 1) * gap
-    header_lines = _wrap(header, header_font, width - 2 * gap) if header else []
-    line_height = int(1.35 * header_font.size)
-    top = gap + (line_height * len(header_lines) + gap // 2 if header_lines else 0)
-
-    sheet = Image.new("RGB", (width, top + rows * (title_height + tile + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, line in enumerate(header_lines):
-        draw.text((gap, gap + number * line_height), line, font=header_font, fill=_DARK)
-    for number, (image, title) in enumerate(zip(images, titles, strict=True)):
-        row, column = divmod(number, columns)
-        x, y = gap + column * (tile + gap), top + row * (title_height + tile + gap)
-        draw.text((x, y), _shorten(title, title_font, tile), font=title_font, fill=(70, 70, 78))
-        picture = _fit(_to_rgb(image, f"images[{number}]"), tile)
-        y += title_height
-        draw.rectangle((x, y, x + tile - 1, y + tile - 1), fill=(240, 240, 243))
-        sheet.paste(picture, (x + (tile - picture.width) // 2, y + (tile - picture.height) // 2))
-    return sheet
+    scaled = [image.resize((max(1, round(image.width * height / image.height)), height)) for image in images]
+    row = Image.new("RGB", (sum(image.width for image in scaled) + gap * (len(scaled) - 1), height), "white")
+    x = 0
+    for image in scaled:
+        row.paste(image, (x, 0))
+        x += image.width + gap
+    return row
 
 
 def save_image(image: Image.Image, path: str | os.PathLike) -> Path:
-    """Writes a picture that nobody ever reads half of, even when two writers meet: to a temporary file, then renamed.
+    """Saves an image atomically; safe with concurrent writers.
 
     Args:
         image: Any PIL image; "I;16" keeps its 16 bits as PNG or TIFF.
@@ -371,20 +295,16 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> Path:
     image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format not in Image.SAVE:
         raise ValueError(f"cannot write {path}: {path.suffix or 'no suffix'!r} is not a picture format; use .png")
-    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    # Encoded first, so that only encoding raises what is the picture's fault and only writing what is the folder's.
+    encoded = io.BytesIO()
+    try:
+        image.save(encoded, format=image_format)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot write {path}: {error}") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                try:
-                    image.save(file, format=image_format)
-                except (OSError, ValueError, KeyError) as error:
-                    if getattr(error, "errno", None) is not None:
-                        raise
-                    raise ValueError(f"cannot write {path}: {error}") from error
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as partial:
+            partial.write_bytes(encoded.getbuffer())
     except OSError as error:
         reason = "it is a file" if path.parent.is_file() else error.strerror
         raise OSError(error.errno, f"cannot write {path.name} to the folder {path.parent}: {reason}") from error
@@ -415,7 +335,7 @@ def _to_rgb(image: Image.Image | np.ndarray, name: str) -> Image.Image:
     """A PIL image of any mode, or an (H, W, 3) float array in [0, 1], as 8-bit RGB."""
     if isinstance(image, Image.Image):
         if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip to white
-            return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+            return Image.fromarray(to_uint8(np.asarray(image) / 65535)).convert("RGB")
         return image.convert("RGB")
     values = np.asarray(image)
     if (
@@ -428,12 +348,7 @@ def _to_rgb(image: Image.Image | np.ndarray, name: str) -> Image.Image:
             f"{name} must be a PIL image or an (height, width, 3) float array in [0, 1], "
             f"got {values.dtype} of shape {values.shape}"
         )
-    return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
-
-
-def _to_levels(values: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] as indices of the colour table."""
-    return (values * 255 + 0.5).astype(np.uint8)
+    return Image.fromarray(to_uint8(values))
 
 
 def _centred_on(values: np.ndarray, pivot: float) -> np.ndarray:
@@ -443,23 +358,13 @@ def _centred_on(values: np.ndarray, pivot: float) -> np.ndarray:
     return np.where(values < pivot, below, above)
 
 
-def _label_regions(values: np.ndarray, threshold: float, min_area: int | None) -> tuple[np.ndarray, int]:
-    """(H, W) labels 1..count of the 8-connected regions of at least `min_area` pixels, 0 elsewhere, and the count."""
-    if min_area is None:
-        min_area = max(1, values.size // 65536)
-    if min_area < 1:
-        raise ValueError(f"min_area must be at least 1 pixel, got {min_area}")
-    labels, count = ndimage.label(values >= _checked_threshold(threshold), structure=np.ones((3, 3)))
-    if min_area > 1 and count:
-        keep = np.bincount(labels.ravel()) >= min_area
-        keep[0] = False
-        renumber = np.cumsum(keep, dtype=labels.dtype) * keep
-        labels, count = renumber[labels], int(keep.sum())
-    return labels, count
-
-
-def _region_mask(values: np.ndarray, threshold: float, min_area: int | None) -> np.ndarray:
-    return _label_regions(values, threshold, min_area)[0] > 0
+def _label_regions(values: np.ndarray, threshold: float) -> np.ndarray:
+    """(H, W) labels of the 8-connected regions that are large enough (their numbers may have gaps), 0 elsewhere."""
+    labels, _ = ndimage.label(values >= _checked_threshold(threshold), structure=np.ones((3, 3)))
+    specks = np.bincount(labels.ravel()) < values.size // 65536
+    if specks.any():
+        labels[specks[labels]] = 0
+    return labels
 
 
 def _line_width(size: tuple[int, int]) -> int:
@@ -468,9 +373,9 @@ def _line_width(size: tuple[int, int]) -> int:
 
 
 def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Dilates by a disc: the disc's rows, widest last, each once shifted up and once down.
+    """Dilates by a disc: ORs the disc's rows, widest last, shifted up and down.
 
-    A few whole-array ORs a row; scipy's dilation visits all of the disc for every pixel: seconds on a large photo.
+    scipy's dilation visits the whole disc for every pixel, which takes seconds on a large photo.
     """
     grown, run, half = mask.copy(), mask.copy(), 0
     for dy in range(radius, -1, -1):
@@ -487,7 +392,7 @@ def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
 def _draw_contours(picture: Image.Image, mask: np.ndarray) -> None:
     """Outlines the mask outside its edge, in place: a light line, then a dark one, so that one shows on any ground.
 
-    Where a region runs out of the picture the lines follow the picture's border, inside, lest the outline be cut open.
+    If a region touches the picture's border, the lines follow the border on the inside, so that the outline is closed.
     """
     width = _line_width(picture.size)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -505,7 +410,7 @@ def _draw_contours(picture: Image.Image, mask: np.ndarray) -> None:
         dark |= inner & (depth < width)
         light |= inner & (depth >= width) & (depth < 2 * width)
     for line, color in ((dark, _DARK), (light, _LIGHT)):
-        picture.paste(color, (int(x0), int(y0)), Image.fromarray(line.astype(np.uint8) * 255))
+        picture.paste(color, (int(x0), int(y0)), Image.fromarray(line))
 
 
 def _draw_frame(picture: Image.Image, box: tuple[int, int, int, int]) -> None:
@@ -533,40 +438,3 @@ def _draw_tag(picture: Image.Image, text: str, box: tuple[int, int, int, int]) -
     draw = ImageDraw.Draw(picture)
     draw.rectangle((x, y, x + tag_width - 1, y + tag_height - 1), fill=_DARK, outline=_LIGHT)
     draw.text((x + pad - left, y + pad - top), text, font=font, fill=_LIGHT)
-
-
-def _fit(picture: Image.Image, side: int) -> Image.Image:
-    """Scales a picture to fit a square, keeping its shape (at least one pixel each way)."""
-    scale = side / max(picture.size)
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
-    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-
-
-def _plain(text: str) -> str:
-    """The text in ASCII, which is what Pillow's bundled font has: accents dropped, signs spelt out, the rest "?"."""
-    text = unicodedata.normalize("NFKD", text.translate(_SPELT))
-    return "".join(sign if sign.isascii() else "?" for sign in text if not unicodedata.combining(sign))
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Breaks a text into lines of at most `width` pixels, at spaces where it has them (a long file name has none)."""
-    lines = []
-    for paragraph in _plain(text).splitlines():
-        while font.getlength(paragraph) > width:
-            fits = next(n for n in range(len(paragraph), 0, -1) if n == 1 or font.getlength(paragraph[:n]) <= width)
-            cut = paragraph.rfind(" ", 1, fits + 1)
-            cut = fits if cut < 0 else cut
-            lines.append(paragraph[:cut])
-            paragraph = paragraph[cut:].lstrip()
-        lines.append(paragraph)
-    return lines
-
-
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text on one line, its end replaced by an ellipsis where it would be wider than `width` pixels."""
-    text = " ".join(_plain(text).split())
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..."

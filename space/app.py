@@ -10,4 +10,4 @@ sys.path[:0] = [str(folder) for folder in (HERE, HERE.parent) if (folder / "diff
 from diffusionad_hf.space.app import main  # noqa: E402
 
 if __name__ == "__main__":
-    main()
+    main(HERE)

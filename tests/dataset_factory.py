@@ -1,10 +1,8 @@
-"""Writes small data sets with real files in each layout, for every test that needs images.
+"""Writes small datasets with real files in each layout, for every test that needs images.
 
-Normal images are a smooth grey texture; a defect is a bright square, and the mask says where. Everything follows from
-the names, so two calls write the same bytes.
+Normal images are a smooth grey texture; a defect is a bright square, and the mask says where. An image depends on its
+name within the dataset alone, so two calls write the same bytes, wherever they write.
 """
-
-from __future__ import annotations
 
 import csv
 import zlib
@@ -35,15 +33,13 @@ def make_image(
 
 
 def write_image(
-    path: Path, defective: bool = False, size: tuple[int, int] = SIZE, mask_path: Path | None = None
-) -> Path:
-    """Write one image, and its mask if `mask_path` is given; folders are made. Returns `path`."""
-    image, mask = make_image(path.as_posix()[-60:], defective, size)
-    for target, picture in ((path, image), (mask_path, mask)):
+    root: Path, name: str, defective: bool = False, size: tuple[int, int] = SIZE, mask: str | None = None
+) -> None:
+    """Writes the image `name` below `root`, and its mask under the name `mask`, if any."""
+    for target, picture in zip((name, mask), make_image(name, defective, size), strict=True):
         if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(target)
-    return path
+            (root / target).parent.mkdir(parents=True, exist_ok=True)
+            picture.save(root / target)
 
 
 def make_mvtec(
@@ -63,38 +59,33 @@ def make_mvtec(
     `normal="ok", defects={"ko": 3}, mask_suffix="", image_format=".bmp"` is BTAD; `defects={"bad": 3}, mask_suffix="",
     image_format=".JPG"` is VisA converted.
     """
-    folder = root / category
     for split, count in (("train", train), ("test", good)):
         for i in range(count):
-            write_image(folder / split / normal / f"{i:03}{image_format}", size=size)
+            write_image(root, f"{category}/{split}/{normal}/{i:03}{image_format}", size=size)
     for defect, count in defects.items():
         for i in range(count):
-            mask_path = folder / "ground_truth" / defect / f"{i:03}{mask_suffix}.png"
-            write_image(folder / "test" / defect / f"{i:03}{image_format}", True, size, mask_path)
+            mask = f"{category}/ground_truth/{defect}/{i:03}{mask_suffix}.png"
+            write_image(root, f"{category}/test/{defect}/{i:03}{image_format}", True, size, mask)
     return root
 
 
 def make_visa(root: Path, categories: tuple[str, ...] = ("candle", "pcb1"), *, train: int = 5, test: int = 2) -> Path:
     """VisA as downloaded: a table of files; masks hold small class numbers. Returns the root."""
-    rows = []
+    rows = [["object", "split", "label", "image", "mask"]]
     for category in categories:
-        images = Path(category) / "Data" / "Images"
         for i in range(train + test):
-            image = images / "Normal" / f"{i:04}.JPG"
-            write_image(root / image)
-            rows.append([category, "train" if i < train else "test", "normal", image.as_posix(), ""])
+            image = f"{category}/Data/Images/Normal/{i:04}.JPG"
+            write_image(root, image)
+            rows.append([category, "train" if i < train else "test", "normal", image, ""])
         for i in range(test):
-            image, mask = (
-                images / "Anomaly" / f"{i:03}.JPG",
-                Path(category) / "Data" / "Masks" / "Anomaly" / f"{i:03}.png",
-            )
-            write_image(root / image, True, mask_path=root / mask)
+            image, mask = f"{category}/Data/Images/Anomaly/{i:03}.JPG", f"{category}/Data/Masks/Anomaly/{i:03}.png"
+            write_image(root, image, True, mask=mask)
             numbers = (np.asarray(Image.open(root / mask)) > 0).astype(np.uint8) * (i + 1)
             Image.fromarray(numbers).save(root / mask)
-            rows.append([category, "test", "anomaly", image.as_posix(), mask.as_posix()])
+            rows.append([category, "test", "anomaly", image, mask])
     (root / "split_csv").mkdir(parents=True)
     with (root / "split_csv" / "1cls.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["object", "split", "label", "image", "mask"], *rows])
+        csv.writer(file).writerows(rows)
     return root
 
 
@@ -103,34 +94,27 @@ def make_dagm(
 ) -> Path:
     """DAGM 2007: defective images in both splits, told from normal ones by their label file alone. Returns the
     root."""
-    for category in categories:
-        for split in ("Train", "Test"):
-            folder = root / category / split
-            lines = ["1"]
-            for i in range(normal + defective):
-                name, is_defective = f"{i:04}", i >= normal
-                mask_path = folder / "Label" / f"{name}_label.PNG" if is_defective else None
-                write_image(folder / f"{name}.PNG", is_defective, mask_path=mask_path)
-                lines.append(
-                    f"{i}\t{int(is_defective)}\t{name}.PNG\t0\t" + (f"{name}_label.PNG" if is_defective else "0")
-                )
-            (folder / "Label" / "Labels.txt").write_text("\n".join(lines) + "\n")
+    for folder in (f"{category}/{split}" for category in categories for split in ("Train", "Test")):
+        lines = ["1"]
+        for i in range(normal + defective):
+            label = f"{i:04}_label.PNG" if i >= normal else None
+            write_image(root, f"{folder}/{i:04}.PNG", i >= normal, mask=label and f"{folder}/Label/{label}")
+            lines.append(f"{i}\t{int(i >= normal)}\t{i:04}.PNG\t0\t{label or 0}")
+        (root / folder / "Label" / "Labels.txt").write_text("\n".join(lines) + "\n")
     return root
 
 
 def make_folder(root: Path, *, normal: int = 10, defects: Mapping[str, int] = DEFECTS, masks: bool = False) -> Path:
     """A plain folder: good/, and one folder a defect; returns the root."""
     for i in range(normal):
-        write_image(root / "good" / f"{i:03}.png")
-    for defect, count in defects.items():
-        for i in range(count):
-            mask_path = root / "ground_truth" / defect / f"{i:03}.png" if masks else None
-            write_image(root / defect / f"{i:03}.png", True, mask_path=mask_path)
+        write_image(root, f"good/{i:03}.png")
+    for name in (f"{defect}/{i:03}.png" for defect, count in defects.items() for i in range(count)):
+        write_image(root, name, True, mask=f"ground_truth/{name}" if masks else None)
     return root
 
 
 def make_flat(root: Path, *, normal: int = 6) -> Path:
     """Normal images and nothing else; returns the root."""
     for i in range(normal):
-        write_image(root / f"{i:03}.jpg")
+        write_image(root, f"{i:03}.jpg")
     return root

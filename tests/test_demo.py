@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from demo_part import generate as demo_parts
 from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.cli.main import main
-from diffusionad_hf.evaluation.evaluator import aupro, image_metrics
+from diffusionad_hf.evaluation.metrics import aupro, image_metrics
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "space/checkpoints/demo-part"

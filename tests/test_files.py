@@ -68,3 +68,12 @@ def test_the_disk_has_the_content_before_the_file_has_its_name(tmp_path, monkeyp
     replace_file(tmp_path / "file", "Zoë\r\n")
     assert order == ["sync", "name"]
     assert (tmp_path / "file").read_bytes() == b"Zo\xc3\xab\r\n"
+
+
+def test_two_writers_at_once_do_not_meet(tmp_path):
+    # A name as long as a file system allows.
+    file = tmp_path / ("n" * 255)
+    with replacing(file) as first, replacing(file) as second:
+        first.write_text("1")
+        second.write_text("2")
+    assert file.read_text() == "1" and list(tmp_path.iterdir()) == [file]

@@ -62,21 +62,14 @@ def test_a_missing_and_a_private_repo_look_the_same(hub, files, load, whose):
     hub.add_repo("other/private", files, private=True)
     token = {"user": hub.token, "stranger": hub.stranger_token, "nobody": None}[whose]
     for repo_id in ("org/missing", "other/missing"):
-        assert message(load, repo_id, token).startswith(
-            f"{repo_id}: no such model on the Hub, or a private one; check the"
-        )
-    said = message(load, "other/private", token=hub.read_token)
-    assert said.startswith("other/private: no such model on the Hub, or a private one; check the name, or log in")
+        assert message(load, repo_id, token).startswith(f"{repo_id}: no such repo")
+    assert message(load, "other/private", token=hub.read_token).startswith("other/private: no such repo")
 
 
-def test_a_private_repo_loads_with_a_token(hub, files, load):
+def test_a_private_repo_loads_with_a_token_of_the_login_or_of_the_call(hub, files, load, monkeypatch, tmp_path):
     hub.add_repo("org/private", files, private=True)
-    assert "org/private: no such model" in message(load, "org/private", token=None)
+    assert "org/private: no such repo" in message(load, "org/private", token=None)
     load("org/private", token=hub.read_token)
-
-
-def test_a_token_may_be_given_in_the_call(hub, files, monkeypatch, tmp_path):
-    hub.add_repo("org/private", files, private=True)
     hub.adopt_client(monkeypatch, tmp_path / "home", token=None)
     DiffusionADPipeline.from_pretrained("org/private", cache_dir=tmp_path / "cache", token=hub.read_token)
 
@@ -95,8 +88,7 @@ def test_a_gated_repo_says_where_to_ask(hub, files, load, whose):
 
 
 def test_an_unknown_revision(hub, load):
-    said = message(load, revision="v9")
-    assert said.startswith(f"{REPO}: it has no branch, tag or commit 'v9'; see {hub.endpoint}/{REPO}/tree/main")
+    assert f"no branch, tag or commit 'v9'; see {hub.endpoint}/{REPO}" in message(load, revision="v9")
 
 
 # ---- what is in the repo --------------------------------------------------------------------------------------------
@@ -181,7 +173,8 @@ def test_a_hub_that_refuses_twice_and_then_answers(hub, load, path, status):
 
 def test_a_hub_that_never_answers_well(hub, load):
     hub.faults.add(f"/{REPO}", status=503, times=999)
-    assert message(load).startswith(f"{REPO}: the Hub answers 503 and the cache holds no whole copy")
+    said = message(load)
+    assert "(503)" in said and "the cache holds no whole copy" in said
     assert len(load.waits) < 30
 
 

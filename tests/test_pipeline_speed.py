@@ -1,15 +1,11 @@
 """What makes the pipeline fast keeps its answers."""
 
-import os
-import threading
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks.inference import papers_way
-from diffusionad_hf import DiffusionADPipeline, InvalidImageError
+from diffusionad_hf import DiffusionADPipeline
 from tests.conftest import make_pipeline
 
 
@@ -78,38 +74,3 @@ def test_compiled_networks_give_the_same_scores_and_save_as_plain_ones(tmp_path)
     loaded = DiffusionADPipeline.from_pretrained(tmp_path)
     np.testing.assert_allclose(loaded(images).anomaly_score, expected, atol=1e-6)
     assert (tmp_path / "unet" / "modeling_norm_guided_unet.py").is_file()
-
-
-# ---- reading ahead --------------------------------------------------------------------------------------------------
-
-
-class Watched(os.PathLike):
-    """A path that notes which threads ask for it."""
-
-    def __init__(self, path):
-        self.path, self.asked_elsewhere = path, threading.Event()
-
-    def __fspath__(self):
-        if threading.current_thread() is not threading.main_thread():
-            self.asked_elsewhere.set()
-        return str(self.path)
-
-
-def test_the_next_batch_is_read_while_the_model_computes(tmp_path):
-    pipe, files = make_pipeline(), []
-    for i in range(3):
-        Image.new("RGB", (40, 40), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        files.append(Watched(tmp_path / f"{i}.png"))
-    expected = pipe([file.path for file in files]).anomaly_score
-    came = []
-    pipe.unet.register_forward_pre_hook(lambda *_: came.append(files[1].asked_elsewhere.wait(timeout=30)))
-    np.testing.assert_allclose(pipe(files, batch_size=1).anomaly_score, expected, atol=1e-6)
-    assert came[0]
-    assert not any(thread.name.startswith("read-images") for thread in threading.enumerate())
-
-
-def test_a_bad_image_further_on_is_named_and_leaves_no_thread_behind(pipe):
-    images = [np.zeros((32, 32, 3), np.uint8)] * 3 + [np.zeros((4, 4, 3), np.uint8)] * 5
-    with pytest.raises(InvalidImageError, match="image 3: 4 x 4 px is too small"):
-        pipe(images, batch_size=2)
-    assert not any(thread.name.startswith("read-images") for thread in threading.enumerate())

@@ -11,15 +11,14 @@ from PIL import Image
 
 from diffusionad_hf.visualization import (
     anomaly_map_16bit,
-    colorize,
     difference,
     find_regions,
     location_words,
     mask_image,
     overlay,
-    panel,
     region_threshold,
     save_image,
+    side_by_side,
 )
 
 
@@ -46,42 +45,36 @@ def luminance(rgb):
 # Heat colours
 
 
+def heat_scale():
+    """All colours of the scale, (256, 3): `difference` maps half of the range to all of it."""
+    levels = np.repeat(np.arange(256, dtype=np.float32)[None, :, None] / 510, 3, axis=2)
+    return np.asarray(difference(levels, np.zeros_like(levels)))[0].astype(float)[::2]
+
+
 def test_lightness_of_the_heat_scale_rises_without_a_break():
-    colors = colorize(np.linspace(0, 1, 256, dtype=np.float32)[None])[0].astype(float)
-    steps = np.diff(luminance(colors))
-    assert (steps > -1e-3).all()
-    assert luminance(colors)[0] < 0.01 and luminance(colors)[-1] > 0.9
+    lightness = luminance(heat_scale())
+    assert (np.diff(lightness) > -1e-3).all() and lightness[0] < 0.01 and lightness[-1] > 0.9
 
 
 def test_heat_scale_is_the_published_one():
     colormaps = pytest.importorskip("matplotlib").colormaps
-    values = np.linspace(0, 1, 256, dtype=np.float32)
-    published = colormaps["inferno"](np.arange(256))[:, :3] * 255
-    assert np.abs(colorize(values[None])[0] - published).max() <= 7
+    published = colormaps["inferno"](np.arange(0, 256, 2))[:, :3] * 255
+    assert np.abs(heat_scale() - published).max() <= 7
 
 
-def test_colorize_is_absolute():
-    low, high = blank() + 0.2, blank()
-    high[0, 0], high[0, 1] = 0.2, 1.0
-    assert (colorize(low)[0, 0] == colorize(high)[0, 0]).all()
-    assert colorize(low).shape == (60, 80, 3) and colorize(low).dtype == np.uint8
-
-
+@pytest.mark.parametrize("draw", [anomaly_map_16bit, lambda m: mask_image(m, 0.5), lambda m: find_regions(m, 0.5)])
 @pytest.mark.parametrize(
-    "draw", [colorize, anomaly_map_16bit, lambda m: mask_image(m, 0.5), lambda m: find_regions(m, 0.5)]
-)
-@pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad", "words"),
     [
-        (np.array([[0.1, np.nan]]), r"anomaly_map contains NaN \(1 of 2 pixels\)"),
-        (np.array([[0.1, np.inf]]), r"anomaly_map must lie in \[0, 1\]"),
-        (np.array([[0.0, 255.0]]), r"anomaly_map must lie in \[0, 1\], got values from 0 to 255"),
-        (np.zeros((1, 4, 4)), r"anomaly_map must be .* got shape \(1, 4, 4\)"),
-        (np.zeros((0, 4)), r"anomaly_map must be a non-empty"),
+        (np.array([[0.1, np.nan]]), r"NaN \(1 of 2"),
+        (np.array([[0.1, np.inf]]), "got .* inf"),
+        (np.array([[0.0, 255.0]]), "got .* 0 to 255"),
+        (np.zeros((1, 4, 4)), r"got shape \(1, 4, 4\)"),
+        (np.zeros((0, 4)), "non-empty"),
     ],
 )
-def test_unusable_maps_are_named(draw, bad, message):
-    with pytest.raises(ValueError, match=message):
+def test_unusable_maps_are_named(draw, bad, words):
+    with pytest.raises(ValueError, match=words):
         draw(bad)
 
 
@@ -175,11 +168,8 @@ def test_one_hot_pixel_is_outlined():
 
 
 def test_no_threshold_or_no_contour_draws_no_line():
-    anomaly_map = bumps(60, 80)
-    with_line = overlay(photo(), anomaly_map, threshold=0.3, opacity=0)
-    assert with_line.tobytes() != photo().tobytes()
-    assert overlay(photo(), anomaly_map, threshold=0.3, opacity=0, contour=False).tobytes() == photo().tobytes()
-    assert overlay(photo(), anomaly_map, opacity=0).tobytes() == photo().tobytes()
+    for options in ({"threshold": 0.3, "contour": False}, {}):
+        assert overlay(photo(), bumps(60, 80), opacity=0, **options).tobytes() == photo().tobytes()
 
 
 def test_highlight_frames_the_picked_region_only():
@@ -241,10 +231,9 @@ def test_the_photo_is_left_alone():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"opacity": 1.5}, "opacity must lie in"),
-        ({"threshold": 1.5}, r"pixel threshold must lie in \[0, 1\], got 1.5; see region_threshold"),
-        ({"threshold": float("nan")}, "pixel threshold must lie in"),
-        ({"threshold": 0.5, "min_area": 0}, "min_area must be at least 1"),
+        ({"opacity": 1.5}, "opacity"),
+        ({"threshold": 1.5}, "pixel threshold .* 1.5"),
+        ({"threshold": float("nan")}, "pixel threshold"),
         ({"image": photo(80, 60)}, "anomaly_map is 80 x 60 pixels, but image is 60 x 80"),
     ],
 )
@@ -275,10 +264,10 @@ def test_region_threshold_is_always_a_usable_pixel_threshold():
 
 def test_mask_regions_and_map_agree():
     anomaly_map = bumps(300, 400)
-    mask = np.asarray(mask_image(anomaly_map, 0.3, min_area=1))
+    mask = np.asarray(mask_image(anomaly_map, 0.3))
     assert mask_image(anomaly_map, 0.3).mode == "L"
     assert (mask == np.where(anomaly_map >= 0.3, 255, 0)).all()
-    assert sum(region.area_px for region in find_regions(anomaly_map, 0.3, min_area=1)) == (mask > 0).sum()
+    assert sum(region.area_px for region in find_regions(anomaly_map, 0.3)) == (mask > 0).sum()
     assert (np.asarray(mask_image(anomaly_map, 0.0)) == 255).all()
 
 
@@ -290,7 +279,6 @@ def test_specks_are_left_out_of_list_mask_and_picture_alike():
     assert np.count_nonzero(mask_image(anomaly_map, 0.5)) == 6
     drawn = np.asarray(overlay(photo(600, 600), anomaly_map, threshold=0.5, opacity=0)) != np.asarray(photo(600, 600))
     assert not drawn[:200].any() and drawn[390:410].any()
-    assert len(find_regions(anomaly_map, 0.5, min_area=1)) == 2
 
 
 def test_16_bit_map_survives_a_png_round_trip(tmp_path):
@@ -348,7 +336,7 @@ def test_the_peak_of_a_saturated_region_is_in_its_middle_and_on_it():
 
 def test_regions_against_a_plain_loop():
     anomaly_map = bumps(120, 90, seed=3, cells=12)
-    regions = find_regions(anomaly_map, 0.35, min_area=1)
+    regions = find_regions(anomaly_map, 0.35)
     assert len(regions) > 3
     seen = np.zeros(anomaly_map.shape, dtype=bool)
     for region in regions:
@@ -419,55 +407,12 @@ def test_difference_compares_at_the_size_of_the_reconstruction():
     assert difference(sharp, np.asarray(same_but_small, dtype=np.float32) / 255).tobytes() == result.tobytes()
 
 
-def test_panel_shows_every_picture_whole_and_in_order():
-    colors = [(200, 0, 0), (0, 160, 0), (0, 0, 220)]
-    sizes = [(10, 10), (400, 100), (8, 4000)]
-    sheet = np.asarray(
-        panel([Image.new("RGB", s, c) for s, c in zip(sizes, colors, strict=True)], ["a", "b", "c"], tile=100)
-    )
-    lefts = []
-    for color, (height, width) in zip(colors, [(100, 100), (25, 100), (100, 1)], strict=True):
-        ys, xs = np.nonzero((sheet == color).all(axis=2))
-        assert (np.ptp(ys) + 1, np.ptp(xs) + 1) == (height, width)
-        lefts.append(xs.min())
-    assert lefts == sorted(lefts)
-
-
-def test_panel_header_and_titles_are_written_and_kept_within_the_sheet():
-    images = [photo(color=(255, 255, 255))] * 2
-    empty = panel(images, ["", ""], tile=100)
-    titled = panel(images, ["a very long title " * 20, "Größe ≥ 3 – 图"], tile=100)
-    assert titled.size == empty.size and titled.tobytes() != empty.tobytes()
-    background, ink = np.asarray(empty).astype(int), np.asarray(titled).astype(int)
-    written = np.flatnonzero((background != ink).any(axis=(0, 2)))
-    assert written.min() >= 4 and written.max() < titled.width - 4
-    between = slice(4 + 100, 4 + 100 + 4)
-    assert (background[:, between] == ink[:, between]).all(), "a long title must not run into the next picture"
-
-    one, three = (
-        panel(images, ["", ""], header="Defect", tile=100),
-        panel(images, ["", ""], header="Defect\n" * 3, tile=100),
-    )
-    wrapped = panel(images, ["", ""], header="x" * 200, tile=100)
-    assert empty.height < one.height < three.height < wrapped.height
-    assert one.width == wrapped.width == empty.width
-
-
-def test_panel_writes_letters_the_font_lacks_in_plain_ones():
-    def sheet(title):
-        return panel([photo()], [title], tile=320).tobytes()
-
-    assert sheet("Größe – 3 ≥ 2 é") == sheet("Grosse - 3 >= 2 e")
-    assert sheet("图") == sheet("?")
-
-
-def test_panel_columns_and_misuse():
-    images, titles = [photo()] * 5, list("abcde")
-    assert panel(images, titles, columns=2, tile=64).height > 2.5 * panel(images, titles, tile=64).height
-    assert panel(images, titles, columns=9, tile=64).size == panel(images, titles, tile=64).size
-    for bad in (lambda: panel([], []), lambda: panel(images, titles[:3]), lambda: panel(images, titles, columns=0)):
-        with pytest.raises(ValueError, match="panel needs"):
-            bad()
+def test_pictures_side_by_side_are_whole_and_in_order():
+    sizes, colors = [(10, 10), (400, 100), (8, 4000)], [(200, 0, 0), (0, 160, 0), (0, 0, 220)]
+    row = np.asarray(side_by_side([Image.new("RGB", s, c) for s, c in zip(sizes, colors, strict=True)], 100, gap=5))
+    edges = [np.nonzero((row[50] == color).all(axis=1))[0][[0, -1]].tolist() for color in colors]
+    assert row.shape == (100, 100 + 5 + 400 + 5 + 1, 3) and edges == [[0, 99], [105, 504], [510, 510]]
+    assert (row[:, 100:105] == 255).all()
 
 
 # Writing
@@ -511,13 +456,6 @@ def test_save_image_names_a_folder_that_is_a_file(tmp_path):
         save_image(photo(), tmp_path / "taken" / "p.png")
     with pytest.raises(OSError, match=r"cannot write p.png to the folder .*taken/deeper"):
         save_image(photo(), tmp_path / "taken" / "deeper" / "p.png")
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_save_image_names_a_read_only_folder(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(OSError, match="cannot write p.png to the folder .*Permission denied"):
-        save_image(photo(), tmp_path / "p.png")
 
 
 def test_save_image_names_what_a_format_cannot_hold_and_leaves_the_old_file(tmp_path):

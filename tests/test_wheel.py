@@ -63,18 +63,16 @@ def test_the_wheel_holds_everything_and_little(wheel):
     assert wheel.stat().st_size < 15e6
 
 
-def test_the_bundled_photos_are_inspected_with_the_bundled_model(installed, tmp_path):
-    space = installed / "diffusionad_hf/_bundled/space"
-    model = ("--model", space / "checkpoints/demo-part")
-    done = run(installed, tmp_path, "inspect", space / "examples/scratch.png", *model, "--output-dir", "out")
+def test_the_demo_inspects_the_bundled_photos(installed, tmp_path):
+    done = run(installed, tmp_path, "demo")
     assert done.returncode == 0, done.stderr
-    assert "anomalous" in done.stdout and list((tmp_path / "out").glob("*.png"))
+    assert "anomalous" in done.stdout and list((tmp_path / "outputs/demo").rglob("*.png"))
 
 
-@pytest.mark.parametrize("arguments", [(), ("deploy-space",), ("inspect",)])
+@pytest.mark.parametrize("arguments", [(), ("deploy-space",), ("train",)])
 def test_help(installed, tmp_path, arguments):
     done = run(installed, tmp_path, *arguments, "--help")
-    assert done.returncode == 0 and done.stdout.startswith("usage: diffusionad"), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
     assert (installed / "bin/diffusionad").is_file()
 
 
@@ -106,10 +104,9 @@ def test_the_page_answers(installed, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    variables = {**environment(installed), "GRADIO_SERVER_PORT": str(port)}
-    app = installed / "diffusionad_hf/_bundled/space/app.py"
+    command = [sys.executable, "-m", "diffusionad_hf", "serve", "--port", str(port)]
     with (tmp_path / "log").open("w") as log:
-        running = subprocess.Popen([sys.executable, app], cwd=tmp_path, env=variables, stdout=log, stderr=log)
+        running = subprocess.Popen(command, cwd=tmp_path, env=environment(installed), stdout=log, stderr=log)
     try:
         for _ in range(300):
             try:
@@ -124,11 +121,27 @@ def test_the_page_answers(installed, tmp_path):
         running.wait(timeout=60)
 
 
-def test_a_missing_extra_is_named(installed, tmp_path):
-    blocker = "import sys\nfor name in ('pyarrow', 'datasets'):\n    sys.modules[name] = None\n"
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("gradio", ("serve",), "space"),
+        ("datasets", ("inspect", "--dataset", "org/photos", "--model", "org/m", "--parquet", "out"), "train"),
+    ],
+)
+def test_a_missing_extra_is_named_in_one_line(installed, tmp_path, missing, arguments, extra):
+    blocker = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "{missing}":
+            raise ModuleNotFoundError("No module named " + name, name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
     (tmp_path / "sitecustomize.py").write_text(blocker)
-    done = run(installed, tmp_path, "inspect", "x.png", "--model", "m", "--parquet", "r.parquet", before=[tmp_path])
-    assert done.returncode == 2 and "[train]" in done.stderr and "Traceback" not in done.stderr
+    done = run(installed, tmp_path, *arguments, before=[tmp_path])
+    assert done.returncode and f"[{extra}]" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_the_sdist_tests_itself(tmp_path):

@@ -5,25 +5,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# As in `cli`: what takes seconds to import is imported when a command runs, so that --help answers at once.
-
-__all__ = ["add_export_command"]
+from .options import add_command, add_model_option, load_pipeline
 
 
-def add_export_command(subparsers: Any) -> None:
+def add_export_command(commands: Any) -> None:
     """Adds `diffusionad export`."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        commands,
         "export",
-        help="write a model for OpenVINO or ONNX Runtime, which are faster on a CPU",
+        "write a model for OpenVINO or ONNX Runtime, which are faster on a CPU",
+        _export,
         description="Writes a model as one graph for OpenVINO or ONNX Runtime, into a folder that inspect,\n"
         "calibrate and evaluate take as --model.",
         epilog="OpenVINO's own tools report usage statistics to their maker on export; `opt_in_out --opt_out` stops "
         "that.\n\nexample: diffusionad export --model my_model --precision int8 int8_model --calibration-images good/",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("output_dir", metavar="OUT", type=Path, help="folder to write; an earlier export is replaced")
-    parser.add_argument("--model", required=True, metavar="M", help="a pipeline folder, or a Hub id such as org/name")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
+    add_model_option(parser)
     parser.add_argument("--format", choices=("openvino", "onnx"), default="openvino", help="(default: openvino)")
     parser.add_argument(
         "--precision",
@@ -39,29 +37,18 @@ def add_export_command(subparsers: Any) -> None:
         help="normal images that the model was not trained on: files, folders or glob patterns; int8 measures its "
         "ranges on up to 64 of them, and the threshold is calibrated anew on the others",
     )
-    parser.set_defaults(run=_run_export)
 
 
-def _run_export(args: argparse.Namespace) -> int:
-    import torch
-    from diffusers.utils import logging
-
-    from ..export.exported_pipeline import load_model
+def _export(args: argparse.Namespace) -> int:
     from ..export.exporting import ORIGINAL, export_pipeline
-    from ..inspection.inspection import Failure, find_images, read_images
-    from ..pipeline_diffusionad import resize_image
+    from ..inspection.inspection import find_images, read_small
+    from ..inspection.records import Failure
 
     files, failures = find_images(args.calibration_images)
-    logging.disable_progress_bar()
-    pipe = load_model(args.model, device="cpu", **({"revision": args.revision} if args.revision else {}))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(args, "cpu")
     images = []
-    for _, image in read_images(files):
-        if isinstance(image, Failure):
-            failures.append(image)
-        else:
-            # As `calibrate` keeps them.
-            images.append((resize_image(image, pipe.config.image_size) * 255).round().to(torch.uint8))
+    for image in read_small(files, pipe.config.image_size):
+        (failures if isinstance(image, Failure) else images).append(image)
     if args.calibration_images and not images:
         raise ValueError("--calibration-images: " + " ".join(failure.error for failure in failures))
     exported = export_pipeline(

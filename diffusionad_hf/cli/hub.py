@@ -4,28 +4,28 @@ import argparse
 import json
 from typing import Any
 
-# As in `cli`: what takes seconds to import is imported when a command runs, so that --help answers at once.
-
-__all__ = ["add_deploy_space_command", "add_list_command", "add_publish_command"]
+from .options import add_command, format_table
 
 
-def add_publish_command(subparsers: Any) -> None:
+def add_publish_command(commands: Any) -> None:
     """Adds `diffusionad publish`."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        commands,
         "publish",
-        help="publish a trained model on the Hub",
+        "publish a trained model on the Hub",
+        _publish,
         description="Publishes a model folder with its card and prints the URL. The same again makes no commit.",
     )
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder that the trainer wrote")
-    parser.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="created where it does not exist")
+    parser.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="created if it does not exist")
     parser.add_argument("--private", action="store_true", help="create it private")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to publish to; created where it does not exist")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to publish to; created if it does not exist")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead; the repo must exist")
     parser.add_argument("--collection", metavar="TITLE", help="add the repo to this collection of the same owner")
     parser.add_argument("--dataset", metavar="NAME", help='what it was trained on, such as "MVTec AD"')
     parser.add_argument("--category", help="which product of it; as recorded by the trainer")
     parser.add_argument(
-        "--license", metavar="ID", help="the weights' licence, such as mit; by default that of a known data set"
+        "--license", metavar="ID", help="the weights' licence, such as mit; by default that of a known dataset"
     )
     parser.add_argument(
         "--evaluation", metavar="FILE", help="result of `diffusionad evaluate`; MODEL_DIR/evaluation.json if there"
@@ -37,27 +37,27 @@ def add_publish_command(subparsers: Any) -> None:
         metavar="IMAGE",
         help="shown on the card with what the model makes of them",
     )
-    parser.set_defaults(run=_run_publish)
 
 
-def add_list_command(subparsers: Any) -> None:
+def add_list_command(commands: Any) -> None:
     """Adds `diffusionad list`."""
-    parser = subparsers.add_parser("list", help="list the models on the Hub")
+    parser = add_command(commands, "list", "list the models on the Hub", _list)
     parser.add_argument("--org", help="only those of this organization or user")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(run=_run_list)
 
 
-def add_deploy_space_command(subparsers: Any) -> None:
+def add_deploy_space_command(commands: Any) -> None:
     """Adds `diffusionad deploy-space`."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        commands,
         "deploy-space",
-        help="serve the web demo on the Hub",
+        "serve the web demo on the Hub",
+        _deploy_space,
         description="Creates or updates a Gradio Space with the inspection page and prints its URL. The same again "
         "makes no commit.",
         epilog="Private models need a token: add it to the Space's settings as the secret HF_TOKEN.",
     )
-    parser.add_argument("--repo-id", required=True, metavar="ORG/SPACE", help="created where it does not exist")
+    parser.add_argument("--repo-id", required=True, metavar="ORG/SPACE", help="created if it does not exist")
     parser.add_argument(
         "--models",
         nargs="+",
@@ -67,17 +67,16 @@ def add_deploy_space_command(subparsers: Any) -> None:
     )
     parser.add_argument("--private", action="store_true", help="create it private")
     parser.add_argument("--app-dir", metavar="DIR", help="the app's folder; by default that of this package")
-    parser.set_defaults(run=_run_deploy_space)
 
 
-def _run_deploy_space(args: argparse.Namespace) -> int:
+def _deploy_space(args: argparse.Namespace) -> int:
     from ..hub.spaces import deploy_space
 
     print(deploy_space(args.repo_id, models=args.models, private=args.private, app_dir=args.app_dir))
     return 0
 
 
-def _run_publish(args: argparse.Namespace) -> int:
+def _publish(args: argparse.Namespace) -> int:
     from ..hub.publishing import publish_model
 
     url = publish_model(
@@ -97,7 +96,7 @@ def _run_publish(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_list(args: argparse.Namespace) -> int:
+def _list(args: argparse.Namespace) -> int:
     from ..hub.publishing import list_models
 
     models = list_models(args.org)
@@ -119,7 +118,5 @@ def _run_list(args: argparse.Namespace) -> int:
                 model["id"] + (" (private)" if model["private"] else ""),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(format_table(rows))
     return 0

@@ -1,8 +1,7 @@
-"""Models of `diffusionad export` behind the pipeline's own call, and one function that loads either kind."""
+"""Models of `diffusionad export` behind the pipeline's own call."""
 
 import functools
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -15,28 +14,18 @@ import torch
 from diffusers.utils import logging
 from torch import nn
 
-from ..files import replace_file
+from ..files import one_line, replace_file, require
 from ..pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
 from ..scheduling_norm_guided import NormGuidedScheduler
-
-__all__ = [
-    "CONFIG_NAME",
-    "EXPORT_FORMAT",
-    "GRAPH_FILES",
-    "SETTINGS",
-    "ExportedDiffusionADPipeline",
-    "load_model",
-    "require_runtime",
-]
 
 logger = logging.get_logger(__name__)
 
 CONFIG_NAME = "exported_model.json"
-# Counts up whenever an exported folder needs a newer version of this package to be read right.
+# Incremented when older versions of this package would misread the folder.
 EXPORT_FORMAT = 1
-# By format: all files of the graph, the one that the runtime is given first.
+# Files of the graph by format, first the one that the runtime opens.
 GRAPH_FILES = {"openvino": ("model.xml", "model.bin"), "onnx": ("model.onnx",)}
-# What of the pipeline's configuration an exported model keeps.
+# Configuration values of the pipeline that an exported model keeps.
 SETTINGS = ("image_size", "top_k", "seed", "calibration_scores", "false_alarm_rate", "threshold")
 
 # Pixels `(B, 3, S, S)` and noise `(2, B, 3, S, S)` to the graph's outputs by name.
@@ -169,9 +158,12 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
 
 class _Graph(nn.Module):
     """
-    Stands in the pipeline where the networks stand, for its sizes and for telling one model from another (the buffer
-    is a digest of the graph's files); `run` is the whole computation, and `arithmetic` what it computes in on this
-    machine.
+    Takes the place of both networks in the pipeline.
+
+    Attributes:
+        run: The whole computation.
+        arithmetic: What it computes in on this machine.
+        digest: Buffer with the SHA-256 of the graph's files, which tells models apart.
     """
 
     device = torch.device("cpu")
@@ -183,7 +175,7 @@ class _Graph(nn.Module):
         digest = hashlib.sha256()
         for name in GRAPH_FILES[record["format"]]:
             with (folder / name).open("rb") as file:
-                for block in iter(lambda: file.read(1 << 20), b""):  # noqa: B023 (used within the turn)
+                while block := file.read(1 << 20):
                     digest.update(block)
         self.register_buffer("digest", torch.tensor(list(digest.digest()), dtype=torch.uint8))
         load = {"openvino": _load_openvino, "onnx": _load_onnx}[record["format"]]
@@ -194,23 +186,23 @@ class _Graph(nn.Module):
 @functools.cache
 def _core_of(openvino: ModuleType) -> Any:
     """
-    One for the process, and for good: each gives the thread a stack for its signal handlers, and when two go in the
-    order in which they came, the second puts that of the first back, which is freed by then. The next signal that
-    Python handles, Ctrl-C or the end of a child, would kill the process.
+    One for the process, never freed. Each core installs an alternate signal stack and restores the previous one when
+    it goes: two freed in the order of their creation leave a dangling stack, and the next signal (Ctrl-C, the end of
+    a child) kills the process.
     """
     return openvino.Core()
 
 
 def _load_openvino(file: Path, precision: str) -> tuple[Run, str]:
-    """The computation, and in what it computes where it is not int8."""
-    openvino = require_runtime("openvino")
+    """The computation, and the type it computes in apart from int8."""
+    openvino = require("openvino", "openvino")
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        # Bound to cores, several processes on one machine would share the first ones.
+        # With pinning, several processes on one machine would all use the first cores.
         "ENABLE_CPU_PINNING": False,
     }
     if precision == "fp32":
-        # Left to itself, OpenVINO computes in bfloat16 where the processor can, which nearly halves the time.
+        # By default OpenVINO computes in bfloat16 if the processor can, which nearly halves the time.
         options["INFERENCE_PRECISION_HINT"] = "f32"
     try:
         compiled = _core_of(openvino).compile_model(str(file), "CPU", options)
@@ -226,7 +218,7 @@ def _load_openvino(file: Path, precision: str) -> tuple[Run, str]:
 
 def _load_onnx(file: Path, precision: str) -> tuple[Run, str]:
     """As [`_load_openvino`]."""
-    onnxruntime = require_runtime("onnxruntime")
+    onnxruntime = require("onnxruntime", "openvino")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
@@ -244,27 +236,12 @@ def _load_onnx(file: Path, precision: str) -> tuple[Run, str]:
 
 
 def _unreadable(file: Path, error: Exception) -> OSError:
-    said = " ".join(str(error).split())[:200]
+    said = one_line(error)[:200]
     return OSError(f"{file}: the runtime cannot read this graph; copy the folder again, or export once more ({said})")
 
 
-def require_runtime(module: str) -> ModuleType:
-    """
-    Imports a runtime, or what exports to it.
-
-    Raises:
-        ImportError: If it is not installed; the message says how to get it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{error.name} is not installed, which exported models need: pip install "diffusionad-hf[openvino]"'
-        ) from error
-
-
 def _read_record(folder: Path) -> dict[str, Any]:
-    """Contents of `exported_model.json`, once it is sure that the folder is whole."""
+    """Contents of `exported_model.json`; raises if the folder is not complete."""
     if folder.is_file():
         raise OSError(f"{folder}: is a file; give the whole folder that `diffusionad export` wrote.")
     file = folder / CONFIG_NAME
@@ -288,32 +265,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-# ---- either kind ----------------------------------------------------------------------------------------------------
-
-
-def load_model(
-    model: str | os.PathLike, *, device: str | torch.device | None = None, **kwargs: Any
-) -> DiffusionADPipeline:
-    """
-    Loads whatever can inspect: a pipeline folder, a Hub id, or a folder of `diffusionad export`.
-
-    Args:
-        model: The folder or Hub id.
-        device: Where to compute. By default on the GPU, if there is one; exported models always on the CPU.
-        kwargs: As for the class's `from_pretrained`.
-
-    Raises:
-        OSError: If the model is not there or not whole.
-        ValueError: If an exported model is asked to run elsewhere.
-        ImportError: If the runtime of an exported model is not installed.
-    """
-    if _looks_exported(Path(model)):
-        return ExportedDiffusionADPipeline.from_pretrained(model, **kwargs).to(device or "cpu")
-    pipe = DiffusionADPipeline.from_pretrained(model, **kwargs)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _looks_exported(path: Path) -> bool:
+def looks_exported(path: Path) -> bool:
     """Whether this is a folder of `diffusionad export`, whole or not, or a file out of one."""
     graphs = {name for names in GRAPH_FILES.values() for name in names}
     if path.is_file():

@@ -19,17 +19,16 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..calibration import calibrate, images_needed
-from ..pipeline_diffusionad import DiffusionADPipeline, ImageInput, load_image, resize_image
+from ..files import require
+from ..images_diffusionad import ImageInput, load_image, resize_image
+from ..pipeline_diffusionad import DiffusionADPipeline
 from .exported_pipeline import (
     CONFIG_NAME,
     EXPORT_FORMAT,
     GRAPH_FILES,
     SETTINGS,
     ExportedDiffusionADPipeline,
-    require_runtime,
 )
-
-__all__ = ["FORMATS", "ORIGINAL", "PRECISIONS", "export_pipeline"]
 
 FORMATS = tuple(GRAPH_FILES)
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -42,10 +41,10 @@ _ONNX_OPSET = 18
 _TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}
 # More images hardly change the ranges of the activations.
 _MOST_QUANTISATION_IMAGES = 64
-# What int8 leaves in float, as patterns of operation names, of OpenVINO and of ONNX: the segmenter and the arithmetic
-# before it (a defect is often a few steps of 1/255 between image and reconstruction: an int8 segmenter moved the
-# demo model's scores by 0.023 on average and 0.11 at most, an int8 UNet by 0.002 and 0.019, and saved 4 % more), where
-# pixels come into the UNet and noise out of it, and the time embedding, which costs nothing.
+# Operations that int8 leaves in float, by their names in OpenVINO and in ONNX: the segmenter and the arithmetic before
+# it (a defect is often a few steps of 1/255 between image and reconstruction: an int8 segmenter moved the demo model's
+# scores by 0.023 on average and 0.11 at most, an int8 UNet by 0.002 and 0.019, and saved 4 % more), the UNet's first
+# and last convolution, and the time embedding, which costs nothing.
 _KEPT_IN_FLOAT = (
     r".*segmenter.*",
     r"(aten|prim)::.*",
@@ -103,9 +102,9 @@ def export_pipeline(
             "int8: needs normal images to measure the ranges of the activations; give calibration images."
         )
     for module in _modules(format, precision):
-        require_runtime(module)
+        require(module, "openvino")
     _check_components(pipe)
-    # Whole, for what lies beside a relative path such as `.` may lie within it.
+    # Absolute: the staging folder goes beside the target, and the parent of `.` is `.` itself.
     target = Path(output_dir).resolve()
     with _staging(target) as staging:
         size = pipe.config.image_size
@@ -165,7 +164,7 @@ def _split(images: list[torch.Tensor], precision: str, needed: int) -> tuple[lis
 
 
 def _probe(size: int) -> torch.Tensor:
-    """An image to compare on where there is no other: smooth colours with a bright square."""
+    """An image to compare on if none is given: smooth colours with a bright square."""
     ramp = torch.linspace(0, 1, size)
     image = torch.stack(
         [ramp.expand(size, size), ramp.flip(0)[:, None].expand(size, size), torch.full((size, size), 0.5)]
@@ -180,17 +179,13 @@ def _compare(
     """Records by how much scores differ from the pipeline's on a few images; float scores must hardly differ."""
     some = images[:4]
     draws = noise.expand(-1, len(some), -1, -1, -1)
-    theirs = pipe(some, noise=draws, batch_size=4).anomaly_score
-    differences = np.abs(exported(some, noise=draws, batch_size=4).anomaly_score - theirs)
-    precision = exported.record["precision"]
-    exported.record["score_difference"] = {
-        "images": len(some),
-        "mean": float(differences.mean()),
-        "largest": float(differences.max()),
-    }
-    if differences.max() > _TOLERANCE.get(precision, np.inf) or not np.isfinite(differences).all():
+    ours, theirs = (model(some, noise=draws, batch_size=4).anomaly_score for model in (exported, pipe))
+    differences, precision = np.abs(ours - theirs), exported.record["precision"]
+    mean, largest = float(differences.mean()), float(differences.max())
+    exported.record["score_difference"] = {"images": len(some), "mean": mean, "largest": largest}
+    if largest > _TOLERANCE.get(precision, np.inf) or not np.isfinite(differences).all():
         raise ValueError(
-            f"the {precision} graph's scores differ from the pipeline's by up to {differences.max():.4f}; nothing was "
+            f"the {precision} graph's scores differ from the pipeline's by up to {largest:.4f}; nothing was "
             "written. Load the pipeline in float32 with the components it was saved with, and export again."
         )
 
@@ -203,7 +198,7 @@ class _InspectionGraph(nn.Module):
         # Copies on the CPU: the pipeline stays as it is.
         networks = [copy.deepcopy(network).cpu().eval() for network in (pipe.unet, pipe.segmenter)]
         self.unet, self.segmenter = (network.half() if half else network.float() for network in networks)
-        # Runtimes fuse these too, but under names that tell nothing of where a convolution stands.
+        # Runtimes fuse these too, but under names that no longer say which module a convolution belongs to.
         for block in [block for block in self.segmenter.modules() if isinstance(block, nn.Sequential)]:
             for i, norm in enumerate(block):
                 if isinstance(norm, nn.BatchNorm2d):
@@ -212,19 +207,12 @@ class _InspectionGraph(nn.Module):
         self.top_k = min(pipe.config.top_k, pipe.config.image_size**2)
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch = pixels.shape[0]
-        # One timestep for all images, so that the scheduler's factors become constants.
-        t_small = torch.full((1,), self.scheduler.config.small_timestep)
-        t_big = torch.full((1,), self.scheduler.config.big_timestep)
-        noised_small = self.scheduler.add_noise(pixels, noise[0], t_small)
-        noised_big = self.scheduler.add_noise(pixels, noise[1], t_big)
-        noised = torch.cat([noised_small, noised_big]).to(self.unet.dtype)
-        timesteps = torch.cat([t_small.expand(batch), t_big.expand(batch)])
-        output_small, output_big = self.unet(noised, timesteps).sample.float().chunk(2)
-        noise_pred_small = self.scheduler.predict_noise(output_small, noised_small, t_small)
-        noise_pred_big = self.scheduler.predict_noise(output_big, noised_big, t_big)
-        reconstruction = self.scheduler.norm_guided_step(
-            noise_pred_small, noise_pred_big, noised_small, noised_big, t_small, t_big
+        def predict(noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            return self.unet(noised.to(self.unet.dtype), timesteps).sample.float()
+
+        config = self.scheduler.config
+        reconstruction = self.scheduler.reconstruct(
+            predict, pixels, noise, config.small_timestep, config.big_timestep
         ).reconstruction
         pair = torch.cat([pixels, reconstruction], dim=1).to(self.segmenter.dtype)
         probability = self.segmenter(pair).float().sigmoid()
@@ -233,14 +221,14 @@ class _InspectionGraph(nn.Module):
 
 
 def _examples(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    # Two images: what is traced with a batch of one may hold for a batch of one only.
+    # Two images: tracing with a batch of one may bake the one in.
     return torch.rand(2, 3, size, size), torch.randn(2, 2, 3, size, size)
 
 
 def _write_openvino(
     graph: _InspectionGraph, size: int, precision: str, samples: list[dict[str, np.ndarray]], folder: Path
 ) -> None:
-    openvino = require_runtime("openvino")
+    openvino = require("openvino", "openvino")
     shapes = [openvino.PartialShape([-1, 3, size, size]), openvino.PartialShape([2, -1, 3, size, size])]
     with _quiet_tracing():
         model = openvino.convert_model(graph, example_input=_examples(size), input=shapes)
@@ -254,7 +242,7 @@ def _write_openvino(
 def _write_onnx(
     graph: _InspectionGraph, size: int, precision: str, samples: list[dict[str, np.ndarray]], folder: Path
 ) -> None:
-    onnx = require_runtime("onnx")
+    onnx = require("onnx", "openvino")
     file = folder / GRAPH_FILES["onnx"][0]
     axes = {name: {0: "batch"} for name in ("pixels", *_OUTPUTS)} | {"noise": {1: "batch"}}
     with _quiet_tracing():
@@ -275,8 +263,8 @@ def _write_onnx(
 
 def _quantised(model: Any, samples: list[dict[str, np.ndarray]]) -> Any:
     """An OpenVINO or ONNX model with int8 convolutions and matrix products."""
-    nncf = require_runtime("nncf")
-    # Not by its own function, which would silence the handlers of everybody else too.
+    nncf = require("nncf", "openvino")
+    # Its own function for this would also silence the handlers of other loggers.
     logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf.quantize(
         model,
@@ -288,7 +276,7 @@ def _quantised(model: Any, samples: list[dict[str, np.ndarray]]) -> Any:
 
 @contextmanager
 def _quiet_tracing() -> Iterator[None]:
-    """Tracing warns of every check in the networks' code, all of them on sizes that are constants here."""
+    """Silences the tracer, which warns about every size check in the networks; sizes are constants here."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         yield
@@ -296,7 +284,7 @@ def _quiet_tracing() -> Iterator[None]:
 
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place once the body has succeeded: an export is whole or not."""
+    """Yields a folder beside the target that replaces it once the body has succeeded."""
     if target.exists() and not target.is_dir():
         raise OSError(f"{target}: is a file; give a folder.")
     if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_NAME).is_file():

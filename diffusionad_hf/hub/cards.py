@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..calibration import images_needed
-from ..evaluation.evaluator import METRIC_NAMES
+from ..evaluation.metrics import METRIC_NAMES
 from ..files import one_line, slug
 from ..pipeline_diffusionad import DiffusionADPipeline
 

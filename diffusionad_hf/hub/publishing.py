@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelInfo, get_token
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
 from ..files import write_json
-from ..images_diffusionad import load_image
+from ..images_diffusionad import load_image, to_uint8
+from ..loading import TOKEN_HELP, explained
 from ..pipeline_diffusionad import DiffusionADPipeline
-from ..visualization import overlay, panel, region_threshold, save_image
+from ..visualization import overlay, region_threshold, save_image, side_by_side
 from .cards import TRAINING_NOTES, build_card, find_data_source, read_evaluation, read_training
-from .errors import TOKEN_HELP, check_card, check_repo_id, explained
+from .checks import check_card, check_repo_id
 
 # All that a published repo holds of ours. Anything else in a model folder, such as the trainer's state, is not
 # uploaded, and anything else in the repo, such as somebody's notes, is not touched.
@@ -29,6 +29,7 @@ PUBLISHED = (
     "images_diffusionad.py",
     "model_index.json",
     "pipeline_diffusionad.py",
+    "images_diffusionad.py",
     "previews/*.png",
     "scheduler/scheduler_config.json",
     "scheduler/*.py",
@@ -189,13 +190,9 @@ def _stage_previews(
         output = pipe(photos)
         sheets = {}
         for i, photo in enumerate(photos):
-            header = f"Anomaly score {output.anomaly_score[i]:.3f}"
-            if output.is_anomalous is not None:
-                header += f", threshold {pipe.threshold:.3f}: {'anomalous' if output.is_anomalous[i] else 'normal'}"
-            normal = Image.fromarray((output.reconstruction[i] * 255).round().astype(np.uint8))
+            normal = Image.fromarray(to_uint8(output.reconstruction[i]))
             heat = overlay(photo, output.anomaly_map[i], threshold=region_threshold(pipe.threshold))
-            titles = ["Input", "Reconstruction", "Heat map"]
-            sheets[f"example_{i + 1}.png"] = panel([photo, normal, heat], titles, header=header, tile=256)
+            sheets[f"example_{i + 1}.png"] = side_by_side([photo, normal, heat])
     else:
         # Decoded and written anew, because a picture's metadata may tell where and by whom it was made.
         sheets = {path.name: _picture(path) for path in sorted((model_dir / "previews").glob("*.png"))}

@@ -11,8 +11,9 @@ from huggingface_hub import HfApi, SpaceCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..files import bundled
-from .errors import TOKEN_HELP, check_card, check_repo_id, explained, one_line
+from ..files import bundled, one_line
+from ..loading import TOKEN_HELP, explained
+from .checks import check_card, check_repo_id
 from .publishing import PUBLISHED
 
 MODELS_VARIABLE = "DIFFUSIONAD_MODELS"
@@ -21,7 +22,7 @@ MODELS_VARIABLE = "DIFFUSIONAD_MODELS"
 _PACKAGE = Path(__file__).resolve().parents[1]
 _THUMBNAIL = "thumbnail.png"
 _APP = ("*.py", "README.md", _THUMBNAIL)
-_PACKAGE_FILES = ("**/*.py", "**/*.md", "**/*.css", "**/*.json")
+_PACKAGE_FILES = ("**/*.py", "**/*.pyi", "py.typed", "**/*.md", "**/*.css", "**/*.json")
 # The demo part's: with other models they would only mislead.
 _DEMO = ("examples/*.png", "examples/*.jpg", *(f"checkpoints/*/{pattern}" for pattern in PUBLISHED))
 # Folders of a Space that are the deployment's own: what an earlier one left there, and this one lacks, goes.

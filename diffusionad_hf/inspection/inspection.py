@@ -1,46 +1,29 @@
 """Inspection of many files: one bad file never stops the others, and nothing already done is lost."""
 
-import csv
 import glob
 import io
-import json
 import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 
-from ..files import replace_file, replacing
-from ..pipeline_diffusionad import DiffusionADPipeline, InvalidImageError, load_image
+from ..files import one_line
+from ..images_diffusionad import IMAGE_SUFFIXES, InvalidImageError, load_image, resize_image, to_uint8
+from ..pipeline_diffusionad import DiffusionADPipeline
 from ..visualization import find_regions, location_words, mask_image, overlay, region_threshold, save_image
+from .records import ANOMALOUS, NORMAL, Failure, Inspection
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "Failure",
-    "Inspection",
-    "Item",
-    "find_images",
-    "format_table",
-    "inspect_batches",
-    "inspect_files",
-    "picture_names",
-    "read_images",
-    "read_list",
-    "write_csv",
-    "write_json",
-]
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
-
-# Images are read by so many threads while the model is at work, and at most so many batches wait for it.
+# Decoder threads, and the batches that may wait for the model: beyond this, disk I/O is the bottleneck.
 _READERS = 8
 _BATCHES_AHEAD = 2
 
@@ -58,42 +41,6 @@ class Item(NamedTuple):
     name: str
     source: Path | bytes | str
     picture: str = ""
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """
-    What was found on one image.
-
-    Args:
-        file: The image.
-        score: Its anomaly score.
-        threshold: Scores above it are anomalous; `None` without one.
-        verdict: `"anomalous"`, `"normal"`, or `None` without a threshold.
-        p_value: Probability of such a score on a normal image; `None` where the model is not calibrated.
-        seconds: Time of the pipeline for this image, its share of the batch's.
-        where: The regions in words, strongest first.
-        regions: Boxes `(x0, y0, x1, y1)` in px of the image, half open, with area and peak.
-        pictures: Files that were written, by kind: overlay, mask, reconstruction.
-    """
-
-    file: str
-    score: float
-    threshold: float | None
-    verdict: str | None
-    p_value: float | None
-    seconds: float
-    where: list[str]
-    regions: list[dict[str, Any]]
-    pictures: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A file that could not be inspected, and why, in one line."""
-
-    file: str
-    error: str
 
 
 def find_images(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], list[Failure]]:
@@ -145,10 +92,16 @@ def read_list(path: Path) -> list[Path]:
     return files
 
 
-def read_images(files: Iterable[Path]) -> Iterator[tuple[Path, torch.Tensor | Failure]]:
+def read_images(files: Iterable[Path]) -> Iterator[torch.Tensor | Failure]:
     """Decodes files ahead of whoever asks for them, in order; those that cannot be read come as a [`Failure`]."""
-    for (item,), (image,) in _read_ahead([Item(str(file), file)] for file in files):
-        yield item.source, image
+    for _, (image,) in _read_ahead([Item(str(file), file)] for file in files):
+        yield image
+
+
+def read_small(files: Iterable[Path], size: int) -> Iterator[torch.Tensor | Failure]:
+    """As [`read_images`], 8-bit and at the model's resolution already, so that thousands of photos fit in memory."""
+    for image in read_images(files):
+        yield image if isinstance(image, Failure) else to_uint8(resize_image(image, size))
 
 
 def inspect_files(
@@ -164,8 +117,8 @@ def inspect_files(
     Args:
         pipe: The pipeline.
         files: Image files.
-        output_dir: Folder for the overlay, mask and reconstruction of every image; none are written without it.
-        batch_size: Images per pass; the pipeline's default without.
+        output_dir: Folder for the overlay, mask and reconstruction of every image; without it none are written.
+        batch_size: Images per pass; the pipeline's default if `None`.
 
     Yields:
         [`Inspection`] or [`Failure`]: One per file, in order.
@@ -174,40 +127,47 @@ def inspect_files(
         OSError: If a picture cannot be written.
     """
     names = picture_names(files)
-    batch_size = batch_size or pipe.default_batch_size
-    items = [Item(str(file), file, names[file]) for file in files]
-    batches = (items[start : start + batch_size] for start in range(0, len(items), batch_size))
-    for _, results in inspect_batches(pipe, batches, output_dir):
-        yield from results
+    items = (Item(str(file), file, names[file]) for file in files)
+    return inspect_batches(pipe, batched(items, batch_size or pipe.default_batch_size), output_dir)
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Items in lists of `size`, the last one shorter."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def inspect_batches(
     pipe: DiffusionADPipeline, batches: Iterable[Sequence[Item]], output_dir: Path | None = None
-) -> Iterator[tuple[Sequence[Item], Iterator[Inspection | Failure]]]:
+) -> Iterator[Inspection | Failure]:
     """
-    Inspects batches as they come, each in one pass, while threads read those that follow.
+    Inspects batches, each in one pass, while threads read the ones that follow.
 
     Args:
         pipe: The pipeline.
-        batches: What to inspect; iterated in a thread of its own.
+        batches: What to inspect; iterated in another thread.
         output_dir: As for [`inspect_files`].
 
     Yields:
-        Each batch with the results of its items, in order, which are made, pictures and all, as they are asked for.
+        [`Inspection`] or [`Failure`]: One per item, in order.
 
     Raises:
         OSError: If a picture cannot be written, or an address cannot be read.
     """
-    for batch, images in _read_ahead(batches):
-        yield batch, _inspect_batch(pipe, batch, images, output_dir)
+    with closing(_read_ahead(batches)) as batches_with_images:
+        for batch, images in batches_with_images:
+            yield from _inspect_batch(pipe, batch, images, output_dir)
 
 
-def _read_ahead(batches: Iterable[Sequence[Item]]) -> Iterator[tuple[Sequence[Item], list[torch.Tensor | Failure]]]:
+def _read_ahead(
+    batches: Iterable[Sequence[Item]],
+) -> Generator[tuple[Sequence[Item], list[torch.Tensor | Failure]], None, None]:
     """Batches with their images. Reading runs ahead in threads, by a bounded number of batches."""
     ready: queue.Queue = queue.Queue(maxsize=_BATCHES_AHEAD)
     stopped = threading.Event()
 
-    def put(entry: Any) -> None:
+    def put(entry: object) -> None:
         while not stopped.is_set():
             try:
                 return ready.put(entry, timeout=0.1)
@@ -221,7 +181,7 @@ def _read_ahead(batches: Iterable[Sequence[Item]]) -> Iterator[tuple[Sequence[It
                 if stopped.is_set():
                     return
             put(None)
-        except BaseException as error:  # raised where the batches are consumed
+        except BaseException as error:  # raised again in the consumer
             put(error)
 
     pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
@@ -255,7 +215,7 @@ def _read(item: Item) -> torch.Tensor | Failure:
         return Failure(item.name, text if item.name in text else f"{item.name}: damaged, or no image ({text}).")
     # Decoders raise whatever they stumble over.
     except Exception as error:
-        return Failure(item.name, f"{item.name}: damaged, or no image ({' '.join(str(error).split())}).")
+        return Failure(item.name, f"{item.name}: damaged, or no image ({one_line(error)}).")
 
 
 def _inspect_batch(
@@ -276,16 +236,16 @@ def _inspect_batch(
             yield image
             continue
         anomaly_map, score = output.anomaly_map[row], float(output.anomaly_score[row])
-        verdict = None if threshold is None else ("anomalous" if output.is_anomalous[row] else "normal")
+        verdict = None if threshold is None else (ANOMALOUS if output.is_anomalous[row] else NORMAL)
         # A normal image has no regions to show, in its mask neither, whatever single pixels of its map say.
-        regions = [] if verdict == "normal" else find_regions(anomaly_map, drawn)
+        regions = [] if verdict == NORMAL else find_regions(anomaly_map, drawn)
         pictures = {}
         if output_dir is not None:
-            photo = Image.fromarray(_eight_bit(image.permute(1, 2, 0).numpy()))
+            photo = Image.fromarray(to_uint8(image.permute(1, 2, 0).numpy()))
             drawings = {
-                "overlay": overlay(photo, anomaly_map, threshold=drawn, contour=verdict != "normal"),
-                "mask": Image.new("L", photo.size) if verdict == "normal" else mask_image(anomaly_map, drawn),
-                "reconstruction": Image.fromarray(_eight_bit(output.reconstruction[row])),
+                "overlay": overlay(photo, anomaly_map, threshold=drawn, contour=verdict != NORMAL),
+                "mask": Image.new("L", photo.size) if verdict == NORMAL else mask_image(anomaly_map, drawn),
+                "reconstruction": Image.fromarray(to_uint8(output.reconstruction[row])),
             }
             for kind, drawing in drawings.items():
                 pictures[kind] = str(save_image(drawing, output_dir / f"{item.picture}_{kind}.png"))
@@ -305,98 +265,14 @@ def _inspect_batch(
 
 def picture_names(files: Sequence[Path]) -> dict[Path, str]:
     """A name for each file's pictures: its own, with as much of its path as it takes to tell it from the others."""
-    if len(files) < 2 or len({file.parent for file in files}) == 1:
-        root = files[0].parent if files else Path()
-    else:
-        root = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    paths = [os.path.abspath(file) for file in files]
+    root = os.path.commonpath({os.path.dirname(path) for path in paths}) if paths else ""
     names: dict[Path, str] = {}
     taken = set()
-    for file in files:
-        relative = file.absolute().relative_to(root.absolute()).with_suffix("")
-        name = str(relative)
-        if name in taken:  # the same stem with another suffix
-            name = f"{name}_{file.suffix[1:]}"
+    for file, path in zip(files, paths, strict=True):
+        name, suffix = os.path.splitext(os.path.relpath(path, root))
+        while name in taken:  # the same stem with another suffix
+            name = f"{name}_{suffix[1:]}"
         taken.add(name)
         names[file] = name
     return names
-
-
-def _eight_bit(array: np.ndarray) -> np.ndarray:
-    return array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8)
-
-
-def format_table(results: Sequence[Inspection | Failure]) -> str:
-    """The results as a plain-text table."""
-    header = ("file", "score", "threshold", "p-value", "verdict", "seconds", "where")
-    rows = [header]
-    for result in results:
-        if isinstance(result, Failure):
-            rows.append((result.file, "", "", "", "not read", "", ""))
-            continue
-        rows.append(
-            (
-                result.file,
-                f"{result.score:.4f}",
-                "-" if result.threshold is None else f"{result.threshold:.4f}",
-                "-" if result.p_value is None else f"{result.p_value:.3f}",
-                result.verdict or "-",
-                f"{result.seconds:.2f}",
-                ", ".join(dict.fromkeys(result.where[:3])),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def write_json(path: Path, model: str, results: Sequence[Inspection | Failure]) -> None:
-    """Writes all results as one JSON file."""
-    content = {
-        "model": model,
-        "images": [asdict(result) for result in results if isinstance(result, Inspection)],
-        "failures": [asdict(result) for result in results if isinstance(result, Failure)],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(_finite(content), indent=2) + "\n")
-
-
-def write_csv(path: Path, results: Sequence[Inspection | Failure]) -> None:
-    """Writes a row per image; files that could not be read have their reason in the last column."""
-    columns = [
-        "file",
-        "score",
-        "threshold",
-        "verdict",
-        "p_value",
-        "seconds",
-        "regions",
-        "largest_box",
-        "where",
-        "error",
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns, restval="")
-        writer.writeheader()
-        for result in results:
-            if isinstance(result, Failure):
-                writer.writerow(asdict(result))
-                continue
-            row = {name: getattr(result, name) for name in columns[:6]}
-            largest = max(result.regions, key=lambda region: region["area_px"], default=None)
-            row["regions"] = len(result.regions)
-            row["largest_box"] = "" if largest is None else " ".join(map(str, largest["box"]))
-            row["where"] = "; ".join(result.where)
-            writer.writerow({name: "" if value is None else value for name, value in row.items()})
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: a threshold that no score exceeds is written as null."""
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

@@ -1,1 +1,1 @@
-"""The web demo."""
+"""The web demo; `app.main` starts it."""

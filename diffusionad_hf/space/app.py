@@ -1,318 +1,35 @@
-"""The inspection page: `python space/app.py`, or a Hugging Face Space."""
+"""Starts the page, for `python space/app.py`, `diffusionad serve` and a Hugging Face Space."""
 
-# isort: skip_file (`context` prepares the environment that gradio reads on its import)
-import importlib.util
+import logging
+import os
 import signal
 import sys
-import threading
+import tempfile
 from pathlib import Path
 
-import gradio as gr
-
-from ..files import bundled
-from . import context
-from . import handlers as on
-from .actions import FEWEST_CALIBRATION_IMAGES, OPACITY
-from .endpoints import calibrate, inspect, inspect_batch
-from .models import ModelError
-from .reports import COLUMNS
-from .uploads import MAX_FILES, MAX_UPLOAD_BYTES
-
-HERE = Path(__file__).resolve().parent
-MOST_WAITING = 60
-
-# Moving a control draws again at once: beside the queue, the last position wins, and nothing blinks.
-LIVE = {"queue": False, "trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
-# Uploads stay files: gradio would decode them first, and put the server's paths into its messages.
-RUN = {"preprocess": False, "api_visibility": "private"}
-SAVE = "(file) => Object.assign(document.createElement('a'), {href: file.url, download: file.orig_name}).click()"
-
-THEME = gr.themes.Base(
-    primary_hue="blue",
-    neutral_hue="slate",
-    radius_size="md",
-    # Of the fonts that travel with gradio; its default weight, 600, comes without Latin letters.
-    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
-    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "monospace"],
-).set(
-    # The defaults are too pale to be read by everyone.
-    body_text_color_subdued="*neutral_600",
-    body_text_color_subdued_dark="*neutral_300",
-    block_info_text_color="*neutral_600",
-    block_info_text_color_dark="*neutral_300",
-    block_label_text_color="*neutral_700",
-    block_label_text_color_dark="*neutral_200",
-    block_title_text_color="*neutral_700",
-    block_title_text_color_dark="*neutral_200",
-    input_placeholder_color="*neutral_600",
-    input_placeholder_color_dark="*neutral_300",
-    slider_color="*primary_600",
-    button_primary_background_fill="*primary_700",
-    button_primary_background_fill_hover="*primary_800",
-    button_primary_background_fill_dark="*primary_700",
-    button_primary_background_fill_hover_dark="*primary_600",
-)
+from ..files import bundled, require
 
 
-def examples() -> list[str]:
-    folder = bundled("space/examples")
-    return sorted(str(file) for file in folder.iterdir() if file.suffix in (".png", ".jpg")) if folder.is_dir() else []
+def main(home: Path | None = None) -> None:
+    """Serves the models that the environment variable DIFFUSIONAD_MODELS names, or else those in `checkpoints/`.
 
+    Args:
+        home: The folder of `checkpoints/` and `examples/`; that of the package if None.
 
-def inspect_tab(category: gr.Dropdown, own: gr.State) -> tuple:
-    """The tab for one photo; returns its threshold slider and what draws the result again."""
-    key = gr.Textbox(visible=False, elem_id="key")
-    with gr.Row(elem_classes="stack"):
-        with gr.Column(scale=4, min_width=280):
-            photo = gr.Image(
-                label="Photo",
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard", "webcam"],
-                height=400,
-                buttons=[],
-                elem_id="photo",
-            )
-            if files := examples():
-                labels = [Path(file).stem.replace("-", " ") for file in files]
-                gr.Examples(
-                    files, photo, example_labels=labels, elem_id="examples", label="Examples", preprocess=False
-                )
-        with gr.Column(scale=6, min_width=300):
-            verdict = gr.HTML(on.EMPTY if context.models.names else on.message(on.NO_MODEL), elem_id="verdict")
-            with gr.Column(visible=False, elem_id="result") as result:
-                pictures = gr.ImageSlider(
-                    label="Photo and anomaly map",
-                    type="filepath",
-                    interactive=False,
-                    max_height=460,
-                    slider_position=2,
-                    elem_id="pictures",
-                )
-                threshold = gr.Slider(0, 1, 0.5, step=0.001, label="Threshold", buttons=[], elem_id="threshold")
-                regions = gr.Radio([], label="Regions", elem_id="regions")
-    with gr.Column(visible=False, elem_id="details") as details:
-        with gr.Row():
-            normal = gr.Image(
-                label="As it should look", interactive=False, height=340, buttons=["fullscreen"], elem_id="normal"
-            )
-            delta = gr.Image(
-                label="Difference", interactive=False, height=340, buttons=["fullscreen"], elem_id="difference"
-            )
-        downloads = {
-            "overlay": "Overlay",
-            "mask": "Mask",
-            "map": "16-bit map",
-            "json": "JSON",
-            "report": "Report page",
-        }
-        with gr.Row(elem_id="downloads"):
-            buttons = {
-                kind: gr.Button(f"↓ {label}", size="sm", elem_id=f"download-{kind}", min_width=110)
-                for kind, label in downloads.items()
-            }
-        file = gr.File(visible=False)
-    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-        with gr.Row():
-            rate = gr.Slider(0.1, 50, 5, step=0.1, label="False-alarm rate (%)", buttons=[], elem_id="rate")
-            opacity = gr.Slider(0, 1, OPACITY, step=0.05, label="Opacity", buttons=[], elem_id="opacity")
-        # No numbers: gradio's field for them shows 0, and sends it, where there is none.
-        unset = {"placeholder": "the model's", "max_lines": 1, "min_width": 120}
-        with gr.Row():
-            advanced = [
-                gr.Textbox(label="Seed", **unset, elem_id="seed"),
-                gr.Slider(1, 16, 1, step=1, label="Noise draws to average", buttons=[], elem_id="draws"),
-                gr.Textbox(label="Small timestep", **unset, elem_id="small-timestep"),
-                gr.Textbox(label="Big timestep", **unset, elem_id="big-timestep"),
-                gr.Dropdown(
-                    [("the model's", ""), *((f"{side} px", side) for side in (64, 128, 192, 256, 384, 512))],
-                    label="Resolution",
-                    value="",
-                    elem_id="resolution",
-                ),
-            ]
-        again = gr.Button("Inspect again", variant="primary", elem_id="again")
-
-    outputs = [verdict, key, result, details, pictures, normal, delta, regions]
-    run = dict(
-        fn=on.on_photo,
-        inputs=[photo, category, threshold, opacity, own, *advanced],
-        outputs=outputs,
-        concurrency_limit=2,
-        concurrency_id="inspect",
-        show_progress_on=[verdict],
-        **RUN,
-    )
-    photo.change(**run)
-    again.click(**run)
-    redraw = dict(fn=on.on_threshold, inputs=[key, threshold, opacity], outputs=[verdict, pictures, regions], **LIVE)
-    threshold.input(**redraw)
-    opacity.input(**redraw)
-    regions.input(on.on_region, [key, threshold, opacity, regions], pictures, **LIVE)
-    rate.input(on.on_rate, [category, rate, own], threshold, **LIVE).then(**redraw)
-    category.input(on.on_category, [category, own], [threshold, rate], **LIVE).then(**run)
-    for kind, button in buttons.items():
-        button.click(
-            on.on_download(kind), [key, threshold, opacity], file, queue=False, api_visibility="private"
-        ).success(None, file, None, js=SAVE)
-    return threshold, rate, redraw
-
-
-def batch_tab(category: gr.Dropdown, own: gr.State, threshold: gr.Slider) -> None:
-    files = gr.File(
-        label=f"Photos or zip archives, up to {MAX_FILES}", file_count="multiple", height=180, elem_id="batch-files"
-    )
-    with gr.Row():
-        start = gr.Button("Inspect all", variant="primary", elem_id="batch-start")
-        stop = gr.Button("Stop", elem_id="batch-stop")
-    summary = gr.HTML(elem_id="batch-summary")
-    with gr.Column(visible=False) as result:
-        with gr.Row():
-            table_file = gr.DownloadButton("↓ CSV", size="sm", elem_id="batch-csv")
-            archive = gr.DownloadButton("↓ Everything (zip)", size="sm", elem_id="batch-zip")
-        table = gr.Dataframe(
-            headers=COLUMNS,
-            interactive=False,
-            wrap=True,
-            label="Highest score first",
-            buttons=[],
-            elem_id="batch-table",
-        )
-        gallery = gr.Gallery(label="Overlays", columns=4, object_fit="contain", buttons=[], elem_id="batch-gallery")
-    running = start.click(
-        on.on_batch,
-        [files, category, threshold, own],
-        [summary, result, table, gallery, table_file, archive],
-        concurrency_limit=2,
-        concurrency_id="batch",
-        show_progress="hidden",
-        **RUN,
-    )
-    stop.click(lambda: on.message("Stopped.", "note"), None, summary, cancels=running, api_visibility="private")
-
-
-def calibrate_tab(page: gr.Blocks, category: gr.Dropdown, own: gr.State, threshold: gr.Slider, redraw: dict) -> None:
-    state = gr.HTML(elem_id="calibration")
-    with gr.Row(elem_classes="stack"):
-        with gr.Column(min_width=280):
-            files = gr.File(
-                label=f"Photos of normal parts, {FEWEST_CALIBRATION_IMAGES} or more",
-                file_count="multiple",
-                height=180,
-                elem_id="normal-files",
-            )
-            rate = gr.Slider(
-                0.1, 20, 5, step=0.1, label="False-alarm rate (%)", buttons=[], elem_id="calibration-rate"
-            )
-            start = gr.Button("Calibrate", variant="primary", elem_id="calibrate-start")
-        with gr.Column(min_width=280):
-            load_file = gr.File(
-                label="Or load a calibration file", file_types=[".json"], height=180, elem_id="calibration-file"
-            )
-            save = gr.DownloadButton("↓ Calibration file", visible=False, elem_id="calibration-save")
-            forget = gr.Button("Back to the model's own", elem_id="calibration-forget")
-    again = dict(**redraw)
-    start.click(
-        on.on_calibrate,
-        [files, category, rate, own],
-        [state, own, save, threshold],
-        concurrency_limit=2,
-        concurrency_id="batch",
-        show_progress="hidden",
-        **RUN,
-    ).then(**again)
-    load_file.upload(on.on_calibration_file, [load_file, category, own], [state, own, threshold], **RUN).then(**again)
-    forget.click(on.on_forget_calibration, [category, own], [state, own, threshold, save], **LIVE).then(**again)
-    gr.on([page.load, category.change], on.show_calibration, [category, own], state, **LIVE)
-
-
-def endpoints(names: list[str]) -> None:
-    """Components that only state the types of the named endpoints."""
-    with gr.Column(visible=False):
-        image = gr.Image(label="image", type="filepath", image_mode=None)
-        files = gr.File(label="files", file_count="multiple")
-        category = gr.Dropdown(names, value=names[0] if names else None, label="category")
-        threshold = gr.Number(label="threshold", value=None)
-        calibration = gr.File(label="calibration_file")
-        draws = gr.Number(label="num_noises", value=1, precision=0)
-        rate = gr.Number(label="false_alarm_rate", value=0.05)
-        record, records, summary = gr.JSON(label="record"), gr.JSON(label="records"), gr.JSON(label="summary")
-        overlay = gr.Image(label="overlay", type="filepath")
-        table, archive, saved = gr.File(label="table"), gr.File(label="archive"), gr.File(label="calibration_file")
-        caller = gr.Button()
-    for function, inputs, outputs, group in (
-        (inspect, [image, category, threshold, calibration, draws], [record, overlay], "inspect"),
-        (inspect_batch, [files, category, threshold, calibration], [records, table, archive], "batch"),
-        (calibrate, [files, category, rate], [summary, saved], "batch"),
-    ):
-        caller.click(
-            function,
-            inputs,
-            outputs,
-            api_name=function.__name__,
-            concurrency_limit=2,
-            concurrency_id=group,
-            preprocess=False,
-        )
-
-
-def build() -> gr.Blocks:
-    names = context.models.names
-    with gr.Blocks(title="DiffusionAD inspection") as page:
-        own = gr.State({})
-        with gr.Row(elem_id="header"):
-            gr.HTML("<h1>Inspection</h1>", elem_id="title")
-            category = gr.Dropdown(
-                names, value=names[0] if names else None, label="Category", elem_id="category", min_width=220
-            )
-        with gr.Tab("Inspect", elem_id="tab-inspect"):
-            threshold, rate, redraw = inspect_tab(category, own)
-        with gr.Tab("Batch", elem_id="tab-batch"):
-            batch_tab(category, own, threshold)
-        with gr.Tab("Calibrate", elem_id="tab-calibrate"):
-            calibrate_tab(page, category, own, threshold, redraw)
-        with gr.Tab("About", elem_id="tab-about"):
-            text = gr.Markdown(elem_id="about")
-            gr.HTML(
-                "<p>A model knows one kind of part, photographed as it was trained: another camera or light needs a "
-                "calibration of its own. Results are deleted when you leave the page, photos an hour after their last "
-                "use at the latest.</p>",
-                elem_id="about-all",
-            )
-        endpoints(names)
-        page.load(on.on_category, [category, own], [threshold, rate], **LIVE).then(**redraw)
-        gr.on([page.load, category.change], on.show_about, category, text, **LIVE)
-        page.unload(on.on_leave)
-    return page.queue(max_size=MOST_WAITING)
-
-
-def main() -> None:
+    Raises:
+        ImportError: If gradio is not installed.
+    """
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("space").setLevel(logging.INFO)
     # The default is to die at once, and to leave the photos of all visitors on the disk.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    page = build()
-    context.results.keep_what_is_there()
-    context.results.sweep_forever()
-    if context.models.names:
-        threading.Thread(target=warm_up, daemon=True).start()
-    page.launch(
-        theme=THEME,
-        css_paths=HERE / "style.css",
-        max_file_size=MAX_UPLOAD_BYTES,
-        footer_links=["api"],
-        run_history=False,
-        ssr_mode=False,
-        # Hugging Face installs it; elsewhere it is optional, see README.md.
-        mcp_server=importlib.util.find_spec("mcp") is not None,
-    )
+    # A folder of our own: everything in it is swept.
+    with tempfile.TemporaryDirectory(prefix="diffusionad-space-", ignore_cleanup_errors=True) as folder:
+        # gradio reads both when it is imported, and `page` imports it.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+        require("gradio", "space")
+        from .page import serve
 
-
-def warm_up() -> None:
-    """Loads the first model, so that the first photo does not wait for it."""
-    try:
-        context.models.get(context.models.names[0])
-    except ModelError as error:
-        context.logger.warning("%s", error)
-
-
-if __name__ == "__main__":
-    main()
+        home = home or bundled("space")
+        serve(Path(folder), os.environ.get("DIFFUSIONAD_MODELS") or str(home / "checkpoints"), home / "examples")

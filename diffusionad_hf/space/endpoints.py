@@ -5,99 +5,100 @@ from contextlib import contextmanager
 
 import gradio as gr
 
-from .actions import OPACITY, calibrate_on, default_threshold, inspect_many, inspect_one, read_calibration, record_of
-from .context import models, results
-from .handlers import ERRORS, file_of, files_of, number, owner_of, settings_of
-from .models import Calibration
-from .views import promise_words, view
+from .actions import calibrate_on, inspect_many, inspect_one
+from .intake import Refusal, Settings, calibration_json, number, owner_of, upload_of, uploads_of
+from .models import Calibration, Models
+from .reports import result_json
+from .results import Results
+from .views import load, promise_words, view
 
 
 @contextmanager
-def polite() -> Iterator[None]:
-    """Turns what can go wrong into the client's error, in one line."""
+def one_line_errors() -> Iterator[None]:
+    """Turns a refusal into the client's error."""
     try:
         yield
-    except ERRORS as error:
+    except Refusal as error:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def api_threshold(threshold: object, calibration: Calibration) -> float:
-    return default_threshold(calibration) if threshold is None else number(threshold, "threshold", 0, 1)
+class Endpoints:
+    """The functions behind the endpoints; clients see their names and docstrings."""
 
+    def __init__(self, results: Results, models: Models):
+        self.results = results
+        self.models = models
 
-def api_calibration(category: str, file: dict | None) -> Calibration:
-    model = models.get(category)
-    return read_calibration(file_of(file)[0], category) if file else model.calibration
+    def inspect(
+        self, image, category, threshold=None, calibration_file=None, num_noises=1, request: gr.Request = None
+    ):
+        """Tell whether the part on a photo is defective, where, and how sure that is.
 
+        Args:
+            image: The photo.
+            category: Which model to use.
+            threshold: Scores above it are defective, 0 to 1. The calibrated threshold if left out.
+            calibration_file: From /calibrate; the model's own calibration if left out.
+            num_noises: Average over this many noise draws, 1 to 16: slower, a little more accurate.
 
-def inspect(image, category, threshold=None, calibration_file=None, num_noises=1, request: gr.Request = None):
-    """Tell whether the part on a photo is defective, where, and how sure that is.
+        Returns:
+            The verdict, score, threshold, p-value and regions; and the photo with the anomalies marked.
+        """
+        with one_line_errors():
+            upload, settings = upload_of(image), Settings.read(draws=num_noises)
+            model = self.models.get(category)
+            calibration, limit = self._calibration(category, calibration_file, threshold)
+            _, folder = inspect_one(self.results, owner_of(request), model, upload, calibration, settings)
+            shown = view(folder, limit)
+            return result_json(load(folder), limit, shown.regions), str(shown.overlay)
 
-    Args:
-        image: The photo.
-        category: Which model to use.
-        threshold: Scores above it are defective, 0 to 1. The calibrated threshold if left out.
-        calibration_file: From /calibrate; the model's own calibration if left out.
-        num_noises: Average over this many noise draws, 1 to 16: slower, a little more accurate.
+    def inspect_batch(self, files, category, threshold=None, calibration_file=None, request: gr.Request = None):
+        """Inspect many photos, or zip archives of them.
 
-    Returns:
-        The verdict, score, threshold, p-value and regions; and the photo with the anomalies marked.
-    """
+        Args:
+            files: The photos and archives.
+            category: Which model to use.
+            threshold: Scores above it are defective, 0 to 1. The calibrated threshold if left out.
+            calibration_file: From /calibrate; the model's own calibration if left out.
 
-    with polite():
-        path, name = file_of(image)
-        calibration = api_calibration(category, calibration_file)
-        limit = api_threshold(threshold, calibration)
-        settings = settings_of(None, num_noises, None, None, None)
-        done = inspect_one(results, owner_of(request), models.get(category), path, name, calibration, settings)
-        shown = view(done.folder, limit, OPACITY)
-        return record_of(done.folder, limit, shown), str(shown.overlay)
+        Returns:
+            One record a file, highest score first, unusable files last; the table as CSV; everything as zip.
+        """
+        with one_line_errors():
+            model, uploads = self.models.get(category), uploads_of(files)
+            calibration, limit = self._calibration(category, calibration_file, threshold)
+            *_, batch = inspect_many(self.results, owner_of(request), model, uploads, calibration, limit)
+            return [row.record for row in batch.rows], str(batch.table), str(batch.archive)
 
+    def calibrate(self, files, category, false_alarm_rate, request: gr.Request):
+        """Find the threshold for your own camera and light from 10 or more photos of normal parts.
 
-def inspect_batch(files, category, threshold=None, calibration_file=None, request: gr.Request = None):
-    """Inspect many photos, or zip archives of them.
+        Args:
+            files: Photos of normal parts, or zip archives of them.
+            category: Which model to use.
+            false_alarm_rate: The share of normal parts that may be called defective, such as 0.05.
 
-    Args:
-        files: The photos and archives.
-        category: Which model to use.
-        threshold: Scores above it are defective, 0 to 1. The calibrated threshold if left out.
-        calibration_file: From /calibrate; the model's own calibration if left out.
+        Returns:
+            The threshold and what it promises; and a calibration file for /inspect and /inspect_batch.
+        """
+        with one_line_errors():
+            rate = number(false_alarm_rate, "false_alarm_rate", 0.001, 0.5)
+            model = self.models.get(category)
+            *_, done = calibrate_on(self.results, owner_of(request), model, uploads_of(files), rate)
+            calibration = done.calibration
+            summary = {
+                "category": category,
+                "threshold": calibration.threshold if calibration.threshold <= 1 else None,
+                "false_alarm_rate": rate,
+                "images": len(calibration.scores),
+                "promise": promise_words(calibration),
+                "unusable": done.unusable,
+            }
+            return summary, str(done.file)
 
-    Returns:
-        One record a file, highest score first, unusable files last; the table as CSV; everything as zip.
-    """
-
-    with polite():
-        calibration = api_calibration(category, calibration_file)
-        limit = api_threshold(threshold, calibration)
-        model = models.get(category)
-        *_, batch = inspect_many(results, owner_of(request), model, files_of(files), calibration, limit)
-        return batch.records, str(batch.table), str(batch.archive)
-
-
-def calibrate(files, category, false_alarm_rate, request: gr.Request):
-    """Find the threshold for your own camera and light from 10 or more photos of normal parts.
-
-    Args:
-        files: Photos of normal parts, or zip archives of them.
-        category: Which model to use.
-        false_alarm_rate: The share of normal parts that may be called defective, such as 0.05.
-
-    Returns:
-        The threshold and what it promises; and a calibration file for /inspect and /inspect_batch.
-    """
-
-    with polite():
-        rate = number(false_alarm_rate, "false_alarm_rate", 0.001, 0.5)
-        *_, done = calibrate_on(results, owner_of(request), models.get(category), files_of(files), rate)
-        calibration = done.calibration
-        threshold = calibration.threshold
-        summary = {
-            "category": category,
-            "threshold": threshold if threshold <= 1 else None,
-            "false_alarm_rate": rate,
-            "images": len(calibration.scores),
-            "promise": promise_words(calibration),
-            "unusable": done.unusable,
-        }
-        return summary, str(done.file)
+    def _calibration(self, category: str, file: dict | None, threshold: object) -> tuple[Calibration, float]:
+        """The calibration and the threshold to inspect with."""
+        calibration = self.models.get(category).calibration
+        if file:
+            calibration = Calibration.from_json(calibration_json(upload_of(file)), category)
+        return calibration, calibration.shown_threshold if threshold is None else number(threshold, "threshold", 0, 1)

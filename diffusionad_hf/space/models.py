@@ -7,31 +7,30 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-from .. import DiffusionADPipeline, ExportedDiffusionADPipeline, load_model
+from ..export.exported_pipeline import ExportedDiffusionADPipeline
+from ..familiarity import FILE_NAME as FAMILIARITY_FILE
+from ..familiarity import Familiarity
 from ..hub.publishing import list_models
-from ..pipeline_diffusionad import conformal_p_value, conformal_threshold, resize_image
-from .familiarity import FILE_NAME as FAMILIARITY_FILE
-from .familiarity import Familiarity
-from .uploads import UploadError
+from ..images_diffusionad import resize_image, to_uint8
+from ..loading import load_model
+from ..pipeline_diffusionad import DiffusionADPipeline, conformal_p_value, conformal_threshold
+from .intake import Refusal, Settings
 
 try:
-    import spaces
+    from spaces import GPU
 except ImportError:  # not on Hugging Face's ZeroGPU
 
-    class spaces:  # noqa: N801
-        """Stands in for the package of that name, whose decorator lends a GPU for a call."""
-
-        @staticmethod
-        def GPU(function):  # noqa: N802
-            return function
+    def GPU(function):  # noqa: N802
+        """Stands in for the decorator that lends a GPU for a call."""
+        return function
 
 
 logger = logging.getLogger("space")
@@ -40,8 +39,8 @@ logger = logging.getLogger("space")
 MOST_LOADED = 3
 
 
-class ModelError(RuntimeError):
-    """A model that cannot be used; one line that names it and says what to do."""
+class ModelError(Refusal):
+    """A model that cannot be used; the message names it and says what to do."""
 
 
 # ---- calibration ----
@@ -59,10 +58,15 @@ class Calibration:
 
     @property
     def threshold(self) -> float | None:
-        """Scores above it are defective; infinite where there are too few images, None where there are none."""
+        """Scores above it are defective; infinite if there are too few images, None if there are none."""
         if self.own_threshold is not None:
             return self.own_threshold
         return conformal_threshold(self.scores, self.false_alarm_rate) if self.scores else None
+
+    @property
+    def shown_threshold(self) -> float:
+        """The one to start from: 0.5 without a calibration; 1, which no score exceeds, if it promises nothing."""
+        return 0.5 if self.threshold is None else min(self.threshold, 1.0)
 
     def p_value(self, score: float) -> float | None:
         return float(conformal_p_value(self.scores, score)) if self.scores else None
@@ -81,39 +85,24 @@ class Calibration:
         """Reads a calibration file's content.
 
         Raises:
-            UploadError: If it is none, is damaged, or belongs to another category.
+            Refusal: If it is none, is damaged, or belongs to another category.
         """
         if not isinstance(data, dict) or data.get("format") != "diffusionad-calibration":
-            raise UploadError("This is not a calibration file. Choose one that was downloaded from this page.")
+            raise Refusal("This is not a calibration file. Choose one that was downloaded from this page.")
         if data.get("category") != category:
-            raise UploadError(f"This file belongs to {str(data.get('category'))[:80]}. Choose that category first.")
+            raise Refusal(f"This file belongs to {str(data.get('category'))[:80]}. Choose that category first.")
         scores, rate = data.get("scores"), data.get("false_alarm_rate")
         numbers = isinstance(scores, list) and all(isinstance(s, (int, float)) and 0 <= s <= 1 for s in scores)
         if not numbers or not 0 < len(scores) <= 100_000 or not isinstance(rate, (int, float)) or not 0 < rate < 1:
-            raise UploadError("This calibration file is damaged.")
+            raise Refusal("This calibration file is damaged.")
         try:
             familiarity = Familiarity.from_json(data["familiarity"]) if data.get("familiarity") else None
         except ValueError as error:
-            raise UploadError("This calibration file is damaged.") from error
+            raise Refusal("This calibration file is damaged.") from error
         return cls(tuple(sorted(map(float, scores))), float(rate), None, familiarity, True)
 
 
 # ---- models ----
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to run a model; None is what it was calibrated with."""
-
-    seed: int | None = None
-    num_noises: int = 1
-    small_timestep: int | None = None
-    big_timestep: int | None = None
-    resolution: int | None = None
-
-    @property
-    def changed(self) -> bool:
-        return self != Settings()
 
 
 @dataclass(frozen=True)
@@ -134,11 +123,6 @@ class Model:
         self.pipe: DiffusionADPipeline | None = None
         self.calibration = Calibration()
         self._lock = threading.RLock()
-
-    @property
-    def default_timesteps(self) -> tuple[int, int]:
-        config = self.load().pipe.scheduler.config
-        return config.small_timestep, config.big_timestep
 
     def load(self) -> "Model":
         """Loads it unless it is.
@@ -174,7 +158,7 @@ class Model:
             return Familiarity.from_json(json.loads(file.read_text(encoding="utf-8"))) if file else None
         except ValueError as error:
             # The verdict does not depend on it; "About" says that it is missing.
-            logger.warning("%s: %s: %s; write it again with familiarity.py", self.name, FAMILIARITY_FILE, error)
+            logger.warning("%s: %s: %s; write it again", self.name, FAMILIARITY_FILE, error)
             return None
 
     def unload(self) -> None:
@@ -182,13 +166,13 @@ class Model:
             self.pipe = None
 
     def file(self, name: str) -> Path | None:
-        """A file that lies beside the weights, None where there is none."""
+        """A file that lies beside the weights, None if there is none."""
         folder = Path(self.source)
         if folder.is_dir():
             return folder / name if (folder / name).is_file() else None
         try:
             return Path(hf_hub_download(self.source, name))
-        except (EntryNotFoundError, HfHubHTTPError, OSError):
+        except OSError:  # the Hub's errors are OSErrors
             return None
 
     def run(self, images: Sequence[torch.Tensor], settings: Settings = Settings()) -> list[Raw]:  # noqa: B008
@@ -196,22 +180,20 @@ class Model:
 
         Raises:
             ModelError: If the model fails; the page goes on.
-            UploadError: If a setting is out of range.
+            Refusal: If a setting does not go with this model.
         """
         with self._lock:
             pipe = self.load().pipe
             began = time.perf_counter()
             usual = {"image_size": pipe.config.image_size, "seed": pipe.config.seed}
+            _check(settings, pipe)
             try:
-                _check(settings, pipe)
                 pipe.register_to_config(
                     image_size=settings.resolution or usual["image_size"],
                     seed=usual["seed"] if settings.seed is None else settings.seed,
                 )
                 size = pipe.config.image_size
                 output = _call(pipe, [resize_image(image, size) for image in images], settings)
-            except (UploadError, ModelError):
-                raise
             except Exception as error:
                 logger.exception("%s failed", self.name)
                 raise ModelError(
@@ -223,32 +205,29 @@ class Model:
             logger.info(
                 "ran %s on %d image(s) in %.0f ms", self.name, len(images), 1000 * (time.perf_counter() - began)
             )
-        raws = []
-        for score, anomaly_map, normal in zip(
-            output.anomaly_score, output.anomaly_map, output.reconstruction, strict=True
-        ):
-            raws.append(Raw(float(score), anomaly_map, (normal * 255).round().astype(np.uint8)))
-        return raws
+        return [
+            Raw(float(score), anomaly_map, to_uint8(normal))
+            for score, anomaly_map, normal in zip(
+                output.anomaly_score, output.anomaly_map, output.reconstruction, strict=True
+            )
+        ]
 
 
 def _check(settings: Settings, pipe: DiffusionADPipeline) -> None:
     chosen = (settings.small_timestep, settings.big_timestep, settings.resolution)
     if isinstance(pipe, ExportedDiffusionADPipeline) and any(value is not None for value in chosen):
-        raise UploadError("Timesteps and resolution are fixed in this category's model: leave them empty.")
-    small = pipe.scheduler.config.small_timestep if settings.small_timestep is None else settings.small_timestep
-    big = pipe.scheduler.config.big_timestep if settings.big_timestep is None else settings.big_timestep
-    last = pipe.scheduler.config.num_train_timesteps
-    if not 0 <= small < big < last:
-        raise UploadError(
-            f"Timesteps: the small one ({small}) must be below the big one ({big}), and that below {last}."
+        raise Refusal("Timesteps and resolution are fixed in this category's model: leave them empty.")
+    config = pipe.scheduler.config
+    small = config.small_timestep if settings.small_timestep is None else settings.small_timestep
+    big = config.big_timestep if settings.big_timestep is None else settings.big_timestep
+    if not small < big < config.num_train_timesteps:
+        raise Refusal(
+            f"Timesteps: the small one ({small}) must be below the big one ({big}), and that below "
+            f"{config.num_train_timesteps}."
         )
-    if settings.resolution is not None and (settings.resolution % 32 or not 64 <= settings.resolution <= 512):
-        raise UploadError(f"Resolution {settings.resolution}: must be a multiple of 32 from 64 to 512.")
-    if not 1 <= settings.num_noises <= 16:
-        raise UploadError(f"Noise draws {settings.num_noises}: must be 1 to 16.")
 
 
-@spaces.GPU
+@GPU
 def _call(pipe: DiffusionADPipeline, images: list[torch.Tensor], settings: Settings):
     return pipe(
         images,
@@ -277,6 +256,12 @@ class Models:
     @property
     def names(self) -> list[str]:
         return list(self.models)
+
+    def warm_up(self) -> None:
+        """Loads the first model, so that the first photo does not wait for it."""
+        with suppress(ModelError):  # which is logged
+            for name in self.names[:1]:
+                self.get(name)
 
     def get(self, name: str | None) -> Model:
         """A category's model, loaded.
@@ -330,13 +315,14 @@ def about(model: Model) -> str:
     except ModelError as error:
         return f"### {model.name}\n\n{error}"
     calibration = model.calibration
-    lines = [f"### {model.name}", "", f"Inspects at {pipe.config.image_size} × {pipe.config.image_size} px."]
+    known = f"Inspects at {pipe.config.image_size} × {pipe.config.image_size} px."
     if calibration.scores:
-        lines[-1] += f" Calibrated on {len(calibration.scores)} normal images."
+        known += f" Calibrated on {len(calibration.scores)} normal images."
     else:
-        lines[-1] += " Not calibrated: give it your own normal images before you rely on a verdict."
+        known += " Not calibrated: give it your own normal images before you rely on a verdict."
     if calibration.familiarity is None:
-        lines[-1] += " It cannot tell photos of something else from photos of its part."
+        known += " It cannot tell photos of something else from photos of its part."
+    lines = [f"### {model.name}", "", known]
     file = model.file("README.md")
     if file is None:
         return "\n".join([*lines, "", "It comes without a card: nothing is known of its accuracy."])
@@ -344,13 +330,25 @@ def about(model: Model) -> str:
         card = ModelCard.load(file, ignore_metadata_errors=True)
     except (ValueError, OSError):
         return "\n".join([*lines, "", "Its card cannot be read."])
-    results = card.data.eval_results or []
-    if results:
+    if card.data.eval_results:
         lines += ["", "| metric | value | measured on |", "| --- | --- | --- |"]
-        for result in results:
+        for result in card.data.eval_results:
             value = f"{result.metric_value:.3f}" if isinstance(result.metric_value, float) else result.metric_value
             lines.append(f"| {result.metric_name or result.metric_type} | {value} | {result.dataset_name} |")
-    limits = re.search(r"^#+ [^\n]*\blimit[^\n]*\n(.*?)(?=^#|\Z)", card.text, re.I | re.M | re.S)
-    if limits:
-        lines += ["", "#### Limits", "", limits[1].strip()]
+    if limits := _section(card.text, "limit"):
+        lines += ["", "#### Limits", "", limits]
     return "\n".join(lines)
+
+
+def _section(text: str, word: str) -> str:
+    """What follows the first heading with a word that begins like the given one."""
+    heading = re.compile(rf"#.*\b{word}", re.IGNORECASE)
+    lines = iter(text.splitlines())
+    if not any(heading.match(line) for line in lines):
+        return ""
+    rest = []
+    for line in lines:
+        if line.startswith("#"):
+            break
+        rest.append(line)
+    return "\n".join(rest).strip()

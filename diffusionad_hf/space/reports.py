@@ -3,23 +3,22 @@
 import base64
 import csv
 import html
-import io
-import math
+import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .. import __version__ as VERSION
+from ..files import replacing
+from ..version import __version__ as VERSION
 from ..visualization import Region, location_words
-from .uploads import MB
 from .views import Result, View, p_words, region_words
 
-_MOST_ZIP_BYTES = 400 * MB
+UNFAMILIAR = "The photo does not look like the normal images of this category: the verdict may mean nothing."
 
 
-def verdict_word(result: Result, threshold: float) -> str:
+def verdict_words(result: Result, threshold: float) -> str:
     return "Defect found" if result.is_defective(threshold) else "No defect found"
 
 
@@ -30,10 +29,10 @@ def result_json(result: Result, threshold: float, regions: Sequence[Region]) -> 
         "category": result.category,
         "is_anomalous": result.is_defective(threshold),
         "anomaly_score": result.score,
-        "threshold": threshold if math.isfinite(threshold) else None,
+        "threshold": threshold,
         "p_value": result.p_value,
         "calibration_images": result.calibration_images,
-        "looks_unfamiliar": result.unfamiliar if result.strangeness is not None else None,
+        "looks_unfamiliar": result.unfamiliar,
         "settings_changed": result.settings_changed,
         "width": result.size[0],
         "height": result.size[1],
@@ -66,34 +65,32 @@ def report_page(result: Result, threshold: float, view: View, normal: Path, diff
             "Difference": difference,
         }.items()
     )
-    notes = [p_words(result.p_value, result.calibration_images)]
+    notes = [] if result.p_value is None else [p_words(result.p_value, result.calibration_images)]
     if result.unfamiliar:
-        notes.append("The photo does not look like the normal images of this category: the verdict may mean nothing.")
+        notes.append(UNFAMILIAR)
     if result.settings_changed:
         notes.append("Inspected with other settings than those the threshold was calibrated with.")
     rows = {
         "Score": f"{result.score:.4f}",
-        "Threshold": f"{threshold:.4f}" if math.isfinite(threshold) else "none",
+        "Threshold": f"{threshold:.4f}",
         "Category": html.escape(result.category),
         "Photo": f"{result.size[0]} × {result.size[1]} px",
         "Time": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "Software": f"diffusionad-hf {VERSION}",
     }
     name = html.escape(result.name)
-    listed = (
-        f'<ol style="list-style: none; padding: 0">{regions}</ol>' if regions else "<p>None above the threshold.</p>"
-    )
+    listed = f"<ol>{regions}</ol>" if regions else "<p>None above the threshold.</p>"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; color: #17202a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 h1 {{ font-size: 1.6rem; margin: 0 }} h2 {{ font-size: 1.1rem }}
 dl {{ display: grid; grid-template-columns: 8rem 1fr; margin: 1rem 0 }}
-ul {{ list-style: none; padding: 0 }}
+ol {{ list-style: none; padding: 0 }}
 dt {{ color: #566 }} dd {{ margin: 0 }} .pictures {{ display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }}
 figure {{ margin: 0; break-inside: avoid }} img {{ width: 100% }} figcaption {{ color: #566 }}
 </style></head><body>
-<h1>{verdict_word(result, threshold)}</h1><p>{name}</p><p>{" ".join(map(html.escape, filter(None, notes)))}</p>
+<h1>{verdict_words(result, threshold)}</h1><p>{name}</p><p>{html.escape(" ".join(notes))}</p>
 <dl>{"".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in rows.items())}</dl>
 <div class="pictures">{pictures}</div>
 <h2>Regions</h2>{listed}
@@ -106,63 +103,59 @@ figure {{ margin: 0; break-inside: avoid }} img {{ width: 100% }} figcaption {{ 
 COLUMNS = ["File", "Verdict", "Score", "p-value", "Regions", "Note"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """One file of a batch: its result with a JSON record and the folder of its pictures, or why there is none."""
+    """One file of a batch: its record with its pictures by kind, or a record that says why there are none."""
 
-    name: str
-    error: str = ""
-    result: Result | None = None
-    record: dict = field(default_factory=dict)
-    overlay: Path | None = None
-    mask: Path | None = None
-    anomaly_map: Path | None = None
+    record: dict
+    pictures: dict[str, Path] = field(default_factory=dict)
 
-    def cells(self, threshold: float) -> list[str]:
+    @classmethod
+    def refused(cls, name: str, reason: str) -> "Row":
+        return cls({"name": name, "error": reason[:1].upper() + reason[1:]})
+
+    @property
+    def cells(self) -> list[str]:
         """The cells of the table."""
-        if self.result is None:
-            return [self.name, "Not inspected", "", "", "", self.error]
-        note = "Looks unlike this category" if self.result.unfamiliar else ""
-        p_value = "" if self.result.p_value is None else f"{self.result.p_value:.4f}"
-        word = "Defect" if self.result.is_defective(threshold) else "Good"
-        return [self.name, word, f"{self.result.score:.4f}", p_value, str(len(self.record["regions"])), note]
+        record = self.record
+        if "error" in record:
+            return [record["name"], "Not inspected", "", "", "", record["error"]]
+        return [
+            record["name"],
+            "Defect" if record["is_anomalous"] else "Good",
+            f"{record['anomaly_score']:.4f}",
+            "" if record["p_value"] is None else f"{record['p_value']:.4f}",
+            str(len(record["regions"])),
+            "Looks unlike this category" if record["looks_unfamiliar"] else "",
+        ]
 
 
 def sort_rows(rows: Sequence[Row]) -> list[Row]:
     """The highest score first; files that could not be inspected last."""
-    return sorted(rows, key=lambda row: (row.result is None, -row.result.score if row.result else 0, row.name.lower()))
+    return sorted(rows, key=lambda row: (-row.record.get("anomaly_score", -1), row.record["name"].lower()))
 
 
-def write_csv(rows: Sequence[Row], threshold: float, path: Path) -> Path:
+def write_csv(rows: Sequence[Row], threshold: float, path: Path) -> None:
     """Writes the table. Names that a spreadsheet would run as a formula are kept from it by a quote."""
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*COLUMNS, "Threshold"])
         for row in rows:
-            cells = [f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t") else cell for cell in row.cells(threshold)]
+            cells = [f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t") else cell for cell in row.cells]
             writer.writerow([*cells, f"{threshold:.6g}"])
-    return path
 
 
-def write_archive(rows: Sequence[Row], table: Path, records: str, path: Path) -> Path:
-    """Packs the table, the records and the pictures; those beyond 400 MB are left out, and the archive says so."""
-    temporary = path.with_suffix(".tmp")
-    used = 0
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as bundle:
+def write_archive(rows: Sequence[Row], table: Path, path: Path) -> None:
+    """Packs the table, the records and the pictures, named after their photos."""
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as bundle:
         bundle.write(table, table.name, zipfile.ZIP_DEFLATED)
+        records = json.dumps([row.record for row in rows], indent=2, ensure_ascii=False)
         bundle.writestr("results.json", records, zipfile.ZIP_DEFLATED)
-        left_out = io.StringIO()
+        taken: set[str] = set()
         for row in rows:
-            pictures = {"overlays": row.overlay, "masks": row.mask, "maps": row.anomaly_map}
-            for folder, picture in pictures.items():
-                if picture is None:
-                    continue
-                used += picture.stat().st_size
-                if used > _MOST_ZIP_BYTES:
-                    left_out.write(f"{folder}/{row.name}\n")
-                else:
-                    bundle.write(picture, f"{folder}/{Path(row.name).stem}-{picture.name}")
-        if left_out.getvalue():
-            bundle.writestr("LEFT_OUT.txt", left_out.getvalue())
-    temporary.replace(path)
-    return path
+            # `a.png` and `a.jpg` would share their pictures' names.
+            stem = Path(row.record["name"]).stem
+            stem = row.record["name"] if stem.lower() in taken else stem
+            taken.add(stem.lower())
+            for kind, picture in row.pictures.items():
+                bundle.write(picture, f"{kind}s/{stem}-{kind}{picture.suffix}")

@@ -5,7 +5,6 @@ a key that leaks opens nothing in another session. Everything in the server's te
 `keep_seconds` after its last use; results also when their visitor leaves.
 """
 
-import json
 import logging
 import os
 import re
@@ -15,12 +14,14 @@ import threading
 import time
 from pathlib import Path
 
+from .intake import Refusal
+
 _KEY = re.compile(r"[0-9a-f]{32}")
 _OWNER_FILE = ".owner"
 logger = logging.getLogger("space")
 
 
-class ResultGone(LookupError):
+class ResultGone(Refusal):
     """The result does not exist (any more), or is another visitor's."""
 
     def __init__(self):
@@ -80,10 +81,9 @@ class Results:
             except OSError:
                 continue
 
-    def sweep(self, now: float | None = None) -> int:
-        """Removes what has not been used for `keep_seconds`; returns how many folders and files that were."""
-        limit = (time.time() if now is None else now) - self.keep_seconds
-        removed = 0
+    def sweep(self) -> None:
+        """Removes what has not been used for `keep_seconds`."""
+        limit = time.time() - self.keep_seconds
         for entry in [*self._results.iterdir(), *(set(self.folder.iterdir()) - self._kept - {self._results})]:
             try:
                 if entry.stat().st_mtime > limit:
@@ -94,8 +94,6 @@ class Results:
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink(missing_ok=True)
-            removed += 1
-        return removed
 
     def sweep_forever(self, every_seconds: float = 300) -> None:
         """Sweeps in the background for as long as the process runs."""
@@ -109,10 +107,3 @@ class Results:
                     logger.exception("could not clean up")
 
         threading.Thread(target=loop, daemon=True, name="sweep").start()
-
-
-def write_json(path: Path, data: object) -> None:
-    """Writes JSON that nobody reads half of."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)

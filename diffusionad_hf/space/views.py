@@ -1,4 +1,4 @@
-"""From a model's answer to a verdict that a person can act on, without any user interface."""
+"""From a model's answer to pictures and words that a person can act on, without any user interface."""
 
 import json
 import math
@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..calibration import images_needed
-from ..pipeline_diffusionad import load_image
+from ..files import write_json
+from ..images_diffusionad import load_image, to_uint8
 from ..visualization import (
     Region,
     anomaly_map_16bit,
@@ -28,12 +29,14 @@ from ..visualization import (
     region_threshold,
     save_image,
 )
-from .models import Calibration, Raw, Settings
-from .results import write_json
+from .intake import Settings
+from .models import Calibration, Raw
 
 # The longest side of a picture on the page. Small photos are enlarged to the first, so that outlines stay thin.
 VIEW_SIDES = (768, 1280)
 MOST_REGIONS = 12
+OPACITY = 0.6
+"""Of the strongest heat, unless the visitor moves it."""
 _PICTURE = "view-{}.jpg"
 
 
@@ -48,36 +51,34 @@ class Result:
     category: str
     score: float
     size: tuple[int, int]
-    threshold: float | None
     p_value: float | None
     calibration_images: int
-    strangeness: float | None
+    unfamiliar: bool | None
     settings_changed: bool
 
-    @property
-    def unfamiliar(self) -> bool:
-        return self.strangeness is not None and self.strangeness > 1
+    @classmethod
+    def of(
+        cls, name: str, category: str, image: torch.Tensor, raw: Raw, calibration: Calibration, settings: Settings
+    ) -> "Result":
+        familiarity = calibration.familiarity
+        return cls(
+            name=name,
+            category=category,
+            score=raw.score,
+            size=(image.shape[2], image.shape[1]),
+            p_value=None if settings.changed else calibration.p_value(raw.score),
+            calibration_images=len(calibration.scores),
+            unfamiliar=familiarity.strangeness(image) > 1 if familiarity else None,
+            settings_changed=settings.changed,
+        )
 
     def is_defective(self, threshold: float) -> bool:
         return self.score > threshold
 
-
-def make_result(
-    name: str, category: str, image: torch.Tensor, raw: Raw, calibration: Calibration, settings: Settings
-) -> Result:
-    familiarity = calibration.familiarity
-    threshold = calibration.threshold
-    return Result(
-        name=name,
-        category=category,
-        score=raw.score,
-        size=(image.shape[2], image.shape[1]),
-        threshold=threshold,
-        p_value=None if settings.changed else calibration.p_value(raw.score),
-        calibration_images=len(calibration.scores),
-        strangeness=familiarity.strangeness(image) if familiarity else None,
-        settings_changed=settings.changed,
-    )
+    @property
+    def file_stem(self) -> str:
+        """The photo's name without its suffix, made fit for a file name."""
+        return re.sub(r"[^\w ().-]", "_", Path(self.name).stem)[:60].strip(". ") or "image"
 
 
 def store(folder: Path, result: Result, image: torch.Tensor, raw: Raw, original: Path) -> None:
@@ -97,78 +98,81 @@ def load(folder: Path) -> Result:
     return Result(**{**data, "size": tuple(data["size"])})
 
 
+# ---- drawing ----
+
+
+def _to_pil(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().numpy())
+
+
 def view_photo(image: torch.Tensor) -> Image.Image:
     """The photo, (3, H, W), at the size of the page."""
-    values = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
-    photo = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
-    scale = min(max(VIEW_SIDES[0] / max(photo.size), 1), 4) if max(photo.size) < VIEW_SIDES[0] else 1
-    scale = min(scale, VIEW_SIDES[1] / max(photo.size))
+    photo = _to_pil(image)
+    longest = max(photo.size)
+    scale = min(min(max(VIEW_SIDES[0] / longest, 1), 4), VIEW_SIDES[1] / longest)
     size = tuple(max(8, round(side * scale)) for side in photo.size)
     return photo if size == photo.size else photo.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
-def map_at(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The map at (width, height), enlarged as the pipeline does it."""
-    if anomaly_map.shape == size[::-1]:
-        return anomaly_map
-    return F.interpolate(torch.from_numpy(anomaly_map)[None, None], size=size[::-1], mode="bilinear")[0, 0].numpy()
+@dataclass(frozen=True)
+class Drawing:
+    """A result at a threshold, drawn at a size (width, height).
 
-
-def regions_of(result: Result, values: np.ndarray, threshold: float) -> tuple[list[Region], list[Region]]:
-    """The strongest regions twice: in pixels of the view, and in pixels of the photo.
-
-    Where no defect is found there are none: single pixels above the threshold are no finding then, and to list them
-    would contradict the verdict. `diffusionad inspect` keeps to the same rule.
-
-    Args:
-        result: Of the image.
-        values: The anomaly map at the size of the view, (H, W).
-        threshold: Of the anomaly score.
+    Without a defect there are no regions, no outlines and nothing in the mask: single pixels above the threshold are
+    no finding then, and to show them would contradict the verdict. `diffusionad inspect` keeps to the same rule.
     """
-    if not result.is_defective(threshold):
-        return [], []
-    seen = find_regions(values, region_threshold(threshold))[:MOST_REGIONS]
-    return seen, [_scaled(region, values.shape[::-1], result.size) for region in seen]
 
+    result: Result
+    anomaly_map: np.ndarray
+    size: tuple[int, int]
+    threshold: float
 
-def draw_overlay(
-    result: Result,
-    photo: Image.Image,
-    values: np.ndarray,
-    threshold: float,
-    opacity: float,
-    regions: Sequence[Region] = (),
-    highlight: Region | None = None,
-) -> Image.Image:
-    """The heat over the photo; outlines only where a defect is found."""
-    return overlay(
-        photo,
-        values,
-        threshold=region_threshold(threshold),
-        opacity=opacity,
-        contour=result.is_defective(threshold),
-        regions=regions,
-        highlight=highlight,
-    )
+    @cached_property
+    def defective(self) -> bool:
+        return self.result.is_defective(self.threshold)
 
+    @cached_property
+    def values(self) -> np.ndarray:
+        """The map at this size, enlarged as the pipeline does it."""
+        if self.anomaly_map.shape == self.size[::-1]:
+            return self.anomaly_map
+        values = torch.from_numpy(self.anomaly_map)[None, None]
+        return F.interpolate(values, size=self.size[::-1], mode="bilinear")[0, 0].numpy()
 
-def draw_mask(result: Result, values: np.ndarray, threshold: float) -> Image.Image:
-    """The regions in white; all black where no defect is found."""
-    if not result.is_defective(threshold):
-        return Image.new("L", values.shape[::-1])
-    return mask_image(values, region_threshold(threshold))
+    @cached_property
+    def regions(self) -> list[Region]:
+        """The strongest ones."""
+        return find_regions(self.values, region_threshold(self.threshold))[:MOST_REGIONS] if self.defective else []
 
+    @property
+    def photo_regions(self) -> list[Region]:
+        """The same in pixels of the photo, all but their peaks."""
+        x, y = (photo / drawn for photo, drawn in zip(self.result.size, self.size, strict=True))
+        scaled = []
+        for region in self.regions:
+            x0, y0, x1, y1 = region.box
+            box = (math.floor(x0 * x), math.floor(y0 * y), math.ceil(x1 * x), math.ceil(y1 * y))
+            area = max(1, round(region.area_fraction * math.prod(self.result.size)))
+            scaled.append(replace(region, box=box, area_px=area))
+        return scaled
 
-def _scaled(region: Region, view: tuple[int, int], photo: tuple[int, int]) -> Region:
-    x, y = photo[0] / view[0], photo[1] / view[1]
-    x0, y0, x1, y1 = region.box
-    box = (math.floor(x0 * x), math.floor(y0 * y), math.ceil(x1 * x), math.ceil(y1 * y))
-    peak = (
-        min(int((region.peak_xy[0] + 0.5) * x), photo[0] - 1),
-        min(int((region.peak_xy[1] + 0.5) * y), photo[1] - 1),
-    )
-    area = max(1, round(region.area_fraction * photo[0] * photo[1]))
-    return replace(region, box=box, area_px=area, peak_xy=peak)
+    def overlay(self, photo: Image.Image, opacity: float, *, tags: bool = True, framed: int = -1) -> Image.Image:
+        """The heat over the photo, with the regions' numbers, and one of them framed."""
+        return overlay(
+            photo,
+            self.values,
+            threshold=region_threshold(self.threshold),
+            opacity=opacity,
+            contour=self.defective,
+            regions=self.regions if tags else (),
+            highlight=self.regions[framed] if 0 <= framed < len(self.regions) else None,
+        )
+
+    def mask(self) -> Image.Image:
+        """The regions in white."""
+        if not self.defective:
+            return Image.new("L", self.size)
+        return mask_image(self.values, region_threshold(self.threshold))
 
 
 @dataclass(frozen=True)
@@ -180,66 +184,42 @@ class View:
     regions: list[Region]
 
 
-def view(folder: Path, threshold: float, opacity: float = 0.6, highlight: int | None = None) -> View:
-    """Draws a kept result at a threshold. The model does not run.
-
-    Args:
-        folder: Of the result.
-        threshold: Of the anomaly score.
-        opacity: Of the strongest heat.
-        highlight: Index of a region to frame.
-    """
-    result = load(folder)
+def view(folder: Path, threshold: float, opacity: float = OPACITY, framed: int = -1) -> View:
+    """Draws a kept result at a threshold. The model does not run."""
     photo = Image.open(folder / "photo.jpg").convert("RGB")
-    values = map_at(np.load(folder / "map.npy"), photo.size)
-    seen, regions = regions_of(result, values, threshold)
-    picked = seen[highlight] if highlight is not None and 0 <= highlight < len(seen) else None
-    picture = draw_overlay(result, photo, values, threshold, opacity, seen, picked)
+    drawing = Drawing(load(folder), np.load(folder / "map.npy"), photo.size, threshold)
+    picture = drawing.overlay(photo, opacity, framed=framed)
     # A new name each time, so that no browser shows the former picture; the last few stay for those still loading.
     former = sorted(folder.glob(_PICTURE.format("*")), key=lambda p: p.stat().st_mtime)
     for old in former[:-4]:
         old.unlink(missing_ok=True)
     path = folder / _PICTURE.format(time.time_ns())
     picture.save(path, quality=90, subsampling=0)
-    return View(folder / "photo.jpg", path, regions)
+    return View(folder / "photo.jpg", path, drawing.photo_regions)
 
 
 def companions(folder: Path) -> tuple[Path, Path]:
     """The reconstruction and the difference at the size of the page, drawn once."""
     normal_path, difference_path = folder / "normal.jpg", folder / "difference.jpg"
-    photo = Image.open(folder / "photo.jpg").convert("RGB")
-    normal = Image.open(folder / "reconstruction.png").convert("RGB")
-    difference(photo, normal).save(difference_path, quality=90)
-    normal.resize(photo.size, Image.Resampling.BICUBIC).save(normal_path, quality=92)
+    if not normal_path.exists():
+        photo = Image.open(folder / "photo.jpg").convert("RGB")
+        normal = Image.open(folder / "reconstruction.png").convert("RGB")
+        difference(photo, normal).save(difference_path, quality=90)
+        normal.resize(photo.size, Image.Resampling.BICUBIC).save(normal_path, quality=92)
     return normal_path, difference_path
 
 
-def file_stem(result: Result) -> str:
-    """The photo's name without its suffix, made fit for a file name."""
-    return re.sub(r"[^\w ().-]", "_", Path(result.name).stem)[:60].strip(". ") or "image"
-
-
 def full_size(folder: Path, kind: str, threshold: float, opacity: float) -> Path:
-    """Writes a picture at the photo's own size for download.
-
-    Args:
-        folder: Of the result.
-        kind: "overlay", "mask" or "map".
-        threshold: Of the anomaly score.
-        opacity: Of the strongest heat.
-    """
+    """Writes the "overlay", "mask" or "map" at the photo's own size for download."""
     result = load(folder)
-    anomaly_map = map_at(np.load(folder / "map.npy"), result.size)
+    drawing = Drawing(result, np.load(folder / "map.npy"), result.size, threshold)
     if kind == "map":
-        picture = anomaly_map_16bit(anomaly_map)
+        picture = anomaly_map_16bit(drawing.values)
     elif kind == "mask":
-        picture = draw_mask(result, anomaly_map, threshold)
+        picture = drawing.mask()
     else:
-        image = load_image(folder / "original")
-        values = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
-        photo = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
-        picture = draw_overlay(result, photo, anomaly_map, threshold, opacity)
-    return save_image(picture, folder / f"{file_stem(result)}-{kind}.png")
+        picture = drawing.overlay(_to_pil(load_image(folder / "original")), opacity, tags=False)
+    return save_image(picture, folder / f"{result.file_stem}-{kind}.png")
 
 
 # ---- words ----
@@ -249,10 +229,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def p_words(p_value: float | None, images: int) -> str:
+def p_words(p_value: float, images: int) -> str:
     """The p-value for people: how often a normal part scores this high."""
-    if p_value is None:
-        return ""
     at_least = round(p_value * (images + 1)) - 1
     share = "None" if at_least == 0 else str(at_least)
     return f"{share} of the {images} normal images used for calibration scored this high (p = {p_value:.2g})."
@@ -261,7 +239,7 @@ def p_words(p_value: float | None, images: int) -> str:
 def promise_words(calibration: Calibration) -> str:
     """What a calibration promises, and what it does not."""
     count, rate = len(calibration.scores), calibration.false_alarm_rate
-    if not math.isfinite(calibration.threshold or 0):
+    if not math.isfinite(calibration.threshold):
         return (
             f"{count} images cannot promise {percent(rate)} false alarms; that takes {images_needed(rate)}. "
             "Until then nothing is called defective: add images, or allow more false alarms."

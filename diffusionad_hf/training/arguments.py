@@ -1,299 +1,268 @@
-"""Command line and presets of the training."""
+"""What a training can be told, from Python, a preset or the command line."""
 
 import argparse
 import json
-import math
+import re
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from .. import PRESETS as ARCHITECTURES
+from ..flags import DashedParser
 from ..modeling_anomaly_segmenter import AnomalySegmenter
-
-__all__ = ["load_preset", "option_names", "parse_arguments"]
+from ..presets import PRESETS as ARCHITECTURES
 
 _PRESET_FOLDER = Path(__file__).parent / "presets"
-_LR_SCHEDULES = ("constant", "cosine", "linear", "reference")
-_PRECISIONS = ("no", "bf16", "fp16")
+# The first option of each group of the help.
+_GROUPS = {
+    "data_dir": "data",
+    "preset": "model",
+    "line_probability": "anomalies",
+    "max_train_steps": "optimisation",
+    "output_dir": "saving and watching",
+}
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def _option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, within: str = "") -> Any:
+    """A field; `within` is an interval such as `"[0, 1)"`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "within": within})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """
+    The options of a training; `--help` of the command line explains each.
+
+    Raises:
+        ValueError: If a value is of the wrong type or makes no sense; the message names the option in backticks.
+    """
+
+    data_dir: str = _option(
+        MISSING, "Dataset in the layout of MVTec AD, VisA or DAGM, a plain folder, or a Hub dataset id."
+    )
+    category: str | None = _option(
+        None,
+        'Which category of the dataset; may be left out if there is only one. "all" trains one after another, each '
+        "into its own folder in the output folder; the same command again continues where it stopped.",
+    )
+    texture_dir: str | None = _option(
+        None, "Folder of texture images (such as DTD) to make anomalies from; without it, textures are generated."
+    )
+    foreground_dir: str | None = _option(
+        None,
+        "Folder with a mask of the object for each training image, named like it (one folder per category if all are "
+        "trained); without it, masks are estimated.",
+    )
+    foreground: str = _option(
+        "auto",
+        "Where anomalies may lie: on the object, on random parts of a texture, or anywhere; auto decides from the "
+        "images.",
+        choices=("auto", "object", "texture", "whole"),
+    )
+    holdout_fraction: float = _option(
+        0.15, "Share of the normal images held out to choose and calibrate the model.", within="(0, 1)"
+    )
+
+    preset: str = _option(
+        "small", "Defaults for all other options: fast, light, paper, small, tiny, or a JSON file of your own."
+    )
+    architecture: str = _option("small", "Size of the networks.", choices=tuple(ARCHITECTURES))
+    resolution: int = _option(256, "Side in px at which images are trained and inspected; a multiple of 32.")
+    prediction_type: str | None = _option(
+        None,
+        "What the UNet predicts: the noise (the paper), the image, or the velocity. By default paper predicts the "
+        "noise, all other sizes the image.",
+        choices=("epsilon", "sample", "v_prediction"),
+    )
+    init_from: str | None = _option(
+        None, "Start from the weights of this pipeline folder or Hub id, which must have the same size."
+    )
+    distill_from: str | None = _option(
+        None,
+        "Also learn from this trained pipeline (folder or Hub id) of the same resolution and any size; networks of "
+        'the same size start with its weights. With category "all", a folder of the categories\' pipelines.',
+    )
+    gradient_checkpointing: bool = _option(False, "Trade time for memory, in both networks.")
+    channels_last: bool = _option(False, "Use the channels-last memory format.")
+    compile: bool = _option(False, "Compile the networks with torch.compile; the first step takes long.")
+
+    line_probability: float = _option(
+        0.0,
+        "Share of synthetic anomalies that are thin lines, for scratches and cracks; not in the paper.",
+        within="[0, 1]",
+    )
+    displaced_probability: float = _option(
+        0.0,
+        "Share of synthetic anomalies moved from elsewhere in the image, for misplaced features; not in the paper.",
+        within="[0, 1]",
+    )
+    erased_probability: float = _option(
+        0.0,
+        "Share of synthetic anomalies that erase some structure, for missing features; not in the paper.",
+        within="[0, 1]",
+    )
+
+    max_train_steps: int = _option(10000, "Optimiser steps.", within="[1, inf)")
+    train_batch_size: int = _option(16, "Images per process and forward pass.", within="[1, inf)")
+    gradient_accumulation_steps: int = _option(1, "Forward passes per optimiser step.", within="[1, inf)")
+    unet_learning_rate: float = _option(1e-4, "Adam's rate for the UNet.", within="(0, 1)")
+    segmenter_learning_rate: float = _option(1e-4, "Adam's rate for the segmentation network.", within="(0, 1)")
+    lr_schedule: str = _option(
+        "cosine",
+        '"reference": constant for the UNet, a cosine with a period of 20 steps for the segmenter.',
+        choices=("constant", "cosine", "linear", "reference"),
+    )
+    lr_warmup_steps: int = _option(100, "Steps over which both rates rise from zero.", within="[0, inf)")
+    max_grad_norm: float = _option(1.0, "Clip gradients to this norm; 0 turns it off.", within="[0, inf)")
+    ema_decay: float = _option(
+        0.999, "Decay of the averaged weights, which are what is saved; 0 turns it off.", within="[0, 1)"
+    )
+    mixed_precision: str | None = _option(
+        None, "As in accelerate, whose configuration decides by default.", choices=("no", "bf16", "fp16")
+    )
+    seed: int = _option(0, "Fixes data order, anomalies, noise and initial weights.", within="[0, inf)")
+
+    output_dir: str = _option(
+        MISSING, "Folder to write the pipeline to; checkpoints, curve and logs are kept in it too."
+    )
+    save_dtype: str = _option("float32", "Type of the saved weights.", choices=("float32", "float16"))
+    checkpointing_steps: int = _option(500, "Steps between checkpoints to resume from.", within="[1, inf)")
+    checkpoints_total_limit: int = _option(2, "Checkpoints to keep.", within="[1, inf)")
+    resume_from_checkpoint: str | None = _option(None, 'A checkpoint folder, or "latest".')
+    validation_steps: int = _option(
+        500, "Steps between validations on held-out normal images with synthetic defects.", within="[1, inf)"
+    )
+    false_alarm_rate: float = _option(0.05, "The rate that the calibrated threshold promises.", within="(0, 1)")
+    push_to_hub: bool = _option(False, "Publish each model as soon as it is trained.")
+    hub_model_prefix: str | None = _option(
+        None, "With push_to_hub: ORG/PREFIX, to publish as ORG/PREFIX-<dataset>-<category>."
+    )
+    hub_private_repo: bool = _option(False, "Create private repos on the Hub.")
+    dataset_name: str | None = _option(
+        None, 'Name of the dataset on the Hub, such as "MVTec AD"; by default the name of its folder.'
+    )
+    report_to: str = _option("tensorboard", 'Trackers for accelerate: "tensorboard", "wandb", "all" or "none".')
+    dataloader_num_workers: int = _option(
+        0, "Processes that decode images; 0 keeps small datasets in memory.", within="[0, inf)"
+    )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            _check_value(option, getattr(self, option.name))
+        multiple = AnomalySegmenter.size_multiple
+        if self.resolution < multiple or self.resolution % multiple:
+            raise ValueError(
+                f"`resolution` {self.resolution}: the networks halve the image five times, so it must be a multiple "
+                f"of {multiple}."
+            )
+        if self.train_batch_size == 1 and self.resolution == multiple:
+            raise ValueError(
+                f"`train_batch_size` 1: at `resolution` {multiple} the smallest map has one pixel, from which batch "
+                "norm cannot take statistics; give 2 or more."
+            )
+        if self.foreground_dir is not None and self.foreground in ("texture", "whole"):
+            raise ValueError(
+                f"`foreground_dir` {self.foreground_dir}: contradicts `foreground` {self.foreground}; give only one."
+            )
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("`compile`: torch.compile cannot compile `gradient_checkpointing`; give only one.")
+        if self.category == "all" and self.resume_from_checkpoint not in (None, "latest"):
+            raise ValueError(
+                f"`resume_from_checkpoint` {self.resume_from_checkpoint}: with `category` all, every category resumes "
+                "from its own latest checkpoint; leave it out."
+            )
+        if self.push_to_hub and (self.hub_model_prefix or "").count("/") != 1:
+            raise ValueError(
+                f"`hub_model_prefix` {self.hub_model_prefix}: `push_to_hub` needs ORG/PREFIX, ORG being your user "
+                "name or an organization of yours."
+            )
+
+
+def parse_arguments(argv: list[str] | None = None) -> TrainingConfig:
     """
     Reads the command line; a preset gives the defaults of the flags that are not on it.
 
     Raises:
-        SystemExit: With one line that names the argument, where a value makes no sense.
+        SystemExit: If a value makes no sense; one line names the flag.
     """
     parser = _parser()
     # On its own and first, as its values are the defaults that --help shows.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = DashedParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=parser.get_default("preset"))
-    preset = first.parse_known_args(argv)[0].preset
     try:
-        parser.set_defaults(**load_preset(preset, parser))
+        parser.set_defaults(**load_preset(first.parse_known_args(argv)[0].preset))
+        return TrainingConfig(**vars(parser.parse_args(argv)))
     except ValueError as error:
-        parser.error(str(error))
-    args = parser.parse_args(argv)
-    _check(args, parser)
-    return args
+        parser.error(re.sub(r"`(\w+)`", lambda name: f"--{name[1].replace('_', '-')}", str(error)))
 
 
-def load_preset(name: str, parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
+def load_preset(name: str) -> dict[str, Any]:
     """
     Reads a preset.
 
     Args:
-        name: A file of `training/presets` without its suffix, or the path of a JSON file.
-        parser: Whose options the keys must be.
+        name: A file of `presets` without its suffix, or the path of a JSON file.
 
     Raises:
         ValueError: If there is no such preset, or a key or value is unknown.
     """
-    parser = parser or _parser()
     path = Path(name) if name.endswith(".json") else _PRESET_FOLDER / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in _PRESET_FOLDER.glob("*.json")))
-        raise ValueError(f"--preset {name}: no such preset; choose one of {known}, or give a .json file.")
+        raise ValueError(f"`preset` {name}: no such preset; choose one of {known}, or give a .json file.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"--preset {path}: not valid JSON ({error}).") from error
-    options = {action.dest: action for action in parser._actions}
+        raise ValueError(f"`preset` {path}: not valid JSON ({error}).") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--preset {path}: must be a JSON object of options and their values.")
+        raise ValueError(f"`preset` {path}: must be a JSON object of options and their values.")
+    options = {option.name: option for option in fields(TrainingConfig) if option.name != "preset"}
     for key, value in values.items():
-        action = options.get(key)
-        if action is None or key in ("help", "preset"):
-            raise ValueError(f'--preset {path}: unknown key "{key}"; keys are the names of the options, see --help.')
-        if action.choices is not None and value not in action.choices:
-            raise ValueError(
-                f'--preset {path}: {key} is "{value}", must be one of {", ".join(map(str, action.choices))}.'
-            )
-        kind = bool if action.nargs == 0 else action.type or str
-        # A whole number is a number, but true is not 1.
-        if value is not None and type(value) is not kind and (kind, type(value)) != (float, int):
-            raise ValueError(f"--preset {path}: {key} is {json.dumps(value)}, must be of type {kind.__name__}.")
-        if value is None and action.default is not None:
-            raise ValueError(f"--preset {path}: {key} is null, must be of type {kind.__name__}.")
+        if key not in options:
+            raise ValueError(f'`preset` {path}: unknown key "{key}"; keys are the names of options, see --help.')
+        try:
+            _check_value(options[key], value)
+        except ValueError as error:
+            raise ValueError(f"`preset` {path}: {error}") from error
     return values
 
 
-def option_names() -> list[str]:
-    """The names of all options."""
-    return [action.dest for action in _parser()._actions if action.dest != "help"]
+def _kind(option: Field) -> type:
+    return next(iter(get_args(option.type)), option.type)
+
+
+def _check_value(option: Field, value: Any) -> None:
+    if value is None and option.default is None:
+        return
+    kind, name = _kind(option), option.name
+    # A whole number is a number, but true is not 1.
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        raise ValueError(f"`{name}` {json.dumps(value, default=str)}: must be of type {kind.__name__}.")
+    choices, within = option.metadata["choices"], option.metadata["within"]
+    if choices and value not in choices:
+        raise ValueError(f"`{name}` {value}: must be one of {', '.join(choices)}.")
+    if within:
+        low, high = map(float, within[1:-1].split(","))
+        if not (low < value < high or (within[0] == "[" and value == low) or (within[-1] == "]" and value == high)):
+            raise ValueError(f"`{name}` {value}: must lie in {within}.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = DashedParser(
         prog="train.py",
         description="Trains DiffusionAD on normal images of one product and writes a calibrated pipeline folder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--data_dir", required=True, help="Data set: MVTec AD, VisA, DAGM or plain folder layout, or a Hub dataset id."
-    )
-    add(
-        "--category",
-        default=None,
-        help='Which category of the data set; may be left out where there is but one. "all": one after another, each '
-        "in its own folder in OUTPUT_DIR; the same command again goes on where it stopped.",
-    )
-    add(
-        "--texture_dir",
-        default=None,
-        help="Folder of texture images (such as DTD) to make anomalies of; procedural textures without it.",
-    )
-    add(
-        "--foreground_dir",
-        default=None,
-        help="Folder of masks of the object, one per training image and named like it, in a folder for each category "
-        "where all are trained; estimated without it.",
-    )
-    add(
-        "--foreground",
-        default="auto",
-        choices=("auto", "object", "texture", "whole"),
-        help="Where anomalies may lie: on the object, on random parts of a texture, anywhere; or decide from "
-        "the images.",
-    )
-    add(
-        "--holdout_fraction",
-        type=float,
-        default=0.15,
-        help="Share of the normal images kept out, to choose and calibrate the model.",
-    )
-
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--preset",
-        default="small",
-        help="Defaults for all of this: a name from training/presets or a JSON file of your own.",
-    )
-    add("--architecture", default="small", choices=tuple(ARCHITECTURES), help="Size of the networks.")
-    add(
-        "--resolution",
-        type=int,
-        default=256,
-        help="Side length in px at which images are trained and inspected; a multiple of 32.",
-    )
-    add(
-        "--prediction_type",
-        default=None,
-        choices=("epsilon", "sample", "v_prediction"),
-        help="What the UNet is to predict: the noise (the paper), the image itself, or the velocity. Without it, what "
-        "the architecture is made for: paper predicts the noise, the others the image.",
-    )
-    add(
-        "--init_from", default=None, help="Start from the weights of this pipeline folder or Hub id, of the same size."
-    )
-    add(
-        "--distill_from",
-        default=None,
-        help="Learn also from the answers of this pipeline folder or Hub id, trained on the same images, which may be "
-        "of another size; networks of the same size start with its weights. With --category all, a folder of the "
-        "categories' pipelines.",
-    )
-    add("--gradient_checkpointing", action="store_true", help="Trade time for memory, in both networks.")
-    add("--channels_last", action="store_true", help="Lay the networks out as the GPU's convolutions like it.")
-    add("--compile", action="store_true", help="Compile the networks with torch.compile; the first step takes long.")
-
-    add = parser.add_argument_group("anomalies").add_argument
-    add(
-        "--line_probability",
-        type=float,
-        default=0.0,
-        help="Share of the synthetic anomalies that are thin lines, for scratches and cracks; not in the paper.",
-    )
-    add(
-        "--displaced_probability",
-        type=float,
-        default=0.0,
-        help="Share of the synthetic anomalies made of other places of the image, for features out of place; not in "
-        "the paper.",
-    )
-    add(
-        "--erased_probability",
-        type=float,
-        default=0.0,
-        help="Share of the synthetic anomalies that erase some structure, for missing features; not in the paper.",
-    )
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--max_train_steps", type=int, default=10000, help="Optimiser steps.")
-    add("--train_batch_size", type=int, default=16, help="Images per process and forward pass.")
-    add("--gradient_accumulation_steps", type=int, default=1, help="Forward passes per optimiser step.")
-    add("--unet_learning_rate", type=float, default=1e-4, help="Adam's rate for the UNet.")
-    add("--segmenter_learning_rate", type=float, default=1e-4, help="Adam's rate for the segmentation network.")
-    add(
-        "--lr_schedule",
-        default="cosine",
-        choices=_LR_SCHEDULES,
-        help='"reference": constant for the UNet, a cosine that swings every 20 steps for the segmenter.',
-    )
-    add("--lr_warmup_steps", type=int, default=100, help="Steps over which both rates rise from zero.")
-    add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm; 0 turns it off.")
-    add(
-        "--ema_decay",
-        type=float,
-        default=0.999,
-        help="Decay of the averaged weights, which are what is saved; 0 turns it off.",
-    )
-    add(
-        "--mixed_precision",
-        default=None,
-        choices=_PRECISIONS,
-        help="As for accelerate, whose configuration decides without it.",
-    )
-    add("--seed", type=int, default=0, help="Fixes data order, anomalies, noise and initial weights.")
-
-    add = parser.add_argument_group("saving and watching").add_argument
-    add("--output_dir", required=True, help="The pipeline folder to write; checkpoints, curve and logs lie in it too.")
-    add("--save_dtype", default="float32", choices=("float32", "float16"), help="Type of the saved weights.")
-    add("--checkpointing_steps", type=int, default=500, help="A checkpoint to resume from every so many steps.")
-    add("--checkpoints_total_limit", type=int, default=2, help="Checkpoints to keep.")
-    add("--resume_from_checkpoint", default=None, help='A checkpoint folder, or "latest".')
-    add(
-        "--validation_steps",
-        type=int,
-        default=500,
-        help="Validate on held-out normal images with synthetic defects every so many steps.",
-    )
-    add("--false_alarm_rate", type=float, default=0.05, help="What the calibrated threshold promises.")
-    add(
-        "--push_to_hub", action="store_true", help="Publish each model as soon as it is trained; see hub_model_prefix."
-    )
-    add(
-        "--hub_model_prefix",
-        default=None,
-        metavar="ORG/PREFIX",
-        help="Publish as ORG/PREFIX-<data set>-<category>.",
-    )
-    add("--hub_private_repo", action="store_true", help="Create the repos on the Hub private.")
-    add(
-        "--dataset_name",
-        default=None,
-        help='What the data set is called on the Hub, such as "MVTec AD"; as its folder without it.',
-    )
-    add("--report_to", default="tensorboard", help='Trackers for accelerate: "tensorboard", "wandb", "all" or "none".')
-    add(
-        "--dataloader_num_workers",
-        type=int,
-        default=0,
-        help="Processes that decode images; 0 keeps small sets in memory.",
-    )
+    for option in fields(TrainingConfig):
+        if option.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[option.name])
+        kind, required = _kind(option), option.default is MISSING
+        settings = {"action": "store_true"} if kind is bool else {"type": kind, "choices": option.metadata["choices"]}
+        group.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            default=None if required else option.default,
+            required=required,
+            help=option.metadata["help"],
+            **settings,
+        )
     return parser
-
-
-def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    multiple = AnomalySegmenter.size_multiple
-    if args.resolution < multiple or args.resolution % multiple:
-        parser.error(
-            f"--resolution {args.resolution}: the networks halve the image five times, so it must be a "
-            f"multiple of {multiple}."
-        )
-    for name in (
-        "max_train_steps",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "validation_steps",
-    ):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1.")
-    if args.train_batch_size == 1 and args.resolution == multiple:
-        parser.error(
-            f"--train_batch_size 1: at --resolution {multiple} the smallest map has one pixel, of which batch norm "
-            "cannot take statistics; give 2 or more."
-        )
-    for name in ("lr_warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers"):
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name} {getattr(args, name)}: must be a number that is not negative.")
-    for name in ("unet_learning_rate", "segmenter_learning_rate"):
-        if not 0 < getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must lie between 0 and 1.")
-    if not 0 <= args.ema_decay < 1:
-        parser.error(f"--ema_decay {args.ema_decay}: must lie in [0, 1).")
-    for name in ("line_probability", "displaced_probability", "erased_probability"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} {getattr(args, name)}: must lie in [0, 1].")
-    for name in ("holdout_fraction", "false_alarm_rate"):
-        if not 0 < getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must lie between 0 and 1.")
-    if args.foreground_dir is not None and args.foreground in ("texture", "whole"):
-        parser.error(
-            f"--foreground_dir {args.foreground_dir}: contradicts --foreground {args.foreground}; give one of them."
-        )
-    if args.compile and args.gradient_checkpointing:
-        parser.error("--compile: torch.compile cannot compile --gradient_checkpointing; give one of them.")
-    if args.category == "all" and args.resume_from_checkpoint not in (None, "latest"):
-        parser.error(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint}: with --category all every category goes on from "
-            "its own latest checkpoint; leave it out."
-        )
-    if args.push_to_hub and (args.hub_model_prefix or "").count("/") != 1:
-        parser.error(
-            f"--hub_model_prefix {args.hub_model_prefix}: --push_to_hub needs ORG/PREFIX, ORG being your user name or "
-            "an organization of yours."
-        )

@@ -1,10 +1,10 @@
-"""From one category to all of a data set: trained one after another, each published as soon as it is done."""
+"""From one category to all of a dataset: trained one after another, each published as soon as it is done."""
 
-import argparse
 import json
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import get_token
@@ -14,20 +14,19 @@ from huggingface_hub.utils import validate_repo_id
 from ..data import list_categories
 from ..hub.cards import find_data_source
 from ..hub.publishing import publish_model
+from .arguments import TrainingConfig
 from .checkpoints import check_same_training
 from .outcome import ARGUMENTS_FILE
 from .processes import together
-
-__all__ = ["ALL", "check_publishing", "train_all", "train_and_publish"]
 
 logger = logging.getLogger("training")
 
 ALL = "all"
 
 
-def train_all(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) -> int:
+def train_all(args: TrainingConfig, train: Callable[[TrainingConfig], int]) -> int:
     """
-    Trains every category of a data set, each in a folder of its own in the output folder.
+    Trains every category of a dataset, each in a folder of its own in the output folder.
 
     A category that was finished before is skipped, one that was not goes on from its last checkpoint, and one that
     fails does not keep the others from their turn.
@@ -40,12 +39,12 @@ def train_all(args: argparse.Namespace, train: Callable[[argparse.Namespace], in
         0; 2 if a category failed, which is then named; the code of `train` where it is neither.
 
     Raises:
-        FileNotFoundError, ValueError: If there is no such data set, or names of categories are no names for folders.
+        FileNotFoundError, ValueError: If there is no such dataset, or names of categories are no names for folders.
     """
     categories = together(lambda: list_categories(args.data_dir), main_only=False)
     folders = {name: Path(args.output_dir) / _slug(name) for name in categories}
     if len(set(folders.values())) < len(folders):
-        raise ValueError(f"--category {ALL}: the names {', '.join(categories)} are not distinct as names of folders.")
+        raise ValueError(f"`category` {ALL}: the names {', '.join(categories)} are not distinct as names of folders.")
     failed = {}
     for number, (name, folder) in enumerate(folders.items(), start=1):
         logger.info(f"Category {number} of {len(folders)}: {name}")
@@ -55,7 +54,7 @@ def train_all(args: argparse.Namespace, train: Callable[[argparse.Namespace], in
         if args.distill_from is not None:
             own["distill_from"] = str(Path(args.distill_from) / folder.name)
         try:
-            code = train_and_publish(argparse.Namespace(**{**vars(args), **own}), train)
+            code = train_and_publish(replace(args, **own), train)
         except (OSError, ValueError, ImportError) as error:
             logger.error(f"{name} failed: {error}")
             failed[name] = error
@@ -70,7 +69,7 @@ def train_all(args: argparse.Namespace, train: Callable[[argparse.Namespace], in
     return 0
 
 
-def train_and_publish(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) -> int:
+def train_and_publish(args: TrainingConfig, train: Callable[[TrainingConfig], int]) -> int:
     """
     Trains one category, unless it is finished and to be resumed, and publishes it if asked to.
 
@@ -90,7 +89,7 @@ def train_and_publish(args: argparse.Namespace, train: Callable[[argparse.Namesp
     return code
 
 
-def check_publishing(args: argparse.Namespace) -> None:
+def check_publishing(args: TrainingConfig) -> None:
     """
     Finds out before a long training what would keep its result from being published.
 
@@ -99,15 +98,15 @@ def check_publishing(args: argparse.Namespace) -> None:
         ValueError: If there would be no valid name for the repo.
     """
     if not get_token():
-        raise OSError("--push_to_hub: needs a Hugging Face token; log in with `hf auth login`, or set HF_TOKEN.")
+        raise OSError("`push_to_hub`: needs a Hugging Face token; log in with `hf auth login`, or set HF_TOKEN.")
     repo_id = _repo_id(args)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"--hub_model_prefix {args.hub_model_prefix}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"`hub_model_prefix` {args.hub_model_prefix}: {' '.join(str(error).split())}") from error
 
 
-def _is_finished(args: argparse.Namespace) -> bool:
+def _is_finished(args: TrainingConfig) -> bool:
     """Whether the output folder holds the outcome of this training; raises `ValueError` if of another one."""
     file = Path(args.output_dir) / ARGUMENTS_FILE
     if not file.is_file():
@@ -121,11 +120,11 @@ def _is_finished(args: argparse.Namespace) -> bool:
         if now[name] is None:
             # What accelerate is configured for and what the networks are made for is known only once it runs.
             del now[name]
-    check_same_training(recorded, now, f"--output_dir {args.output_dir}")
+    check_same_training(recorded, now, f"`output_dir` {args.output_dir}")
     return recorded["max_train_steps"] == args.max_train_steps
 
 
-def _publish(args: argparse.Namespace) -> None:
+def _publish(args: TrainingConfig) -> None:
     repo_id = _repo_id(args)
     try:
         url = publish_model(
@@ -144,11 +143,11 @@ def _publish(args: argparse.Namespace) -> None:
     logger.info(f"Published {url}")
 
 
-def _dataset_name(args: argparse.Namespace) -> str:
+def _dataset_name(args: TrainingConfig) -> str:
     return args.dataset_name or Path(args.data_dir).resolve().name
 
 
-def _repo_id(args: argparse.Namespace) -> str:
+def _repo_id(args: TrainingConfig) -> str:
     parts = [args.hub_model_prefix, find_data_source(_dataset_name(args)).slug]
     if args.category not in (None, ALL):
         parts.append(_slug(args.category).lower())
@@ -159,5 +158,5 @@ def _slug(name: str) -> str:
     """A category's name as one of a folder or a repo, wherever on the Hub it comes from."""
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")
     if not slug:
-        raise ValueError(f'--category {ALL}: "{name}" is no name for a folder; train it by itself.')
+        raise ValueError(f'`category` {ALL}: "{name}" is no name for a folder; train it by itself.')
     return slug

@@ -11,14 +11,6 @@ from accelerate import Accelerator
 from .optimization import STEADY_SCHEDULES
 from .processes import together
 
-__all__ = [
-    "check_same_training",
-    "find_checkpoint",
-    "load_checkpoint",
-    "refuse_former_training",
-    "save_checkpoint",
-]
-
 _STATE_FILE = "training_state.json"
 # What may differ between a run and its continuation: where it writes and how it reports. So may the number of steps
 # where the learning rates do not depend on it.
@@ -90,7 +82,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict[str,
 
 def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     """
-    The checkpoint that `--resume_from_checkpoint` names.
+    The checkpoint that `resume_from_checkpoint` names.
 
     Args:
         output_dir: The training's output folder.
@@ -108,7 +100,7 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
         if (folder / _STATE_FILE).is_file():
             return folder
     there = ", ".join(c.name for c in _checkpoints(output_dir)) or "none"
-    raise FileNotFoundError(f"--resume_from_checkpoint {name}: no checkpoint there; {output_dir} holds {there}.")
+    raise FileNotFoundError(f"`resume_from_checkpoint` {name}: no checkpoint there; {output_dir} holds {there}.")
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +119,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, arguments: dict[str,
         ValueError: If it comes from a training with other arguments; names the first and both values.
     """
     state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
-    check_same_training(state["arguments"], arguments, f"--resume_from_checkpoint {folder}")
+    check_same_training(state["arguments"], arguments, f"`resume_from_checkpoint` {folder}")
     accelerator.load_state(str(folder))
     return state
 
@@ -150,8 +142,8 @@ def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -
     for name, value in now.items():
         if name in then and name not in free and then[name] != value:
             raise ValueError(
-                f"{where}: that training had --{name} {then[name]}, this one has {value}; give the same, or start "
-                "afresh in another --output_dir."
+                f"{where}: that training had `{name}` {then[name]}, this one has {value}; give the same, or start "
+                "afresh in another `output_dir`."
             )
 
 
@@ -165,8 +157,8 @@ def refuse_former_training(output_dir: Path) -> None:
     former = _checkpoints(output_dir)
     if former:
         raise ValueError(
-            f"--output_dir {output_dir}: holds {former[-1].name} of a former training; go on from it with "
-            "--resume_from_checkpoint latest, or give another folder."
+            f"`output_dir` {output_dir}: holds {former[-1].name} of a former training; go on from it with "
+            "`resume_from_checkpoint` latest, or give another folder."
         )
 
 

@@ -7,9 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..pipeline_diffusionad import load_image, resize_image
-
-__all__ = ["NormalImages", "PackedMasks", "StepSampler", "TableImages", "split_holdout", "spread"]
+from ..images_diffusionad import load_image, resize_image, to_uint8
 
 _CACHE_BYTES = 2**30
 # The spread of a calibrated false-alarm rate is below one percentage point with so many; more are better trained on.
@@ -97,7 +95,7 @@ class NormalImages(Dataset):
         if self._cache is None:
             return self.read(index)
         if index not in self._cache:
-            self._cache[index] = (self.read(index) * 255).round().byte()
+            self._cache[index] = to_uint8(self.read(index))
         return self._cache[index].float() / 255
 
     def read(self, index: int) -> torch.Tensor:

@@ -2,14 +2,12 @@
 
 import torch
 
-from .. import DiffusionADPipeline
-
-__all__ = ["load_teacher", "take_weights_that_fit"]
+from ..pipeline_diffusionad import DiffusionADPipeline
 
 
 def load_teacher(model: str, pupil: DiffusionADPipeline) -> DiffusionADPipeline:
     """
-    Loads the model that `--distill_from` names.
+    Loads the model that `distill_from` names.
 
     Args:
         model: Pipeline folder or Hub id.
@@ -23,12 +21,12 @@ def load_teacher(model: str, pupil: DiffusionADPipeline) -> DiffusionADPipeline:
     theirs, ours = teacher.config.image_size, pupil.config.image_size
     if theirs != ours:
         raise ValueError(
-            f"--distill_from {model}: inspects at {theirs} px, and this training is for {ours} px; give --resolution "
+            f"`distill_from` {model}: inspects at {theirs} px, and this training is for {ours} px; give `resolution` "
             f"{theirs}, or a model of {ours} px."
         )
     if not torch.equal(teacher.scheduler.betas, pupil.scheduler.betas):
         raise ValueError(
-            f"--distill_from {model}: was trained with another noise schedule (its scheduler's betas differ); give a "
+            f"`distill_from` {model}: was trained with another noise schedule (its scheduler's betas differ); give a "
             "model with that of this package."
         )
     for network in (teacher.unet, teacher.segmenter):

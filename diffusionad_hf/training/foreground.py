@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from ..images_diffusionad import IMAGE_SUFFIXES
+
 KINDS = ("auto", "object", "texture")
-EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")
 
 MOST_LEARNT_FROM = 64  # images to learn a background from: more change nothing
 WORKING_SIDE = 256  # pixels of the longer side at which the background is modelled
@@ -42,13 +43,15 @@ def find_foregrounds(folder: str | Path, names: Sequence[str]) -> list[Path]:
         raise FileNotFoundError(
             f"foreground folder {folder} does not exist; leave it out to have foregrounds estimated"
         )
+    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    # Of several with one stem, the PNG.
+    masks = {path.stem: path for path in sorted(files, key=lambda path: (path.suffix.lower() == ".png", path))}
     found = []
     for name in names:
         stem = Path(name).stem
-        candidates = [folder / f"{stem}{ending}{suffix}" for ending in ("", "_mask") for suffix in EXTENSIONS]
-        path = next((candidate for candidate in candidates if candidate.is_file()), None)
+        path = masks.get(stem) or masks.get(f"{stem}_mask")
         if path is None:
-            raise FileNotFoundError(f"no foreground for image {name}: expected {candidates[0]}")
+            raise FileNotFoundError(f"no foreground for image {name}: expected {folder / stem}.png")
         found.append(path)
     return found
 

@@ -1,6 +1,5 @@
 """The normal images of a category and where on them anomalies may lie, whatever the number of images."""
 
-import argparse
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,16 +8,16 @@ import torch
 from PIL import Image
 
 from ..data import check_images, load_category
+from ..images_diffusionad import to_uint8
+from .arguments import TrainingConfig
 from .dataset import NormalImages, PackedMasks, TableImages, spread
 from .foreground import MOST_LEARNT_FROM, ForegroundEstimator, find_foregrounds, load_foreground
-
-__all__ = ["estimated_foregrounds", "given_foregrounds", "learn_foreground", "load_images"]
 
 # Aspect ratios may differ by the rounding of a resize.
 _SAME_SHAPE = 0.02
 
 
-def load_images(args: argparse.Namespace) -> tuple[TableImages, str, Sequence[torch.Tensor] | None]:
+def load_images(args: TrainingConfig) -> tuple[TableImages, str, Sequence[torch.Tensor] | None]:
     """
     The category's normal images, whether they show objects or a texture, and where anomalies may lie: `(1, S, S)` for
     each image, or `None` for random parts of a texture.
@@ -84,4 +83,4 @@ def _open(image: str | Image.Image) -> Image.Image:
 
 
 def _uint8(reader: NormalImages, row: int) -> np.ndarray:
-    return (reader.read(row) * 255).round().byte().permute(1, 2, 0).numpy()
+    return to_uint8(reader.read(row)).permute(1, 2, 0).numpy()

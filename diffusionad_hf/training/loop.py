@@ -1,9 +1,8 @@
-"""Trains DiffusionAD on one category, or on all categories of a data set one after another.
+"""Trains DiffusionAD on one category, or on all categories of a dataset one after another.
 
-accelerate launch training/train.py --data_dir D --category C --output_dir O
+accelerate launch training/train.py --data-dir D --category C --output-dir O
 """
 
-import argparse
 import logging
 import math
 import os
@@ -22,9 +21,12 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from .. import DiffusionADPipeline, NormGuidedScheduler, build_pipeline
 from ..files import restore_folder
-from .arguments import parse_arguments
+from ..flags import as_flags
+from ..pipeline_diffusionad import DiffusionADPipeline
+from ..presets import build_pipeline
+from ..scheduling_norm_guided import NormGuidedScheduler
+from .arguments import TrainingConfig, parse_arguments
 from .categories import ALL, check_publishing, train_all, train_and_publish
 from .checkpoints import (
     find_checkpoint,
@@ -54,7 +56,9 @@ _PATIENCE = timedelta(hours=3)
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a training; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_FlagFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     # The Hub client's HTTP library, by version; and Accelerate, which tells of every file of every checkpoint.
     for name in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -69,11 +73,16 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, ImportError) as error:
         # Whatever the user can mend is said in one line; anything else is a defect of ours and keeps its traceback.
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
+            print(as_flags(f"train.py: error: {error}"), file=sys.stderr)
         return 2
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+class _FlagFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return as_flags(super().format(record))
 
 
 def start_processes() -> None:
@@ -87,7 +96,7 @@ def start_processes() -> None:
         keep_freed_memory()
 
 
-def train(args: argparse.Namespace, interrupt: "Interrupt") -> int:
+def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
     """One category, from its images to the calibrated pipeline folder; returns the exit code."""
     output_dir = Path(args.output_dir)
     together(lambda: output_dir.mkdir(parents=True, exist_ok=True))
@@ -181,7 +190,7 @@ def train(args: argparse.Namespace, interrupt: "Interrupt") -> int:
                 if not math.isfinite(value):
                     raise ValueError(
                         f"the {name} loss is {value} at step {state['step']}: lower the learning rates, or train with "
-                        f"--mixed_precision no. {output_dir} keeps the checkpoints from before."
+                        f"`mixed_precision` no. {output_dir} keeps the checkpoints from before."
                     )
                 # An exponential average, as single batches tell little.
                 running[name] = value if name not in running else 0.95 * running[name] + 0.05 * value
@@ -209,16 +218,15 @@ def train(args: argparse.Namespace, interrupt: "Interrupt") -> int:
     for tracker in accelerator.trackers:
         tracker.finish()
     if state["step"] < args.max_train_steps:
-        logger.info(f"Interrupted at step {state['step']}; go on with --resume_from_checkpoint latest.")
+        logger.info(f"Interrupted at step {state['step']}; resume with `resume_from_checkpoint` latest.")
         return INTERRUPTED
 
     # 5. The chosen weights, calibrated on the held-out normal images.
-    finished = argparse.Namespace(**arguments)
-    together(lambda: finish(finished, held_out, accelerator.device), main_only=True)
+    together(lambda: finish(args, arguments, held_out, accelerator.device), main_only=True)
     return 0
 
 
-def find_start(args: argparse.Namespace, output_dir: Path) -> Path | None:
+def find_start(args: TrainingConfig, output_dir: Path) -> Path | None:
     """The checkpoint to go on from; `None` to start afresh, which a folder that holds a training refuses."""
     if not args.resume_from_checkpoint:
         refuse_former_training(output_dir)
@@ -230,7 +238,7 @@ def find_start(args: argparse.Namespace, output_dir: Path) -> Path | None:
     return found
 
 
-def prepare_data(args: argparse.Namespace) -> tuple[NormalImages, NormalImages, AnomalySynthesizer, Validation]:
+def prepare_data(args: TrainingConfig) -> tuple[NormalImages, NormalImages, AnomalySynthesizer, Validation]:
     """What to train on, what is held out, what makes the anomalies, and what measures the model."""
     images, kind, foregrounds = load_images(args)
     train_set, held_out = (
@@ -239,7 +247,7 @@ def prepare_data(args: argparse.Namespace) -> tuple[NormalImages, NormalImages, 
     )
     logger.info(f"{len(train_set)} normal images to train on, {len(held_out)} held out, taken for images of {kind}s.")
     if len(train_set) < args.train_batch_size:
-        logger.warning(f"--train_batch_size {args.train_batch_size}: every batch holds some image more than once.")
+        logger.warning(f"`train_batch_size` {args.train_batch_size}: every batch holds some image more than once.")
     if args.texture_dir is not None:
         textures = FolderTextures(args.texture_dir, args.resolution)
     else:
@@ -255,7 +263,7 @@ def prepare_data(args: argparse.Namespace) -> tuple[NormalImages, NormalImages, 
     return train_set, held_out, AnomalySynthesizer(textures, **anomalies), validation
 
 
-def build_networks(args: argparse.Namespace) -> tuple[DiffusionADPipeline, DiffusionADPipeline | None]:
+def build_networks(args: TrainingConfig) -> tuple[DiffusionADPipeline, DiffusionADPipeline | None]:
     """The pipeline to train, from random weights or those of another one, and the one it learns from, if any."""
     pipe, teacher = build_pipeline(args.architecture, args.resolution, args.prediction_type), None
     if args.distill_from is not None:
@@ -283,7 +291,7 @@ def start_from(model: str, pipe: DiffusionADPipeline) -> None:
     theirs, ours = (p.scheduler.config.prediction_type for p in (source, pipe))
     if theirs != ours:
         raise ValueError(
-            f"--init_from {model}: its UNet predicts {theirs}, this one is to predict {ours}; give --prediction_type "
+            f"`init_from` {model}: its UNet predicts {theirs}, this one is to predict {ours}; give `prediction_type` "
             f"{theirs}."
         )
     for name in ("unet", "segmenter"):
@@ -291,7 +299,7 @@ def start_from(model: str, pipe: DiffusionADPipeline) -> None:
             getattr(pipe, name).load_state_dict(getattr(source, name).state_dict())
         except RuntimeError as error:
             raise ValueError(
-                f"--init_from {model}: its {name} is of another size; give the --architecture and --resolution "
+                f"`init_from` {model}: its {name} is of another size; give the `architecture` and `resolution` "
                 "that it was trained with."
             ) from error
 

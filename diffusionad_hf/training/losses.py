@@ -6,16 +6,7 @@ from diffusers import ModelMixin, UNet2DModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import NormGuidedScheduler
-
-__all__ = [
-    "FOCAL_WEIGHT",
-    "DiffusionADObjective",
-    "binary_focal_loss",
-    "distillation_loss",
-    "noise_loss",
-    "noise_weights",
-]
+from ..scheduling_norm_guided import NormGuidedScheduler
 
 FOCAL_WEIGHT = 5.0
 
@@ -127,23 +118,8 @@ class DiffusionADObjective(nn.Module):
             a teacher `distillation`; and `noise_pred` `(2, N, 3, H, W)`, small scale first, `logits` `(N, 1, H, W)`
             and `reconstruction` `(N, 3, H, W)`.
         """
-        noised_small = self.scheduler.add_noise(images, noise[0], timesteps_small)
-        noised_big = self.scheduler.add_noise(images, noise[1], timesteps_big)
-        if self.unet.is_gradient_checkpointing and torch.is_grad_enabled():
-            # On top of the UNet's own checkpoints, which alone leave one scale's in memory while the other's are used.
-            noise_pred = torch.stack(
-                [
-                    checkpoint(self._predict_noise, noised, timesteps, use_reentrant=False)
-                    for noised, timesteps in ((noised_small, timesteps_small), (noised_big, timesteps_big))
-                ]
-            )
-        else:
-            noise_pred = self._predict_noise(
-                torch.cat([noised_small, noised_big]), torch.cat([timesteps_small, timesteps_big])
-            ).unflatten(0, (2, -1))
-        reconstruction = self.scheduler.norm_guided_step(
-            *noise_pred, noised_small, noised_big, timesteps_small, timesteps_big
-        ).reconstruction
+        step = self.scheduler.reconstruct(self._predict, images, noise, timesteps_small, timesteps_big)
+        noise_pred, reconstruction = torch.stack([step.noise_pred_small, step.noise_pred_big]), step.reconstruction
         logits = self.segmenter(torch.cat([images, reconstruction], dim=1)).float()
 
         weights = noise_weights(self.scheduler, torch.stack([timesteps_small, timesteps_big]))
@@ -166,6 +142,13 @@ class DiffusionADObjective(nn.Module):
             "reconstruction": reconstruction,
         }
 
-    def _predict_noise(self, noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        output = self.unet(noised, timesteps).sample.float()
-        return self.scheduler.predict_noise(output, noised, timesteps)
+    def _predict(self, noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The UNet's output for both scales, `(2N, 3, H, W)`."""
+        if not (self.unet.is_gradient_checkpointing and torch.is_grad_enabled()):
+            return self._output(noised, timesteps)
+        # On top of the UNet's own checkpoints, which alone leave one scale's in memory while the other's are used.
+        scales = zip(noised.chunk(2), timesteps.chunk(2), strict=True)
+        return torch.cat([checkpoint(self._output, *scale, use_reentrant=False) for scale in scales])
+
+    def _output(self, noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return self.unet(noised, timesteps).sample.float()

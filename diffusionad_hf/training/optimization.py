@@ -1,18 +1,17 @@
 """Learning rates and averaged weights, step by step."""
 
-import argparse
 import math
 from collections.abc import Callable
 
 import torch
 
-__all__ = ["STEADY_SCHEDULES", "averaging", "learning_rates"]
+from .arguments import TrainingConfig
 
 # Those whose rates at a step do not depend on how many there will be.
 STEADY_SCHEDULES = ("constant", "reference")
 
 
-def learning_rates(args: argparse.Namespace, step: int) -> tuple[float, float]:
+def learning_rates(args: TrainingConfig, step: int) -> tuple[float, float]:
     """The learning rates of UNet and segmenter at a step, counted from 0."""
     warmup = min(1.0, (step + 1) / args.lr_warmup_steps) if args.lr_warmup_steps else 1.0
     progress = step / args.max_train_steps

@@ -1,10 +1,8 @@
 """What a training leaves: the curve, the best weights so far, and in the end the calibrated pipeline."""
 
-import argparse
 import copy
 import csv
 import io
-import json
 import logging
 import time
 from pathlib import Path
@@ -12,14 +10,13 @@ from typing import Any
 
 import torch
 
-from .. import DiffusionADPipeline
 from ..calibration import calibrate
-from ..files import replace_file, replace_folder, restore_folder
+from ..files import replace_file, replace_folder, restore_folder, write_json
+from ..pipeline_diffusionad import DiffusionADPipeline
+from .arguments import TrainingConfig
 from .dataset import NormalImages
 from .losses import DiffusionADObjective
 from .validation import Validation
-
-__all__ = ["ARGUMENTS_FILE", "Curve", "finish", "validate"]
 
 logger = logging.getLogger("training")
 
@@ -50,8 +47,16 @@ def validate(
     return metrics
 
 
-def finish(args: argparse.Namespace, held_out: NormalImages, device: torch.device) -> None:
-    """Writes the best weights into the output folder, as a pipeline calibrated on held-out normal images."""
+def finish(args: TrainingConfig, arguments: dict[str, Any], held_out: NormalImages, device: torch.device) -> None:
+    """
+    Writes the best weights into the output folder, as a pipeline calibrated on held-out normal images.
+
+    Args:
+        args: Of the training.
+        arguments: What to record of them, with what accelerate and the networks decided.
+        held_out: Images to calibrate on.
+        device: Where to compute.
+    """
     output_dir = Path(args.output_dir)
     restore_folder(output_dir / "best")
     dtype = getattr(torch, args.save_dtype)
@@ -62,8 +67,8 @@ def finish(args: argparse.Namespace, held_out: NormalImages, device: torch.devic
     images = [held_out.read(i) for i in range(len(held_out))]
     calibrate(pipe, images, false_alarm_rate=args.false_alarm_rate)
     pipe.save_config(output_dir)
-    recorded = {name: value for name, value in vars(args).items() if name not in _PATHS}
-    replace_file(output_dir / ARGUMENTS_FILE, json.dumps(recorded, indent=2) + "\n")
+    recorded = {name: value for name, value in arguments.items() if name not in _PATHS}
+    write_json(output_dir / ARGUMENTS_FILE, recorded)
     logger.info(
         f"Wrote {output_dir}: threshold {pipe.threshold:.4f} at a false-alarm rate of {args.false_alarm_rate:.1%}, "
         f"calibrated on {len(images)} held-out normal images."

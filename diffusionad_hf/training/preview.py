@@ -1,6 +1,6 @@
 """Contact sheet of what training will see: images, foregrounds, synthetic anomalies and their masks.
 
-python -m diffusionad_hf.training.preview --data_dir D --category C --output sheet.png
+python -m diffusionad_hf.training.preview --data-dir D --category C --output sheet.png
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data import load_category
+from ..flags import DashedParser, as_flags
+from ..images_diffusionad import to_uint8
 from .dataset import NormalImages, TableImages, spread
 from .foreground import KINDS
 from .images import estimated_foregrounds, given_foregrounds, learn_foreground
@@ -46,7 +48,7 @@ def contact_sheet(
         columns += [batch.images, batch.masks.expand_as(images)]
     count, _, height, width = images.shape
     sheet = torch.stack(columns, dim=1).permute(0, 3, 1, 4, 2).reshape(count * height, len(columns) * width, 3)
-    pixels = (sheet.clamp(0, 1) * 255).round().byte().numpy()
+    pixels = to_uint8(sheet).numpy()
     picture = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + 2 * TITLE), "white")
     picture.paste(Image.fromarray(pixels), (0, 2 * TITLE))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
@@ -58,15 +60,13 @@ def contact_sheet(
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of the preview; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusionad_hf.training.preview", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--data_dir", required=True, help="folder of the data set, or a dataset id on the Hub")
-    parser.add_argument("--category", help="not needed where there is only one")
+    parser = DashedParser(prog="python -m diffusionad_hf.training.preview", description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", required=True, help="folder of the dataset, or a dataset id on the Hub")
+    parser.add_argument("--category", help="may be left out if there is only one")
     parser.add_argument("--output", type=Path, required=True, help="picture to write")
-    parser.add_argument("--texture_dir", help="folder of texture images; procedural textures without it")
-    parser.add_argument("--foreground_dir", help="folder of masks named like the images; estimated without it")
-    parser.add_argument("--foreground", choices=KINDS, default="auto", help="what the images show, where it is known")
+    parser.add_argument("--texture-dir", help="folder of texture images; procedural textures without it")
+    parser.add_argument("--foreground-dir", help="folder of masks named like the images; estimated without it")
+    parser.add_argument("--foreground", choices=KINDS, default="auto", help="what the images show, if known")
     parser.add_argument("--resolution", type=int, default=256, help="side of the images in px (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="images on the sheet (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the synthesis (default: %(default)s)")
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         title = _write(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(as_flags(f"error: {error}"), file=sys.stderr)
         return 2
     print(f"{title}\nwrote {args.output}")
     return 0

@@ -6,8 +6,6 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-__all__ = ["together"]
-
 T = TypeVar("T")
 
 

@@ -13,7 +13,7 @@ foreground is a rectangle, where the reference downloads mask files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,15 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batches import column, replace, rotate, select, shift
+from .colors import OPERATIONS_PER_SOURCE, change_colors
+from .erasing import erase
+
 TILES = 8  # strips per axis of the self-augmented source
 MAX_ATTEMPTS = 50  # Perlin fields tried before an image stays normal
-# Half axes of the ellipses that may be erased, along x and y and in units of the image's size.
-ERASED_FEATURES = tuple((r, r) for r in (0.03, 0.045, 0.06, 0.075)) + tuple(
-    axes for a, b in ((0.09, 0.03), (0.13, 0.045), (0.2, 0.045)) for axes in ((a, b), (b, a))
-)
 ATTEMPTS_AT_ONCE = 8  # bounds memory: this many fields an image are evaluated together
 IMAGES_AT_ONCE = 1  # on a CPU, where one image stays in the cache; a GPU takes the batch whole, with the same outcome
-OPERATIONS_PER_SOURCE = 3
 
 # Every sample draws this many uniform numbers, used or not, so that no option shifts the meaning of the others.
 _DRAWS = {
@@ -149,7 +148,7 @@ class AnomalySynthesizer:
 
         Args:
             images: `(N, 3, H, W)` floating point in [0, 1], on any device; not modified.
-            indices: N indices of the images in their data set, at least 0.
+            indices: N indices of the images in their dataset, at least 0.
             epoch: at least 0.
             foreground: `(N, 1, H, W)`, above 0.5 where an anomaly may lie. None, for textured categories: a random
                 rectangle for each image.
@@ -184,21 +183,21 @@ class AnomalySynthesizer:
             opacity = low + part["opacity"] * (high - low)
             displaced = part["displaced"][:, 0] < self.displaced_probability
             if displaced.any():
-                own = _select(normal, displaced)
+                own = select(normal, displaced)
                 moved = _move(own, part["displaced"][displaced, 1:])
-                mask = _replace(mask, displaced, _select(mask, displaced) * _differs(own, moved))
-                source = _replace(source, displaced, moved)
+                mask = replace(mask, displaced, select(mask, displaced) * _differs(own, moved))
+                source = replace(source, displaced, moved)
                 opacity[displaced] = 1
             erased = part["erased"][:, 0] < self.erased_probability
             if erased.any():
-                own = _select(normal, erased)
-                filled = _erase(own, _select(allowed, erased), part["erased"][erased, 1:])
+                own = select(normal, erased)
+                filled = erase(own, select(allowed, erased), part["erased"][erased, 1:])
                 reach = max(height, width) // 64 * 2 + 1  # the feature's faint edges too, or they would stay
                 covered = F.max_pool2d(_differs(own, filled), reach, 1, reach // 2)
-                mask = _replace(mask, erased, _select(allowed, erased) * covered)
-                source = _replace(source, erased, filled)
+                mask = replace(mask, erased, select(allowed, erased) * covered)
+                source = replace(source, erased, filled)
                 opacity[erased] = 1
-            opacity = _column(opacity, normal)
+            opacity = column(opacity, normal)
             blended = torch.addcmul(normal, mask * opacity, source.sub_(normal))  # outside: plus 0, the same bits
             result[where] = blended.to(images.dtype)
             masks[where] = mask
@@ -232,17 +231,17 @@ class AnomalySynthesizer:
             angles = torch.from_numpy(angles).to(allowed.device).flatten(0, 1)
             noise = perlin_noise(angles, cells[left].repeat(count, 0), height, width)[:, None]
             degrees = draws["rotations"][left, first : first + count].reshape(-1) * 180 - 90
-            rotated = _rotate(noise, degrees).unflatten(0, (len(left), count))
+            rotated = rotate(noise, degrees).unflatten(0, (len(left), count))
             shapes = rotated.sub(self.threshold).gt_(0)
             if lines[left].any():
                 these = left[lines[left]]
-                drawn = _lines(_select(rotated, lines[left]), cells[these], draws["line"][these, 1])
+                drawn = _lines(select(rotated, lines[left]), cells[these], draws["line"][these, 1])
                 drawn *= _rectangles(draws["region"][these], height, width).to(drawn)[:, None]
-                shapes = _replace(shapes, lines[left], drawn)
-            tried = shapes.mul_(_select(allowed, pending)[:, None])
+                shapes = replace(shapes, lines[left], drawn)
+            tried = shapes.mul_(select(allowed, pending)[:, None])
             hit = tried.flatten(2).amax(2).cpu().numpy() > 0
             best = torch.from_numpy(np.arange(len(left)) * count + hit.argmax(1)).to(allowed.device)
-            masks = _replace(masks, pending, tried.flatten(0, 1).index_select(0, best))
+            masks = replace(masks, pending, tried.flatten(0, 1).index_select(0, best))
             pending[left] = ~hit.any(1)
             # One field, then one, two, four ... more for the images still without a mask: few wasted, few rounds.
             first, count = first + count, min(max(first, 1), ATTEMPTS_AT_ONCE)
@@ -259,11 +258,11 @@ class AnomalySynthesizer:
             textures = self._bank.index_select(0, torch.from_numpy(picked).to(normal.device)).float().div_(255)
             if textures.shape[-2:] != normal.shape[-2:]:
                 textures = F.interpolate(textures, normal.shape[-2:], mode="bilinear", antialias=True)
-            source = _replace(source, ~from_self, textures)
+            source = replace(source, ~from_self, textures)
         source = change_colors(source, draws["operations"], draws["parameters"])
         if from_self.any():
-            own = _select(source, from_self)
-            source = _replace(
+            own = select(source, from_self)
+            source = replace(
                 source, from_self, shuffle_tiles(own, draws["rows"][from_self], draws["columns"][from_self])
             )
         return source
@@ -305,23 +304,6 @@ def perlin_noise(angles: Tensor, cells: np.ndarray, height: int, width: int) -> 
     return torch.lerp(above, below, fade_y).mul_(math.sqrt(2)).view(batch, height, width)
 
 
-def change_colors(images: Tensor, order: np.ndarray, parameters: np.ndarray) -> Tensor:
-    """Three different operations of ten on each image, in random order (reference: `randAugmenter`).
-
-    Args:
-        images: `(N, 3, H, W)` float32 in [0, 1]; may be overwritten.
-        order: `(N, 10)` uniform numbers; the operations with the three smallest are applied, the smallest first.
-        parameters: `(N, 9)` uniform numbers in [0, 1), three for each step.
-    """
-    selected = np.argsort(order, axis=1)[:, :OPERATIONS_PER_SOURCE]
-    for step in range(OPERATIONS_PER_SOURCE):
-        for number in np.unique(selected[:, step]):
-            rows = selected[:, step] == number
-            changed = OPERATIONS[number](_select(images, rows), parameters[rows, 3 * step : 3 * step + 3])
-            images = _replace(images, rows, changed)
-    return images
-
-
 def shuffle_tiles(images: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
     """Shuffles the 8 x 8 tiles of `(N, 3, H, W)` images, one order for all rows and one for all columns (reference).
 
@@ -342,133 +324,6 @@ def shuffle_tiles(images: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tens
     return images.gather(3, column_order[:, None, None, :].expand_as(images))
 
 
-def _gamma(x: Tensor, u: np.ndarray) -> Tensor:
-    """Gamma of 0.5 to 2, each channel its own."""
-    return x.log2().mul_(torch.from_numpy(0.5 + 1.5 * u).to(x)[:, :, None, None]).exp2_()
-
-
-def _brightness(x: Tensor, u: np.ndarray) -> Tensor:
-    """Luma times 0.8 to 1.2 and plus -30 to 30 of 255, in either order, at constant chroma."""
-    scale, shift = 0.8 + 0.4 * u[:, :1], (60 * u[:, 1:2] - 30) / 255
-    shift = np.where(u[:, 2:] < 0.5, shift, shift * scale)  # shifting first scales the shift as well
-    luma = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-    return (x + (luma * _column(scale - 1, x) + _column(shift, x))).clamp_(0, 1)
-
-
-def _sharpness(x: Tensor, u: np.ndarray) -> Tensor:
-    """Blend of a smoothed copy (0) and the image (1) by 0.1 to 1.9, like Pillow's: the outermost pixels stay."""
-    strip = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
-    smooth = (strip[..., :-2] + strip[..., 1:-1] + strip[..., 2:] + 4 * x[..., 1:-1, 1:-1]) / 13
-    sharp = x.clone()
-    sharp[..., 1:-1, 1:-1] = torch.lerp(smooth, x[..., 1:-1, 1:-1], _column(0.1 + 1.8 * u[:, :1], x)).clamp_(0, 1)
-    return sharp
-
-
-def _hue_saturation(x: Tensor, u: np.ndarray) -> Tensor:
-    """HSV hue plus -50 to 50 of a circle of 255, saturation plus -50 to 50 of 255."""
-    value, darkest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-    chroma = value - darkest
-    # Channels above the darkest, in [0, 1]. In sixths of a circle the hue is 1 + green - red where blue is darkest ...
-    red, green, blue = ((x - darkest) / chroma.clamp_min(1e-8)).split(1, dim=1)
-    no_blue = 1 - blue.sign()
-    no_red = (1 - red.sign()) * (1 - no_blue)
-    no_green = 1 - no_blue - no_red
-    hue = no_blue * (1 + green - red) + no_red * (3 + blue - green) + no_green * (5 + red - blue)
-    hue = hue.add_(_column((100 * u[:, :1] - 50) * 6 / 255, x)).remainder_(6)
-    saturation = (chroma / value.clamp_min(1e-8)).add_(_column((100 * u[:, 1:2] - 50) / 255, x)).clamp_(0, 1)
-    # ... and back: the share of the chroma that a channel lacks grows with the distance from its own hue: 0, 2 or 4.
-    center, sign, start = x.new_tensor([[3, 2, 4], [-1, 1, 1], [2, -1, -1]]).view(3, 1, 3, 1, 1)
-    lacking = (hue - center).abs_().mul_(sign).add_(start).clamp_(0, 1)
-    return torch.addcmul(value, saturation.mul_(value), lacking, value=-1)
-
-
-def _solarize(x: Tensor, u: np.ndarray) -> Tensor:
-    """In half of the cases, inverts values above 32 to 128 of 255."""
-    threshold = _column(np.where(u[:, :1] < 0.5, (32 + 96 * u[:, 1:2]) / 255, 2.0), x)
-    return torch.addcmul(x, (x - threshold).gt_(0), 1 - 2 * x)
-
-
-def _posterize(x: Tensor, u: np.ndarray) -> Tensor:
-    """Keeps 1 to 8 bits of each 8-bit value and puts it at its bin's centre."""
-    size = _column(2.0 ** (7 - np.floor(8 * u[:, :1])), x)
-    return (x * (255 / size)).floor_().add_(0.5).mul_(size / 255).clamp_(0, 1)
-
-
-def _invert(x: Tensor, u: np.ndarray) -> Tensor:
-    return 1 - x
-
-
-def _autocontrast(x: Tensor, u: np.ndarray) -> Tensor:
-    """Stretches each channel to [0, 1] after cutting 0 to 20 % of the pixels at either end, like Pillow's."""
-    below = _histograms(_bins(x)).view(len(x), -1, 256).cumsum(2)  # pixels at most as bright as a level
-    total = below[..., -1:]
-    cut = total * torch.from_numpy(np.floor(21 * u[:, :1])).to(below)[:, :, None] // 100
-    low = (below <= cut).sum(2)[..., None, None] / 255
-    high = (below < total - cut).sum(2)[..., None, None] / 255
-    flat = high <= low  # stays as it is
-    return ((x - low.masked_fill(flat, 0)) / (high - low).masked_fill(flat, 1)).clamp_(0, 1)
-
-
-def _equalize(x: Tensor, u: np.ndarray) -> Tensor:
-    """Equalises each channel's histogram of 256 levels, like Pillow's."""
-    bins = _bins(x)
-    counts = _histograms(bins)
-    below = counts.cumsum(1)
-    brightest = (below < below[:, -1:]).sum(1, keepdim=True)
-    step = (below[:, -1:] - counts.gather(1, brightest)) // 255
-    table = ((below - counts + step // 2) // step.clamp_min(1)).clamp_(max=255)
-    table = torch.where(step > 0, table, torch.arange(256, device=x.device)) / 255
-    return table.flatten().index_select(0, bins.flatten()).view_as(x)
-
-
-def _rotate_source(x: Tensor, u: np.ndarray) -> Tensor:
-    """Rotation by -45 to 45 degrees about the centre; black where nothing was."""
-    return _rotate(x, 90 * u[:, 0] - 45)
-
-
-OPERATIONS: tuple[Callable[[Tensor, np.ndarray], Tensor], ...] = (
-    _gamma,
-    _brightness,
-    _sharpness,
-    _hue_saturation,
-    _solarize,
-    _posterize,
-    _invert,
-    _autocontrast,
-    _equalize,
-    _rotate_source,
-)
-
-
-def _bins(x: Tensor) -> Tensor:
-    """The 8-bit level of each value plus 256 times the number of its channel: `(N * C, H * W)` int32."""
-    channels = x.shape[0] * x.shape[1]
-    levels = (x * 255).add_(0.5).int().view(channels, -1)
-    return levels.add_(256 * torch.arange(channels, dtype=torch.int32, device=x.device)[:, None])
-
-
-def _histograms(bins: Tensor) -> Tensor:
-    """Pixels at each level: `(N * C, 256)` int64."""
-    return torch.bincount(bins.flatten(), minlength=256 * len(bins)).view(-1, 256)
-
-
-def _rotate(x: Tensor, degrees: np.ndarray) -> Tensor:
-    """Rotates `(N, C, H, W)` about the centre, bilinear, 0 outside."""
-    height, width = x.shape[-2:]
-    radians = np.deg2rad(degrees)
-    row = (np.arange(height) - (height - 1) / 2)[:, None]
-    column = (np.arange(width) - (width - 1) / 2)[:, None]
-    cos, sin = np.cos(radians)[:, None, None], np.sin(radians)[:, None, None]
-    # Complex numbers, because (x, y) pairs add much faster as these: real part x, imaginary part y, both in [-1, 1].
-    dx, dy = 2 / (width - 1), 2j / (height - 1)
-    along_rows, along_columns = row * (cos * dy - sin * dx), (column * (cos * dx + sin * dy)).transpose(0, 2, 1)
-    along_rows, along_columns = (
-        torch.from_numpy(part.astype(np.complex64)).to(x.device) for part in (along_rows, along_columns)
-    )
-    grid = torch.view_as_real(along_rows + along_columns)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-
-
 def _lines(noise: Tensor, cells: np.ndarray, u: np.ndarray) -> Tensor:
     """Where the noise `(n, count, 1, H, W)` crosses 0: lines of about 1 to 2 px in 128, `u` `(n,)` says how wide."""
     height, width = noise.shape[-2:]
@@ -485,134 +340,7 @@ def _move(images: Tensor, u: np.ndarray) -> Tensor:
     angle, distance = 2 * np.pi * u[:, 0], 0.1 + 0.3 * u[:, 1]
     down = np.rint(np.sin(angle) * distance * height).astype(np.int64)
     right = np.rint(np.cos(angle) * distance * width).astype(np.int64)
-    return _shift(images, torch.from_numpy(down).to(images.device), torch.from_numpy(right).to(images.device))
-
-
-def _shift(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Each image moved by whole px, `(N,)`, cyclically."""
-    height, width = images.shape[-2:]
-    rows = (torch.arange(height, device=images.device) - down[:, None]) % height
-    columns = (torch.arange(width, device=images.device) - right[:, None]) % width
-    moved = images.gather(2, rows[:, None, :, None].expand_as(images))
-    return moved.gather(3, columns[:, None, None, :].expand_as(images))
-
-
-def _erase(images: Tensor, allowed: Tensor, u: np.ndarray) -> Tensor:
-    """Covers an ellipse in each image with a plain piece of the same image: a feature that is missing.
-
-    A cover with a visible seam would give itself away, and the comparison with the reconstruction would go unlearnt.
-    So the feature is one that stands alone and is covered whole, the piece is one of the plainest that there are, and
-    its light is fitted to the rim's, with its gradient.
-    """
-    height, width = images.shape[-2:]
-    grey = images.mean(1, keepdim=True)
-    size = max(height, width)
-    # Sought at 64 px or little more: the search would cost more than all else.
-    coarse = max(size // 64, 1)
-    small, product = F.avg_pool2d(grey, coarse), F.avg_pool2d(allowed, coarse).floor()
-    found = _lone_feature(small, product, u[:, :1])
-    depth, _ = _ellipses(*found, *small.shape[-2:])
-    cover = (depth >= -size / coarse / 32).to(grey.dtype)
-    down, right = (part * coarse for part in _plain_piece(small, product, cover, u[:, 1:]))
-    patch = _shift(images, down, right)
-
-    depth, plane = _ellipses(*(part * coarse for part in found), height, width)
-    rim, difference = _rim(depth, size) * allowed, images - patch
-    light = _fit_plane(difference, rim, plane[:, 0])
-    # Again without what the first plane misses: a feature's edge that crosses the rim.
-    missed = (difference - light).abs().amax(1, keepdim=True)
-    light = _fit_plane(difference, rim * torch.exp(-((missed / 0.05) ** 2)), plane[:, 0]).clamp_(-0.15, 0.15)
-    soft = (2 + 64 * depth / size).clamp_(0, 1)
-    return torch.lerp(images, (patch + light).clamp_(0, 1), soft)
-
-
-def _plain_piece(grey: Tensor, allowed: Tensor, cover: Tensor, u: np.ndarray) -> tuple[Tensor, Tensor]:
-    """How many px down and right each image has to move to bring one of its plainest pieces under a cover, `(N,)`.
-
-    All moves are tried at once, as a correlation of the plain product with the cover.
-    """
-    height, width = grey.shape[-2:]
-    rough = (grey - F.avg_pool2d(grey, 3, 1, 1, count_include_pad=False)).abs()
-    plain = allowed / (1 + (rough / 0.03) ** 4)
-    size = (2 * height, 2 * width)  # twice, so that nothing comes in from the other side
-    spectrum = torch.fft.rfft2(cover, s=size) * torch.fft.rfft2(plain, s=size).conj()
-    share = torch.fft.irfft2(spectrum, s=size).flatten(1) / cover.sum((1, 2, 3)).clamp(min=1)[:, None]
-    # One of the best, not always the one: hardly any that is a percent rougher.
-    at = _drawn(((share - share.amax(1, keepdim=True)) / 0.005).exp().double().cumsum(1), u)
-    return at // size[1], at % size[1]
-
-
-def _lone_feature(grey: Tensor, allowed: Tensor, u: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An ellipse on the product, drawn from those whose inside stands out from a plain rim.
-
-    All places are tried with all shapes at once, by correlation: how much the rim varies, and how much the inside
-    differs from the rim's mean. Where nothing stands alone, it is the ellipse that comes nearest to it.
-
-    Args:
-        grey: `(N, 1, H, W)`.
-        allowed: `(N, 1, H, W)`, 1 on the product.
-        u: `(N, 1)`, the draw.
-
-    Returns:
-        Column and row of its centre and its half axes along them, in px, `(N, 1, 1, 1)` each.
-    """
-    height, width = grey.shape[-2:]
-    wide, tall = torch.tensor(ERASED_FEATURES, dtype=grey.dtype, device=grey.device).T[:, :, None, None] * max(
-        height, width
-    )
-    size = (2 * height, 2 * width)  # twice, so that nothing comes in from the other side
-    depth, _ = _ellipses(torch.full_like(wide, width), torch.full_like(tall, height), wide, tall, *size)
-    areas = torch.stack([(depth > 0).to(grey.dtype), _rim(depth, max(height, width))])  # (2, K, 2 H, 2 W)
-    kernels = torch.fft.rfft2(torch.fft.ifftshift(areas / areas.sum((2, 3), keepdim=True), dim=(2, 3)))
-    moments = torch.stack([allowed, grey, grey**2])[:, :, None]  # (3, N, 1, 1, H, W) with the two areas and K shapes
-    means = torch.fft.irfft2(torch.fft.rfft2(moments, s=size) * kernels, s=size)[..., :height, :width]
-    (product, first, second), (on_product, mean, square) = means.unbind(2)
-    rim = (square - mean**2).clamp_(min=0).sqrt()
-    inside = (second - 2 * mean * first + mean**2).clamp_(min=0).sqrt()
-    alone = inside / (rim + 0.005) * ((product > 0.99) & (on_product > 0.99))
-    # Tight ellipses rather than loose ones, within bounds that give faint features their turn.
-    weight = (((alone > 1.5) & (rim < 0.06)) * alone.clamp(max=3)).double().flatten(1)
-    nearest = F.one_hot(alone.flatten(1).argmax(1), weight.shape[1])
-    ends = torch.where(weight.amax(1, keepdim=True) > 0, weight, nearest).cumsum(1)
-    at = _drawn(ends, u)
-    shape, row, column = at // (height * width), at // width % height, at % width
-    return tuple(part.to(grey.dtype).view(-1, 1, 1, 1) for part in (column, row, wide[shape], tall[shape]))
-
-
-def _drawn(ends: Tensor, u: np.ndarray) -> Tensor:
-    """For each row of cumulated weights, `(N, K)`, the index that a uniform number, `(N, 1)`, falls on: `(N,)`."""
-    at = torch.searchsorted(ends, torch.from_numpy(u).to(ends) * ends[:, -1:], right=True)
-    return at.clamp_(max=ends.shape[1] - 1)[:, 0]
-
-
-def _ellipses(
-    column: Tensor, row: Tensor, wide: Tensor, tall: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """K ellipses an image, their parameters `(N, K, 1, 1)` in px.
-
-    Returns:
-        How deep inside an ellipse each pixel lies, in px along its narrow side, negative outside, `(N, K, H, W)`; and
-        the functions 1, x, y that span the planes over it, `(N, K, 3, H, W)`.
-    """
-    x = torch.arange(width, device=wide.device, dtype=wide.dtype)
-    y = torch.arange(height, device=wide.device, dtype=wide.dtype)[:, None]
-    right, below = torch.broadcast_tensors((x - column) / wide, (y - row) / tall)
-    depth = (1 - (right**2 + below**2).sqrt()) * torch.minimum(wide, tall)
-    return depth, torch.stack([torch.ones_like(depth), right, below], dim=2)
-
-
-def _rim(depth: Tensor, size: int) -> Tensor:
-    """1 on the pixels around an ellipse, out to a 32th of the image's size."""
-    return ((depth < 0) & (depth >= -size / 32)).to(depth.dtype)
-
-
-def _fit_plane(values: Tensor, weight: Tensor, plane: Tensor) -> Tensor:
-    """The planes, `(N, C, H, W)`, that fit values of that shape by least squares under a weight, `(N, 1, H, W)`."""
-    basis, weight = plane.flatten(2), weight.flatten(2)  # (N, 3, HW), (N, 1, HW)
-    weighted = basis * weight
-    ridge = (1e-3 * weight.sum(2, keepdim=True) + 1e-9) * torch.eye(3, device=values.device)
-    fitted = torch.linalg.solve(weighted @ basis.mT + ridge, weighted @ values.flatten(2).mT)  # (N, 3, C)
-    return (fitted.mT @ basis).unflatten(2, values.shape[-2:])
+    return shift(images, torch.from_numpy(down).to(images.device), torch.from_numpy(right).to(images.device))
 
 
 def _differs(images: Tensor, others: Tensor) -> Tensor:
@@ -630,21 +358,6 @@ def _rectangles(u: np.ndarray, height: int, width: int) -> Tensor:
         pixel = np.arange(size) + 0.5
         inside.append((pixel >= start) & (pixel < start + length))
     return torch.from_numpy((inside[0][:, :, None] & inside[1][:, None, :])[:, None].astype(np.float32))
-
-
-def _select(x: Tensor, rows: np.ndarray) -> Tensor:
-    """`x[rows]` for a mask of rows; `x` itself where that is all of them."""
-    return x if rows.all() else x.index_select(0, torch.from_numpy(np.flatnonzero(rows)).to(x.device))
-
-
-def _replace(x: Tensor, rows: np.ndarray, values: Tensor) -> Tensor:
-    """`x` with `values` in a mask of rows; `values` itself where that is all of them."""
-    return values if rows.all() else x.index_copy_(0, torch.from_numpy(np.flatnonzero(rows)).to(x.device), values)
-
-
-def _column(values: np.ndarray, like: Tensor) -> Tensor:
-    """`(N, 1)` numbers as `(N, 1, 1, 1)` of a tensor's dtype and device."""
-    return torch.from_numpy(values).to(like)[:, :, None, None]
 
 
 def _stream(seed: int, epoch: int, index: int) -> np.random.Generator:

@@ -11,9 +11,9 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 from scipy.spatial import KDTree
 
-logger = logging.getLogger(__name__)
+from ..images_diffusionad import IMAGE_SUFFIXES, to_uint8
 
-EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+logger = logging.getLogger(__name__)
 
 
 class FolderTextures:
@@ -41,7 +41,7 @@ class FolderTextures:
             raise ValueError(f"size and limit must be at least 1, not {size} and {limit}")
         if not folder.is_dir():
             raise FileNotFoundError(f"texture folder {folder} does not exist; without one, use ProceduralTextures")
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         paths = [paths[i * len(paths) // limit] for i in range(limit)] if len(paths) > limit else paths
         bank = np.empty((len(paths), size, size, 3), dtype=np.uint8)
         count = 0
@@ -55,7 +55,7 @@ class FolderTextures:
                 logger.warning("texture %s skipped: %s", path, error)
         if count == 0:
             raise ValueError(
-                f"no readable image ({', '.join(sorted(EXTENSIONS))}) in texture folder {folder}: "
+                f"no readable image ({', '.join(sorted(IMAGE_SUFFIXES))}) in texture folder {folder}: "
                 "name a folder of images, or use ProceduralTextures"
             )
         self.bank = torch.from_numpy(bank[:count].transpose(0, 3, 1, 2).copy())
@@ -168,4 +168,4 @@ def _colored(field: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     stops = np.linspace(0, 1, len(colors))
     image = np.stack([np.interp(field, stops, colors[:, channel]) for channel in range(3)])
     image += rng.choice([0.0, 0.02, 0.06]) * rng.standard_normal(field.shape)
-    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return to_uint8(image)

@@ -2,12 +2,10 @@
 
 import torch
 
-from .. import DiffusionADPipeline
-from ..evaluation.evaluator import image_metrics, pixel_metrics
+from ..evaluation.metrics import image_metrics, pixel_metrics
+from ..pipeline_diffusionad import DiffusionADPipeline
 from .dataset import NormalImages
 from .synthesis import AnomalySynthesizer
-
-__all__ = ["Validation"]
 
 # Far from every epoch of a training, so that no training anomaly is ever validated on.
 _VALIDATION_EPOCH = 2**31

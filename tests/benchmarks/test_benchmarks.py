@@ -1,26 +1,32 @@
 """Every measurement runs, at toy size, and reports what its results are judged by."""
 
-import argparse
 import copy
 import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import inference, machine, pareto, runtimes, startup, training
+from benchmarks import inference, machine, runtimes, synthesis, training
 from benchmarks.machine import count_flops, find_device, find_slow_types, matmul_peak, measure_in_turns, spread
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
-from tests.dataset_factory import write_image
+from tests.dataset_factory import make_mvtec
 
-SLIMMEST = "tiny, noise, one block, slim segmenter"
 ROOT = Path(__file__).resolve().parents[2]
 SLOW_TYPES = find_slow_types(torch.device("cpu"), ["bfloat16"])
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    """The peak of small matrix products takes less time than that of large ones, and is as good here."""
+    for measurement in (inference, training):
+        monkeypatch.setattr(measurement, "matmul_peak", partial(machine.matmul_peak, size=128))
+    monkeypatch.setattr(inference, "_PHOTO_SIZE", 64)
 
 
 def is_spread(values):
@@ -47,8 +53,8 @@ def test_help_names_every_measurement_and_imports_none():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     files = {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
-    for name in ("inference", "training", "synthesis", "metrics", "startup", "space", "runtimes", "pareto"):
-        assert name in files and name in done.stdout
+    assert command.MEASUREMENTS.keys() == files - {"__init__", "__main__", "machine"}
+    assert all(name in done.stdout for name in command.MEASUREMENTS)
 
 
 def test_the_command_hands_the_options_on(monkeypatch, capsys):
@@ -116,7 +122,7 @@ def test_one_image_of_the_paper_sized_model_takes_1200_gflop():
 
 
 def test_inference(tmp_path, capsys):
-    options = ["--presets", "tiny", "--resolution", "32", "--batch_sizes", "1", "2", "--files", "2", "--profile"]
+    options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "1", "2", "--files", "2", "--profile"]
     result = run(inference.main, tmp_path, *options, "--dtypes", "float32", "bfloat16", "--device", "cpu")
     measured = {"float32", "bfloat16"} - SLOW_TYPES.keys()
     assert result["matmul_peak_flops"].keys() == measured
@@ -135,7 +141,7 @@ def test_inference(tmp_path, capsys):
         if not row["way"].startswith("files"):
             assert row["share_of_peak"] > 0
             assert row["score_difference"] < (1e-5 if row["dtype"] == "float32" else 0.05)
-    assert sum(operation["share"] for operation in result["profiles"]["tiny"]) <= 1
+    assert sum(operation["share"] for operation in result["profiles"]["light"]) <= 1
     printed = capsys.readouterr().out
     assert "paper's way, no autograd" in printed and "GFLOP an image" in printed and "convolution" in printed
 
@@ -152,7 +158,7 @@ def test_the_first_call_is_the_one_that_compiles(tmp_path, monkeypatch):
         return pipe
 
     monkeypatch.setattr(inference, "_compiled", compiled)
-    options = ["--presets", "tiny", "--resolution", "32", "--batch_sizes", "1", "--no_baseline", "--device", "cpu"]
+    options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "1", "--no-baseline", "--device", "cpu"]
     plain, slow = run(inference.main, tmp_path, *options, "--compile", "default")["rows"]
     assert slow["way"] == "pipeline, compiled (default)" and slow["score_difference"] < 1e-5
     assert plain["first_call_seconds"] < 1 < slow["first_call_seconds"]
@@ -160,6 +166,8 @@ def test_the_first_call_is_the_one_that_compiles(tmp_path, monkeypatch):
 
 def test_one_after_another_as_on_a_gpu_and_what_does_not_fit_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inference, "take_turns", lambda device: False)
+    memory = property(lambda self: 1_230_000_000, lambda self, value: None)
+    monkeypatch.setattr(machine.PeakMemory, "bytes", memory, raising=False)
     compute = DiffusionADPipeline._inspect
 
     def limited(self, pixels, *arguments):
@@ -168,11 +176,12 @@ def test_one_after_another_as_on_a_gpu_and_what_does_not_fit_says_so(tmp_path, m
         return compute(self, pixels, *arguments)
 
     monkeypatch.setattr(DiffusionADPipeline, "_inspect", limited)
-    options = ["--presets", "tiny", "--resolution", "32", "--batch_sizes", "1", "2", "--no_baseline"]
+    options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "1", "2", "--no-baseline"]
     fits, too_large = run(inference.main, tmp_path, *options, "--device", "cpu")["rows"]
     assert is_spread(fits["seconds_per_image"]) and "error" not in fits
     assert too_large["batch_size"] == 2 and "2 images at once do not fit" in too_large["error"]
-    assert "seconds_per_image" not in too_large and "2 images at once do not fit" in capsys.readouterr().out
+    assert "seconds_per_image" not in too_large
+    assert "2 images at once do not fit" in (said := capsys.readouterr().out) and "1.23 GB" in said
 
 
 def test_training_one_after_another_as_on_a_gpu_and_what_does_not_fit_says_so(tmp_path, monkeypatch, capsys):
@@ -186,34 +195,15 @@ def test_training_one_after_another_as_on_a_gpu_and_what_does_not_fit_says_so(tm
         return step(self, images, **inputs)
 
     monkeypatch.setattr(objective, "forward", limited)
-    options = ["--presets", "tiny", "--resolution", "64", "--batch_sizes", "3", "2", "--layouts", "contiguous"]
+    options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "3", "2", "--layouts", "contiguous"]
     too_large, fits = run(training.main, tmp_path, *options, "--device", "cpu")["rows"]
     assert "out of memory" in too_large["error"] and "out of memory" in capsys.readouterr().out
     assert is_spread(fits["seconds_per_step"])
 
 
-def test_memory_on_a_gpu_is_shown():
-    row = {
-        "model": "tiny",
-        "image_size": 256,
-        "way": "pipeline",
-        "dtype": "float32",
-        "batch_size": 1,
-        "gflop_per_image": 22.6,
-        "first_call_seconds": 1.0,
-        "working_memory_bytes": 1_230_000_000,
-        "score_difference": 0.0,
-        "seconds_per_image": spread([0.1, 0.2, 0.3]),
-        "images_per_second": 5.0,
-        "share_of_peak": 0.5,
-    }
-    printed = inference._table({"matmul_peak_flops": {"float32": 1e12}, "rows": [row], "profiles": {}})
-    assert "1.23 GB" in printed
-
-
 def test_inference_of_a_model_of_ones_own(tmp_path, model_dir):
     result = run(
-        inference.main, tmp_path, "--model", model_dir, "--no_baseline", "--batch_sizes", "1", "--device", "cpu"
+        inference.main, tmp_path, "--model", model_dir, "--no-baseline", "--batch_sizes", "1", "--device", "cpu"
     )
     assert [row["way"] for row in result["rows"]] == ["pipeline"]
     assert result["rows"][0]["image_size"] == 32
@@ -236,7 +226,7 @@ def test_the_papers_way_gives_the_pipelines_score(preset):
 
 
 def test_training(tmp_path):
-    options = ["--presets", "tiny", "--resolution", "64", "--batch_sizes", "2", "--gradient_checkpointing"]
+    options = ["--presets", "light", "--resolution", "32", "--batch_sizes", "2", "--gradient-checkpointing"]
     result = run(training.main, tmp_path, *options, "--dtypes", "bfloat16", "--device", "cpu")
     assert [row["gradient_checkpointing"] for row in result["rows"]] == [False, True]
     for row in result["rows"]:
@@ -246,52 +236,18 @@ def test_training(tmp_path):
         assert is_spread(row["seconds_per_step"]) and row["images_per_second"] > 0 and row["share_of_peak"] > 0
 
 
-def test_startup(tmp_path):
-    result = run(startup.main, tmp_path, "--only", "help", "--device", "cpu")
-    assert [row["name"] for row in result["rows"]] == ["help"]
-    assert is_spread(result["rows"][0]["wall_seconds"])
+def test_synthesis(tmp_path):
+    result = run(synthesis.main, tmp_path, "--size", "32", "--batch", "2", "--calls", "1", "--device", "cpu")
+    assert is_spread(result["images_per_second"])
 
 
-def test_a_failing_start_says_why():
-    with pytest.raises(SystemExit, match="ZeroDivisionError"):
-        startup._run([sys.executable, "-c", "1 / 0"])
-
-
-def test_on_the_front_is_what_none_beats():
-    points = {"slow": (9, 0.9), "fast": (1, 0.5), "beaten": (2, 0.5), "equal": (1, 0.5), "middle": (3, 0.7)}
-    assert pareto.front(points) == ["fast", "equal", "middle", "slow"]
-
-
-def test_unless_told_otherwise_every_runtime_is_measured():
-    parser = argparse.ArgumentParser()
-    runtimes.add_runtimes(parser)
-    assert parser.parse_args([]).runtimes == runtimes.RUNTIMES and len(set(runtimes.RUNTIMES)) == 5
-
-
-def test_sizes_are_trained_once_and_compared_in_the_runtimes_asked_for(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("openvino", reason="the runtimes are compared; pip install diffusionad-hf[openvino]")
-    asked = ["torch eager bf16", "onnx fp32", "openvino int8"]
-    for i in range(6):
-        write_image(tmp_path / f"parts/train/good/{i}.png")
-    for i in range(2):
-        write_image(tmp_path / f"parts/test/good/{i}.png")
-        write_image(
-            tmp_path / f"parts/test/hole/{i}.png", True, mask_path=tmp_path / f"parts/ground_truth/hole/{i}_mask.png"
-        )
-    options = ["--train_dir", tmp_path / "parts", "--work_dir", tmp_path / "work", "--resolution", 32]
-    options += ["--max_train_steps", 2, "--train_batch_size", 2, "--repeats", 1, "--sizes", SLIMMEST]
-    options += ["--time_at", 64, "--runtimes", *asked]
-    options += ["--json", tmp_path / "sizes.json", "--plot", tmp_path / "sizes.png"]
-    monkeypatch.setattr(sys, "argv", ["pareto", *map(str, [*options, "--train_only"])])
-    pareto.main()
-    weights = tmp_path / "work/tiny-noise-one-block-slim-segmenter/unet/diffusion_pytorch_model.safetensors"
-    trained = weights.stat().st_mtime_ns
-    monkeypatch.setattr(sys, "argv", ["pareto", *map(str, options)])
-    pareto.main()
-    assert weights.stat().st_mtime_ns == trained, "trained again"
-    size = json.loads((tmp_path / "sizes.json").read_text())["sizes"][SLIMMEST]
-    assert size["gflop"] > 0 and 0 <= size["pixel_ap"] <= 1
-    assert size["ms_at"]["64"].keys() == size["runtimes"].keys()
-    assert list(size["runtimes"]) == ["torch eager fp32", *asked]
-    assert all(runtime["on_front"] for runtime in size["runtimes"].values())
-    assert Image.open(tmp_path / "sizes.png").width > 500 and SLIMMEST in capsys.readouterr().out
+def test_runtimes_tell_time_and_what_exporting_does_to_the_scores(tmp_path, model_dir):
+    pytest.importorskip("onnxruntime", reason="the runtimes are compared; pip install diffusionad-hf[openvino]")
+    make_mvtec(tmp_path, "parts", train=1, good=1, defects={"hole": 1})
+    asked = ["torch eager bf16", "onnx fp32"]
+    result = runtimes.run(model_dir, data_dir=str(tmp_path / "parts"), runtimes=asked, repeats=1, threads=1)
+    eager, *_, onnx = result["runtimes"].values()
+    assert list(result["runtimes"]) == ["torch eager fp32", *(asked[bool(SLOW_TYPES) :])]
+    assert len(result["not_measured"]) == len(SLOW_TYPES)
+    assert eager["ms"] > 0 and eager["times_faster"] == 1 and 0 <= onnx["image_auroc"] <= 1
+    assert eager["score_difference_largest"] == 0 and 0 <= onnx["score_difference_largest"] < 1e-4

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import stat
 import subprocess
@@ -15,11 +16,15 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from demo_part import generate as demo_parts
-from diffusionad_hf import AnomalySegmenter, DiffusionADPipeline, NormGuidedScheduler, NormGuidedUNet2DModel
+from diffusionad_hf import (
+    AnomalySegmenter,
+    DiffusionADPipeline,
+    ExportedDiffusionADPipeline,
+    NormGuidedScheduler,
+    NormGuidedUNet2DModel,
+    load_model,
+)
 from diffusionad_hf.cli.main import main
-from diffusionad_hf.evaluation.evaluator import image_metrics
-from diffusionad_hf.export.exported_pipeline import ExportedDiffusionADPipeline, load_model
 from diffusionad_hf.pipeline_diffusionad import conformal_threshold
 from tests.dataset_factory import make_mvtec
 
@@ -28,8 +33,6 @@ for runtime in ("openvino", "nncf", "onnx", "onnxruntime"):
     pytest.importorskip(runtime, reason=REASON)
 
 from diffusionad_hf.export.exporting import ORIGINAL, _compare, _InspectionGraph, _probe, export_pipeline  # noqa: E402
-
-DEMO = Path(__file__).parents[2] / "space/checkpoints/demo-part"
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +43,16 @@ def images(photo):
     return [photo, photo[::-1], noisy, photo[:32, :32], np.full((64, 32, 3), 200, np.uint8)]
 
 
-def make_pipeline(patch_size: int = 1, prediction_type: str = "epsilon") -> DiffusionADPipeline:
+def make_pipeline(patch_size: int = 1, prediction_type: str = "epsilon", **layout) -> DiffusionADPipeline:
     """With every kind of block, and as few as that takes: each one costs time to trace."""
+    layout = layout or {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    }
     torch.manual_seed(0)
     unet = NormGuidedUNet2DModel(
-        sample_size=32,
-        block_out_channels=(16, 32),
-        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        patch_size=patch_size,
+        sample_size=32, layers_per_block=1, norm_num_groups=8, patch_size=patch_size, **layout
     )
     scheduler = NormGuidedScheduler(prediction_type=prediction_type)
     pipe = DiffusionADPipeline(unet, AnomalySegmenter(base_channels=4), scheduler)
@@ -121,12 +123,18 @@ def test_scores_maps_and_verdicts_are_the_pipelines(kind, exports, calibrated, i
     assert exported.threshold == calibrated.threshold
 
 
-@pytest.mark.parametrize("kind", ["openvino", "onnx"])
-def test_a_unet_of_patches_that_predicts_images_gives_the_same_scores(kind, images, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "precision", "tolerance"), [("openvino", "fp16", 5e-3), ("onnx", "fp16", 5e-3), ("onnx", "fp32", 1e-4)]
+)
+def test_a_unet_of_patches_that_predicts_images(kind, precision, tolerance, images, tmp_path):
+    """The other kind of UNet; OpenVINO's float32 is left to the first kind, for each conversion takes seconds."""
     pipe = make_pipeline(patch_size=2, prediction_type="sample")
-    export_pipeline(pipe, tmp_path / kind, format=kind)
-    exported = quiet(load_model(tmp_path / kind))
-    np.testing.assert_allclose(exported(images).anomaly_score, pipe(images).anomaly_score, atol=1e-4)
+    exported = quiet(export_pipeline(pipe, tmp_path / kind, format=kind, precision=precision))
+    np.testing.assert_allclose(exported(images).anomaly_score, pipe(images).anomaly_score, atol=tolerance)
+    weights = sum(p.numel() for network in (pipe.unet, pipe.segmenter) for p in network.parameters())
+    size = sum(f.stat().st_size for f in (tmp_path / kind).glob("model.[bo]*"))
+    assert (size / weights < 3) == (precision == "fp16")
+    assert exported.record["calibrated_with"] == ORIGINAL
 
 
 @pytest.mark.parametrize("kind", ["openvino", "onnx"])
@@ -150,46 +158,33 @@ def test_a_top_k_beyond_the_images_pixels_is_the_mean_of_all():
 
 
 @pytest.mark.parametrize("kind", ["openvino", "onnx"])
-def test_float16_is_half_as_large_and_close(kind, exports, calibrated, images, tmp_path):
-    exported = quiet(export_pipeline(calibrated, tmp_path / "half", format=kind, precision="fp16"))
-    np.testing.assert_allclose(exported(images).anomaly_score, calibrated(images).anomaly_score, atol=1e-2)
-    assert weights_size(tmp_path / "half") < 0.7 * weights_size(exports / kind)
-    assert exported.record["calibrated_with"] == ORIGINAL
-
-
-def test_int8_onnx_is_close_and_the_logs_of_others_are_left_alone(calibrated, images, tmp_path):
+def test_int8_is_close_and_spares_the_segmenter(kind, images, tmp_path):
+    """With one block, for quantising takes long; what a trained model loses is for `python -m benchmarks.runtimes`."""
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    pipe = make_pipeline(block_out_channels=(16,), add_attention=False, **blocks)
     levels = [handler.level for handler in logging.root.handlers]
-    options = {"format": "onnx", "precision": "int8", "calibration_images": images[:2]}
-    exported = quiet(export_pipeline(calibrated, tmp_path / "int8", **options))
-    differences = np.abs(exported(images).anomaly_score - calibrated(images).anomaly_score)
+    options = {"format": kind, "precision": "int8", "calibration_images": images[:2]}
+    exported = quiet(export_pipeline(pipe, tmp_path / kind, **options))
+    differences = np.abs(exported(images).anomaly_score - pipe(images).anomaly_score)
     assert 0 < differences.mean() < 0.01
     assert exported.record["score_difference"]["largest"] > 0
-    assert [handler.level for handler in logging.root.handlers] == levels
+    assert [handler.level for handler in logging.root.handlers] == levels, "the logs of others are left alone"
+    quantised = quantised_names(tmp_path / kind)
+    assert any("resnets" in name for name in quantised)
+    assert not [name for name in quantised if "segmenter" in name]
 
 
-def weights_size(folder):
-    return sum(f.stat().st_size for f in folder.glob("model.[bo]*"))
-
-
-def test_int8_ranks_the_demo_parts_as_float_does(tmp_path):
-    """The measured bound on a whole test set is for `python -m benchmarks.runtimes`; these few would show a wreck."""
-    pipe = quiet(DiffusionADPipeline.from_pretrained(DEMO))
-    rng = np.random.default_rng(5)
-    normal = [demo_parts.render_part(rng) for _ in range(6)]
-    defective = [demo_parts.render_defective_part(rng, kind)[0] for kind in demo_parts.DEFECT_TYPES]
-    exported = quiet(export_pipeline(pipe, tmp_path / "int8", precision="int8", calibration_images=normal[:2]))
-    test, labels = [*normal[2:], *defective], [0] * 4 + [1] * len(defective)
-    ours, theirs = exported(test).anomaly_score, pipe(test).anomaly_score
-    assert 0 < np.abs(ours - theirs).mean() < 0.01
-    one_pair = 1 / (4 * len(defective))
-    assert (
-        abs(image_metrics(ours, labels)["image_auroc"] - image_metrics(theirs, labels)["image_auroc"]) < 1.5 * one_pair
-    )
+def quantised_names(folder):
+    """Names of the operations that round to int8 in a graph."""
+    if (folder / "model.xml").exists():
+        return re.findall(r'name="([^"]*)" type="FakeQuantize"', (folder / "model.xml").read_text())
+    graph = pytest.importorskip("onnx").load(folder / "model.onnx").graph
+    return [name for node in graph.node if node.op_type == "QuantizeLinear" for name in [node.name, *node.input]]
 
 
 _REPLACED = """
 import signal, sys
-from diffusionad_hf.export.exported_pipeline import load_model
+from diffusionad_hf import load_model
 
 pipe = load_model(sys.argv[1])
 for _ in range(2):
@@ -202,9 +197,8 @@ assert caught == [signal.SIGTERM]
 """
 
 
-@pytest.mark.parametrize("kind", ["openvino", "onnx"])
-def test_signals_are_handled_after_models_came_and_went(exports, kind):
-    done = subprocess.run([sys.executable, "-c", _REPLACED, exports / kind], capture_output=True, text=True)
+def test_signals_are_handled_after_models_came_and_went(exports):
+    done = subprocess.run([sys.executable, "-c", _REPLACED, exports / "openvino"], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr)
 
 
@@ -213,27 +207,19 @@ def test_signals_are_handled_after_models_came_and_went(exports, kind):
 
 def test_noise_seed_and_top_k_are_kept(exports, calibrated):
     config = load_model(exports / "onnx").config
-    assert {name: config[name] for name in ("image_size", "top_k", "seed", "false_alarm_rate")} == {
-        name: calibrated.config[name] for name in ("image_size", "top_k", "seed", "false_alarm_rate")
-    }
+    for name in ("image_size", "top_k", "seed", "false_alarm_rate", "calibration_scores"):
+        assert config[name] == calibrated.config[name]
     record = json.loads((exports / "onnx" / "exported_model.json").read_text())
     assert record["precision"] == "fp32" and {"torch", "onnxruntime", "diffusionad-hf"} <= set(record["versions"])
 
 
 def test_threshold_is_calibrated_anew_where_images_suffice(calibrated, images, tmp_path):
-    """A rate of 50 % takes one image; one of 1 % would take 99."""
-    pipe = make_pipeline()
-    pipe.register_to_config(calibration_scores=[0.1, 0.2, 0.3], false_alarm_rate=0.5)
-    exported = quiet(export_pipeline(pipe, tmp_path / "a", format="onnx", calibration_images=images))
+    """A rate of 50 % takes one image."""
+    exported = quiet(export_pipeline(calibrated, tmp_path / "a", format="onnx", calibration_images=images))
     scores = exported(images).anomaly_score
     assert exported.config.calibration_scores == pytest.approx(sorted(scores), abs=1e-6)
     assert exported.threshold == pytest.approx(conformal_threshold(scores, 0.5), abs=1e-6)
     assert exported.record["calibrated_with"] == "onnx fp32 with f32"
-
-    pipe.register_to_config(false_alarm_rate=0.01)
-    exported = export_pipeline(pipe, tmp_path / "a", format="onnx", calibration_images=images)
-    assert exported.config.calibration_scores == [0.1, 0.2, 0.3]
-    assert exported.record["calibrated_with"] == ORIGINAL
 
 
 def test_other_images_than_the_quantisations_set_the_threshold():
@@ -472,16 +458,16 @@ def test_what_is_fixed_in_the_graph_cannot_be_changed(argument, exports, photo):
 def test_size_device_precision_and_variant_are_fixed(exports, photo, tmp_path, capsys):
     exported = load_model(exports / "onnx")
     assert exported.to("cpu", torch.float32) is exported
-    for elsewhere in ("cuda", torch.device("cuda:1"), torch.float16):
-        with pytest.raises(ValueError, match="runs on the CPU in its own precision"):
-            exported.to(elsewhere)
     for ask in (
+        lambda: exported.to("cuda"),
+        lambda: exported.to(torch.device("cuda:1")),
+        lambda: exported.to(torch.float16),
         lambda: exported.to("cpu", torch.float16),
         lambda: exported.to(device="cuda"),
         lambda: exported.to(dtype=torch.float16),
         lambda: load_model(exports / "onnx", device="cuda"),
     ):
-        with pytest.raises(ValueError, match="runs on the CPU in its own precision"):
+        with pytest.raises(ValueError, match="runs on the CPU"):
             ask()
     exported.register_to_config(image_size=64)
     with pytest.raises(ValueError, match="image_size=64: this model was exported for 32 px"):

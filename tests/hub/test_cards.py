@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from diffusionad_hf.evaluation.evaluator import METRIC_NAMES, evaluate_predictions
+from diffusionad_hf.evaluation.evaluator import AnomalyEvaluator
+from diffusionad_hf.evaluation.metrics import METRIC_NAMES
 from diffusionad_hf.hub.cards import build_card, find_data_source, read_evaluation
 from tests.conftest import make_pipeline
 
@@ -38,8 +39,10 @@ def measured(threshold=None, masks=True):
             mask[4:9, 4:9] = True
             anomaly_map[mask] += 0.3
         truth.append(mask if masks or not label else None)
-    scores = maps.mean(axis=(1, 2))
-    result = evaluate_predictions(maps, truth, scores, labels, kinds, threshold, n_bootstrap=50)
+    evaluator = AnomalyEvaluator(threshold, n_bootstrap=50)
+    for prediction in zip(maps, truth, maps.mean(axis=(1, 2)), labels, kinds, strict=True):
+        evaluator.update(*prediction)
+    result = evaluator.compute()
     provenance = {"device": "cuda:0", "dtype": "float32", "batch_size": 8, "hardware": "NVIDIA H100 80GB HBM3"}
     return result | {"resolution": 32, "seconds_per_image": 0.01234, "provenance": provenance}
 

@@ -96,7 +96,18 @@ def test_what_goes_along_and_what_stays_at_home(hub, client, tmp_path):
     }
     assert there <= set(found) and "diffusionad_hf/hub/model_card.md" in found
     for name, content in found.items():
-        assert Path(name).suffix in (".py", ".md", ".css", ".txt", ".png", ".json", ".safetensors", ""), name
+        assert Path(name).suffix in (
+            ".py",
+            ".pyi",
+            ".typed",
+            ".md",
+            ".css",
+            ".txt",
+            ".png",
+            ".json",
+            ".safetensors",
+            "",
+        ), name
         assert not re.search(rb"hf_secret|" + str(tmp_path).encode() + rb"|" + str(ROOT).encode(), content), name
     asked = found["requirements.txt"].decode().splitlines()
     assert not any(line.startswith("diffusionad") for line in asked), "there is no such package on an index"
@@ -114,10 +125,10 @@ def test_the_same_again_makes_no_commit_and_an_update_one(hub, client, tmp_path)
         deploy_space(SPACE, app_dir=app)
         assert len(client.list_repo_commits(SPACE, repo_type="space")) == 1 + expected
     hub.add_files(SPACE, {"diffusionad_hf/old.py": "", "NOTES.md": "theirs"}, repo_type="space")
-    (app / "style.css").write_text("body {}")
+    (app / "more.py").write_text("pass")
     deploy_space(SPACE, app_dir=app)
     found = files(hub)
-    assert found["style.css"] == b"body {}" and found["NOTES.md"] == b"theirs" and "diffusionad_hf/old.py" not in found
+    assert found["more.py"] == b"pass" and found["NOTES.md"] == b"theirs" and "diffusionad_hf/old.py" not in found
 
 
 def test_models_of_ones_own(hub, client):

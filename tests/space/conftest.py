@@ -42,8 +42,8 @@ def checkpoints(tmp_path_factory, parts):
     """A folder with one model, `flange`, which knows its normal parts."""
     from diffusionad_hf import build_pipeline
     from diffusionad_hf.calibration import calibrate
-    from diffusionad_hf.pipeline_diffusionad import load_image
-    from diffusionad_hf.space.familiarity import FILE_NAME, Familiarity, describe
+    from diffusionad_hf.familiarity import FILE_NAME, Familiarity, describe
+    from diffusionad_hf.images_diffusionad import load_image
 
     folder = tmp_path_factory.mktemp("checkpoints") / "flange"
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def checkpoints(tmp_path_factory, parts):
         "---\nlicense: mit\ntags: [diffusionad]\nmodel-index:\n- name: flange\n  results:\n"
         "  - task: {type: image-classification}\n    dataset: {name: flanges, type: flanges}\n    metrics:\n"
         "    - {type: image_auroc, value: 0.875, name: image AUROC}\n---\n"
-        "# Flange\n\n## Limits\n\nOne light only.\n\n## Licence\n\nMIT\n",
+        "# Flange\n\n## Limits\n\n- One light only.\n- Steel only.\n\n## Licence\n\nMIT\n",
         encoding="utf-8",
     )
     return folder.parent

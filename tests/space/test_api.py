@@ -13,7 +13,7 @@ from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from tests.space.test_uploads import huge_png, png
+from tests.space.test_intake import png
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,10 @@ def test_inspect_answers_as_the_pipeline_does(client, model, parts):
     assert record["threshold"] == model.pipe.threshold and record["p_value"] == float(expected.p_value[0])
     assert record["name"] == parts[1].name and not record["looks_unfamiliar"]
     Image.open(overlay).load()
-
-
-def test_defaults_can_be_left_out_and_the_threshold_given(client, parts):
-    record, _ = client.predict(image=handle_file(str(parts[1])), api_name="/inspect")
-    assert record["category"] == "flange"
+    # The other arguments can be left out.
     low, _ = client.predict(image=handle_file(str(parts[1])), threshold=0.0, api_name="/inspect")
-    assert low["is_anomalous"] and low["regions"] and low["anomaly_score"] == record["anomaly_score"]
+    assert low["category"] == "flange" and low["anomaly_score"] == record["anomaly_score"]
+    assert low["is_anomalous"] and low["regions"]
 
 
 def test_a_calibration_file_of_one_call_serves_the_next(client, parts):
@@ -94,35 +91,6 @@ def test_bad_input_is_one_line_without_a_path_of_the_server(client, server, part
     assert record["name"] == parts[0].name, "the page goes on"
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "empty"),
-        (png()[:60], "damaged|not an image"),
-        (b"RIFF\x00\x00\x00\x00WEBPVP8 ", "damaged|not an image"),
-        (huge_png(60_000, 60_000), "pixels"),
-        (huge_png(10_000, 6_000), "more than 50 million"),
-        (png(4), "too small"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
-    ],
-    ids=["empty", "cut off", "header only", "bomb", "huge", "tiny", "svg"],
-)
-def test_every_kind_of_unusable_image_is_one_line_that_names_it(client, server, tmp_path, content, reason):
-    (tmp_path / "mine.png").write_bytes(content)
-    with pytest.raises(AppError, match=f"mine.png: .*({reason})") as caught:
-        client.predict(image=handle_file(str(tmp_path / "mine.png")), category="flange", api_name="/inspect")
-    assert str(server.temporary) not in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
-def test_every_mode_of_image_gets_a_verdict(client, parts, tmp_path, mode):
-    with Image.open(parts[0]) as part:
-        photo = part.convert("I").convert(mode) if mode == "I;16" else part.convert(mode)
-    photo.save(tmp_path / "a.tiff")
-    record, _ = client.predict(image=handle_file(str(tmp_path / "a.tiff")), category="flange", api_name="/inspect")
-    assert (record["width"], record["height"]) == (96, 96) and 0 <= record["anomaly_score"] <= 1
-
-
 def test_a_photo_on_its_side_is_turned_as_its_camera_says(client, parts, tmp_path):
     photo = Image.open(parts[0]).crop((0, 0, 96, 48))
     exif = photo.getexif()
@@ -132,18 +100,6 @@ def test_a_photo_on_its_side_is_turned_as_its_camera_says(client, parts, tmp_pat
     assert (record["width"], record["height"]) == (48, 96)
     with Image.open(overlay) as picture:
         assert picture.height == 2 * picture.width
-
-
-@pytest.mark.parametrize(
-    ("names", "reason"),
-    [([], "the archive holds no files"), ([f"{i}.png" for i in range(1000)], "More than 500 files")],
-)
-def test_an_archive_of_nothing_or_of_too_much_is_refused(client, tmp_path, names, reason):
-    with zipfile.ZipFile(tmp_path / "in.zip", "w") as bundle:
-        for name in names:
-            bundle.writestr(name, png())
-    with pytest.raises(AppError, match=reason):
-        client.predict([handle_file(str(tmp_path / "in.zip"))], "flange", None, None, api_name="/inspect_batch")
 
 
 def test_a_hostile_archive_is_rows_and_leaves_nothing_behind(client, server, tmp_path):
@@ -166,27 +122,25 @@ def test_a_hostile_archive_is_rows_and_leaves_nothing_behind(client, server, tmp
     assert not [*server.temporary.glob("diffusionad-space-*/tmp*")], "unpacked files are gone"
 
 
+def post(server, path, body):
+    request = urllib.request.Request(
+        f"{server.url}gradio_api/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    return json.load(urllib.request.urlopen(request))
+
+
 def call_of_the_page(server, owner, component, data):
     """What the page sends when a control, found by its id, is moved."""
     config = json.load(urllib.request.urlopen(f"{server.url}config"))
     number = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == component)
     call = next(d for d in config["dependencies"] if [number, "input"] in [list(t) for t in d["targets"]])
-    body = {"data": data, "fn_index": call["id"], "session_hash": owner}
-    request = urllib.request.Request(
-        f"{server.url}gradio_api/run/predict", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    return json.load(urllib.request.urlopen(request))["data"]
+    return post(server, "run/predict", {"data": data, "fn_index": call["id"], "session_hash": owner})["data"]
 
 
 def test_a_result_s_key_opens_nothing_for_another_visitor(client, server, parts):
     client.predict(image=handle_file(str(parts[0])), api_name="/inspect")
-    (owner_file,) = (
-        file
-        for file in server.temporary.glob("diffusionad-space-*/results/*/.owner")
-        if file.read_text() == client.session_hash
-        and (file.parent / "result.json").exists()
-        and file.stat().st_mtime == max(f.stat().st_mtime for f in file.parent.parent.glob("*/.owner"))
-    )
+    owner_file = max(server.temporary.glob("diffusionad-space-*/results/*/.owner"), key=lambda f: f.stat().st_mtime)
+    assert owner_file.read_text() == client.session_hash
     key = owner_file.parent.name
     verdict, pictures, _ = call_of_the_page(server, client.session_hash, "threshold", [key, 0.99, 0.6])
     assert "No defect found" in verdict and pictures
@@ -227,10 +181,7 @@ def test_assistants_find_the_same_three_tools(server, parts):
 def test_files_of_the_server_cannot_be_named_as_input_or_fetched(server, checkpoints):
     secret = checkpoints / "flange" / "model_index.json"
     body = {"data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "flange", None, None, 1]}
-    request = urllib.request.Request(
-        f"{server.url}gradio_api/call/inspect", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    event = json.load(urllib.request.urlopen(request))["event_id"]
+    event = post(server, "call/inspect", body)["event_id"]
     answer = urllib.request.urlopen(f"{server.url}gradio_api/call/inspect/{event}").read().decode()
     assert "event: error" in answer and "event: complete" not in answer
     for path in (secret, "/etc/passwd", f"{server.temporary}/../log.txt"):

@@ -50,6 +50,16 @@ def upload(page, path):
     page.set_input_files("#photo input[type=file]", str(path))
 
 
+def inspect(page, path):
+    upload(page, path)
+    expect(page, "#verdict h2", "efect found")
+
+
+def choose(page, category):
+    page.locator("#category input").click()
+    page.get_by_role("option", name=category).click()
+
+
 def move(page, slider, value):
     control = page.locator(f"#{slider} input[type=range]")
     control.scroll_into_view_if_needed()  # waits until a panel that was just opened holds still
@@ -87,8 +97,7 @@ def saved(page, button):
 
 
 def test_photo_to_verdict_then_the_threshold_without_the_model(page, server, parts):
-    upload(page, parts[0])
-    expect(page, "#verdict h2", "efect found")
+    inspect(page, parts[0])
     page.wait_for_selector("#pictures img")
     assert "Score 0." in page.inner_text("#verdict") and "of the 12 normal images" in page.inner_text("#verdict")
     runs = server.runs
@@ -103,20 +112,21 @@ def test_photo_to_verdict_then_the_threshold_without_the_model(page, server, par
     assert server.runs == runs
 
 
-def test_a_region_that_is_picked_is_framed(page, server, parts):
-    upload(page, parts[0])
-    expect(page, "#verdict h2", "efect found")
+def test_a_region_that_is_picked_is_framed_and_there_are_none_without_a_defect(page, server, parts):
+    inspect(page, parts[0])
     move(page, "threshold", 0.01)
     page.wait_for_selector("#regions :text('1 · most of the image, 96 × 96 px')")
     before, runs = page.locator("#pictures img").last.get_attribute("src"), server.runs
     page.locator("#regions input[type=radio]").nth(1).check()
     page.wait_for_function("src => [...document.querySelectorAll('#pictures img')].at(-1).src !== src", arg=before)
+    move(page, "threshold", 0.99)
+    expect(page, "#verdict h2", "No defect found")
+    page.wait_for_selector("#regions", state="hidden")
     assert server.runs == runs
 
 
 def test_a_false_alarm_rate_moves_the_threshold(page, server, parts):
-    upload(page, parts[0])
-    expect(page, "#verdict h2", "efect found")
+    inspect(page, parts[0])
     runs = server.runs
     page.click("#advanced button")
     move(page, "rate", 30)
@@ -147,19 +157,8 @@ def test_opening_the_advanced_settings_changes_nothing_and_they_work(page, serve
     expect(page, "#verdict", "of the 12 normal images")
 
 
-def test_no_regions_are_listed_where_no_defect_is_found(page, parts):
-    upload(page, parts[0])
-    expect(page, "#verdict h2", "efect found")
-    move(page, "threshold", 0.01)
-    page.wait_for_selector("#regions")
-    move(page, "threshold", 0.99)
-    expect(page, "#verdict h2", "No defect found")
-    page.wait_for_selector("#regions", state="hidden")
-
-
 def test_the_keyboard_is_enough(page, server, parts):
-    upload(page, parts[0])
-    expect(page, "#verdict h2", "efect found")
+    inspect(page, parts[0])
     runs = server.runs
     assert page.locator("#verdict [role=status] h2").count() == 1, "a screen reader announces the verdict"
     page.focus("#threshold input[type=range]")
@@ -176,8 +175,7 @@ def test_the_keyboard_is_enough(page, server, parts):
 
 
 def test_downloads_hold_what_they_say(page, parts):
-    upload(page, parts[2])
-    expect(page, "#verdict h2", "efect found")
+    inspect(page, parts[2])
     move(page, "threshold", 0.01)
     expect(page, "#verdict h2", "Defect found")
     for kind, mode in {"overlay": "RGB", "mask": "L", "map": "I;16"}.items():
@@ -192,12 +190,11 @@ def test_downloads_hold_what_they_say(page, parts):
     assert name == "part-02-report.html" and "Defect found" in path.read_text(encoding="utf-8")
 
 
-def test_an_example_is_inspected_at_a_click(page):
+def test_an_example_is_inspected_at_a_click_and_a_blank_photo_comes_with_a_warning(page, tmp_path):
     page.locator("#examples button", has_text="good").first.click()
     expect(page, "#verdict h2", "efect found")
-
-
-def test_a_blank_photo_comes_with_a_warning(page, tmp_path):
+    page.locator("#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']").first.click()
+    expect(page, "#verdict .note", "Add a photo")
     Image.new("RGB", (200, 200), "white").save(tmp_path / "blank.png")
     upload(page, tmp_path / "blank.png")
     expect(page, "#verdict .warning", "Unlike any normal flange image")
@@ -211,8 +208,7 @@ def test_a_broken_image_is_a_message_and_the_next_one_a_verdict(page, server, pa
     assert str(server.temporary) not in page.inner_text("body")
     page.locator("#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']").first.click()
     expect(page, "#verdict .note", "Add a photo")
-    upload(page, parts[0])
-    expect(page, "#verdict h2", "efect found")
+    inspect(page, parts[0])
 
 
 def test_a_batch_with_a_bad_file_and_its_downloads(page, parts, tmp_path):
@@ -259,8 +255,7 @@ def test_a_batch_can_be_stopped(page, server, parts, tmp_path):
 
 
 def test_calibrating_changes_the_threshold_of_the_other_tabs_and_can_be_saved_loaded_and_undone(page, parts, tmp_path):
-    upload(page, parts[0])
-    expect(page, "#verdict h2", "efect found")
+    inspect(page, parts[0])
     tab(page, "Calibrate")
     page.set_input_files("#normal-files input[type=file]", [str(path) for path in parts[:3]])
     page.wait_for_selector("#normal-files :text('part-02')")
@@ -310,9 +305,8 @@ def test_two_tabs_keep_to_themselves_and_leaving_one_midway_hurts_no_one(page, b
     expect(page, "#verdict", "threshold 0.990")
 
 
-def test_a_model_that_fails_midway_is_a_message_and_the_page_goes_on(page, parts):
-    page.locator("#category input").click()
-    page.get_by_role("option", name="fragile").click()
+def test_models_that_fail_or_cannot_be_loaded_are_messages_and_the_other_goes_on(page, parts):
+    choose(page, "fragile")
     upload(page, parts[0])
     expect(page, "#verdict .error", "fragile: the model failed on this image")
     tab(page, "Batch")
@@ -320,19 +314,10 @@ def test_a_model_that_fails_midway_is_a_message_and_the_page_goes_on(page, parts
     page.wait_for_selector("#batch-files :text('part-00')")
     page.click("#batch-start")
     expect(page, "#batch-table", "The model failed on this image")
-    page.locator("#category input").click()
-    page.get_by_role("option", name="flange").click()
     tab(page, "Inspect")
-    expect(page, "#verdict h2", "efect found")
-
-
-def test_a_model_that_cannot_be_loaded_is_a_message_and_the_other_goes_on(page, parts):
-    page.locator("#category input").click()
-    page.get_by_role("option", name="no-one/no-such-model").click()
-    upload(page, parts[0])
+    choose(page, "no-one/no-such-model")
     expect(page, "#verdict .error", "could not be loaded")
-    page.locator("#category input").click()
-    page.get_by_role("option", name="flange").click()
+    choose(page, "flange")
     expect(page, "#verdict h2", "efect found")
 
 
@@ -368,8 +353,7 @@ def test_every_text_can_be_read_in_light_and_dark(browser, server, parts, mode):
     page = context.new_page()
     page.goto(f"{server.url}?__theme={mode}")
     page.wait_for_selector("#verdict .card")
-    upload(page, parts[0])
-    expect(page, "#verdict h2", "efect found")
+    inspect(page, parts[0])
     page.click("#advanced button")
     ground = page.evaluate("getComputedStyle(document.querySelector('.card')).backgroundColor")
     assert ground.startswith("rgb(") and (sum(map(int, ground[4:-1].split(","))) > 384) == (mode == "light")
@@ -391,8 +375,7 @@ def test_it_fits_a_phone_and_every_control_has_a_name(browser, server, parts):
     page = context.new_page()
     page.goto(server.url)
     page.wait_for_selector("#verdict .card")
-    upload(page, parts[0])
-    expect(page, "#verdict h2", "efect found")
+    inspect(page, parts[0])
     page.wait_for_selector("#pictures img")
     for name in ("Inspect", "Batch", "Calibrate", "About"):
         tab(page, name)

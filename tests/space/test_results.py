@@ -12,10 +12,9 @@ from diffusionad_hf.space.results import ResultGone, Results
 def test_a_result_opens_for_its_owner_only(results):
     key, folder = results.new("anna")
     assert results.open(key, "anna") == folder
-    with pytest.raises(ResultGone):
-        results.open(key, "ben")
-    with pytest.raises(ResultGone):
-        results.open(key, "")
+    for other in ("ben", ""):
+        with pytest.raises(ResultGone):
+            results.open(key, other)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +35,7 @@ def test_sweeping_removes_what_was_not_used_for_an_hour_and_nothing_else(results
     for entry in (results.folder / "example", results.folder / "upload", old_folder):
         os.utime(entry, (hour_ago, hour_ago))
     new, _ = results.new("ben")
-    assert results.sweep() == 2
+    results.sweep()
     assert (results.folder / "example").exists() and not (results.folder / "upload").exists()
     results.open(new, "ben")
     with pytest.raises(ResultGone):
@@ -47,7 +46,8 @@ def test_using_a_result_keeps_it(results):
     key, folder = results.new("anna")
     os.utime(folder, (1, 1))
     results.open(key, "anna")
-    assert results.sweep() == 0
+    results.sweep()
+    assert folder.exists()
 
 
 def test_leaving_removes_one_visitor_s_results(results):

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from demo_part import generate as demo_parts
+from diffusionad_hf.presets import PRESETS
 
-from .runs import forget_accelerator, run
+from .runs import NARROW, forget_accelerator, run
 
 
 @pytest.fixture(scope="package")
@@ -37,6 +38,12 @@ def two_steps(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("two_steps") / "model"
     assert run(data, output, max_train_steps=2) == 0
     return output
+
+
+@pytest.fixture(autouse=True)
+def narrow_networks(monkeypatch):
+    for name, sizes in NARROW.items():
+        monkeypatch.setitem(PRESETS, name, sizes)
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,21 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+from diffusionad_hf.presets import PRESETS
 from diffusionad_hf.training import loop as train
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Narrow enough that trainings take a second and checkpoints a few megabytes.
+NARROW = {
+    name: {**PRESETS[name], "base_channels": 8, "norm_num_groups": 8, "segmenter_base_channels": 4}
+    for name in ("tiny", "light")
+}
 
 # Its children are processes of their own that need not import torch again.
 _processes = multiprocessing.get_context("forkserver")
@@ -41,7 +48,8 @@ def arguments(data, output, **options):
     command = []
     for name, value in values.items():
         if value is not None:
-            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            flag = f"--{name.replace('_', '-')}"
+            command += [flag] if value is True else [flag, str(value)]
     return command
 
 
@@ -54,7 +62,8 @@ def forget_accelerator():
 def run(data, output, **options):
     """Trains in this process; returns the exit code."""
     forget_accelerator()
-    return train.main(arguments(data, output, **options))
+    with mock.patch.dict(PRESETS, NARROW):
+        return train.main(arguments(data, output, **options))
 
 
 def start(data, output, *, die_at=None, largest_file=None, **options):
@@ -77,6 +86,7 @@ def start(data, output, *, die_at=None, largest_file=None, **options):
 
 def _train_in_child(command, log, die_at, largest_file):
     torch.set_num_threads(1)
+    PRESETS.update(NARROW)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -87,7 +87,7 @@ def test_what_keeps_it_from_publishing_is_said_before_the_training(three, tmp_pa
     hub.adopt_client(monkeypatch, tmp_path / "home", token=None)
     push = {"push_to_hub": True, "hub_model_prefix": PREFIX}
     assert run_all(three, tmp_path / "out", **push) == 2
-    assert "--push_to_hub" in (said := capsys.readouterr().err) and "HF_TOKEN" in said
+    assert "--push-to-hub" in (said := capsys.readouterr().err) and "HF_TOKEN" in said
     hub.adopt_client(monkeypatch, tmp_path / "home")
     assert run_all(three, tmp_path / "out", push_to_hub=True, hub_model_prefix="org/no good") == 2
     assert "org/no good" in capsys.readouterr().err
@@ -104,4 +104,4 @@ def test_names_of_categories_that_are_no_names_of_folders(tmp_path, data, capsys
 def test_all_resumes_each_from_its_own_checkpoint(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_all(data, tmp_path, resume_from_checkpoint="checkpoint-2")
-    assert "--resume_from_checkpoint checkpoint-2" in capsys.readouterr().err.splitlines()[-1]
+    assert "--resume-from-checkpoint checkpoint-2" in capsys.readouterr().err.splitlines()[-1]

@@ -67,5 +67,5 @@ def test_loading_gives_the_state_back(accelerator, tmp_path):
 
 def test_another_configuration_is_refused(accelerator, tmp_path):
     folder = save(accelerator, tmp_path, 7)
-    with pytest.raises(ValueError, match="--resolution 32, this one has 64"):
+    with pytest.raises(ValueError, match="`resolution` 32, this one has 64"):
         load_checkpoint(accelerator, folder, {"resolution": 64})

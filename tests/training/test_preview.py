@@ -28,7 +28,7 @@ def column(sheet, name, size):
 
 def run(data_dir, tmp_path, *options):
     output = tmp_path / "out" / "sheet.png"
-    code = main(["--data_dir", str(data_dir), "--output", str(output), "--resolution", "64", *options])
+    code = main(["--data-dir", str(data_dir), "--output", str(output), "--resolution", "64", *options])
     return code, Image.open(output) if code == 0 else None
 
 
@@ -59,7 +59,7 @@ def test_given_textures_masks_and_kind_are_used(data_dir, tmp_path, capsys):
         mask.paste(255, (0, 0, 40, 80))
         mask.save(tmp_path / "masks" / f"{i:03d}.png")
     textures, masks = str(tmp_path / "textures"), str(tmp_path / "masks")
-    code, sheet = run(data_dir, tmp_path, "--texture_dir", textures, "--foreground_dir", masks)
+    code, sheet = run(data_dir, tmp_path, "--texture-dir", textures, "--foreground-dir", masks)
     assert code == 0 and "foreground 50.0% of the picture (given)" in capsys.readouterr().out
     assert not column(sheet, "mask", 64)[:, 33:].any(), "nothing beyond the left half"
     code, sheet = run(data_dir, tmp_path, "--foreground", "texture")
@@ -71,8 +71,8 @@ def test_given_textures_masks_and_kind_are_used(data_dir, tmp_path, capsys):
     ("options", "message"),
     [
         (["--category", "nothing"], "nothing"),
-        (["--texture_dir", "does/not/exist"], "does/not/exist"),
-        (["--foreground_dir", "does/not/exist"], "does/not/exist"),
+        (["--texture-dir", "does/not/exist"], "does/not/exist"),
+        (["--foreground-dir", "does/not/exist"], "does/not/exist"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(data_dir, tmp_path, capsys, options, message):
@@ -85,5 +85,5 @@ def test_flags_out_of_range_and_an_output_that_is_no_picture(data_dir, tmp_path,
     with pytest.raises(SystemExit):
         run(data_dir, tmp_path, "--rows", "0")
     assert "--rows" in capsys.readouterr().err
-    assert main(["--data_dir", str(data_dir), "--output", str(tmp_path / "sheet.txt")]) == 2
+    assert main(["--data-dir", str(data_dir), "--output", str(tmp_path / "sheet.txt")]) == 2
     assert "sheet.txt" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 
-from diffusionad_hf.training import synthesis
+from diffusionad_hf.training import batches, colors, synthesis
 from diffusionad_hf.training.synthesis import AnomalySynthesizer, perlin_noise, shuffle_tiles
 
 SIZE = 48
@@ -111,7 +111,7 @@ def test_masks_are_binary_inside_the_foreground_and_pixels_outside_keep_their_bi
 
 def test_blend_is_image_times_one_minus_opacity_plus_source_times_opacity(monkeypatch):
     """With a black source the opacity can be read off."""
-    monkeypatch.setattr(synthesis, "OPERATIONS", (lambda x, u: x,) * 10)
+    monkeypatch.setattr(colors, "OPERATIONS", (lambda x, u: x,) * 10)
     images = torch.full((300, 3, 32, 32), 0.9)
     bank = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     batch = make_synthesizer(bank, self_augmentation_probability=0.0)(images, range(300), 0)
@@ -126,7 +126,7 @@ def test_blend_is_image_times_one_minus_opacity_plus_source_times_opacity(monkey
 
 
 def test_anomalies_come_from_the_image_itself_or_from_a_texture_as_asked(monkeypatch):
-    monkeypatch.setattr(synthesis, "OPERATIONS", (lambda x, u: x,) * 10)
+    monkeypatch.setattr(colors, "OPERATIONS", (lambda x, u: x,) * 10)
     images = torch.full((40, 3, 32, 32), 0.5)  # its shuffled tiles look like itself
     bank = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     own = make_synthesizer(bank, self_augmentation_probability=1.0)(images, range(40), 0)
@@ -251,15 +251,15 @@ def assert_like_pillow(result, expected, tolerance=1):
 
 def test_colour_operations_agree_with_pillow(photo):
     x, picture = photo
-    assert_like_pillow(synthesis._invert(x, np.zeros((1, 3))), ImageOps.invert(picture))
-    assert_like_pillow(synthesis._equalize(x, np.zeros((1, 3))), ImageOps.equalize(picture))
+    assert_like_pillow(colors._invert(x, np.zeros((1, 3))), ImageOps.invert(picture))
+    assert_like_pillow(colors._equalize(x, np.zeros((1, 3))), ImageOps.equalize(picture))
     for u in (0.0, 0.3, 0.99):
         numbers = np.full((1, 3), u)
-        assert_like_pillow(synthesis._autocontrast(x, numbers), ImageOps.autocontrast(picture, int(21 * u)), 1.5)
-        assert_like_pillow(synthesis._sharpness(x, numbers), ImageEnhance.Sharpness(picture).enhance(0.1 + 1.8 * u), 2)
-        solarized = synthesis._solarize(x, np.array([[0.4, u, 0.0]]))
+        assert_like_pillow(colors._autocontrast(x, numbers), ImageOps.autocontrast(picture, int(21 * u)), 1.5)
+        assert_like_pillow(colors._sharpness(x, numbers), ImageEnhance.Sharpness(picture).enhance(0.1 + 1.8 * u), 2)
+        solarized = colors._solarize(x, np.array([[0.4, u, 0.0]]))
         assert_like_pillow(solarized, ImageOps.solarize(picture, math.floor(32 + 96 * u) + 1), 1e-3)
-    assert torch.equal(synthesis._solarize(x, np.array([[0.6, 0.1, 0.0]])), x)
+    assert torch.equal(colors._solarize(x, np.array([[0.6, 0.1, 0.0]])), x)
 
 
 def test_hue_and_saturation_agree_with_colorsys(photo):
@@ -267,7 +267,7 @@ def test_hue_and_saturation_agree_with_colorsys(photo):
 
     x, _ = photo
     u = np.array([[0.9, 0.3, 0.0]])
-    result = synthesis._hue_saturation(x.clone(), u)
+    result = colors._hue_saturation(x.clone(), u)
     for i, j in ((0, 0), (5, 30), (31, 31), (16, 2)):
         hue, saturation, value = colorsys.rgb_to_hsv(*x[0, :, i, j].tolist())
         saturation = min(max(saturation + (-50 + 100 * 0.3) / 255, 0), 1)
@@ -277,15 +277,15 @@ def test_hue_and_saturation_agree_with_colorsys(photo):
 
 def test_gamma_brightness_posterize_and_rotation(photo):
     x, _ = photo
-    gamma = synthesis._gamma(x, np.array([[0.0, 1 / 3, 1.0]]))
+    gamma = colors._gamma(x, np.array([[0.0, 1 / 3, 1.0]]))
     torch.testing.assert_close(gamma, torch.stack([x[:, 0] ** 0.5, x[:, 1], x[:, 2] ** 2], dim=1))
     luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     for order, expected in ((0.9, lambda y: (y + 15 / 255) * 1.1), (0.0, lambda y: y * 1.1 + 15 / 255)):
-        bright = synthesis._brightness(x, np.array([[0.75, 0.75, order]]))
+        bright = colors._brightness(x, np.array([[0.75, 0.75, order]]))
         torch.testing.assert_close((bright * luma).sum(1), expected((x * luma).sum(1)), atol=1e-5, rtol=0)
-    assert set((synthesis._posterize(x, np.zeros((1, 3))) * 255).round().unique().tolist()) == {64.0, 192.0}
-    torch.testing.assert_close(synthesis._rotate_source(x, np.full((1, 3), 0.5)), x)
-    turned = synthesis._rotate(x, np.array([90.0]))
+    assert set((colors._posterize(x, np.zeros((1, 3))) * 255).round().unique().tolist()) == {64.0, 192.0}
+    torch.testing.assert_close(colors._rotate_source(x, np.full((1, 3), 0.5)), x)
+    turned = batches.rotate(x, np.array([90.0]))
     assert torch.allclose(turned, x.rot90(1, (2, 3)), atol=1e-4) or torch.allclose(
         turned, x.rot90(-1, (2, 3)), atol=1e-4
     )
@@ -297,7 +297,7 @@ def test_every_operation_stays_in_range_even_on_flat_black_and_white(number):
         [torch.zeros(3, 16, 16), torch.ones(3, 16, 16), torch.full((3, 16, 16), 0.5), torch.rand(3, 16, 16)]
     )
     for u in (0.0, 0.5, 0.999):
-        result = synthesis.OPERATIONS[number](x.clone(), np.full((4, 3), u))
+        result = colors.OPERATIONS[number](x.clone(), np.full((4, 3), u))
         assert result.shape == x.shape and torch.isfinite(result).all()
         assert result.min() >= -1e-6 and result.max() <= 1 + 1e-6
 
@@ -312,10 +312,10 @@ def test_each_source_gets_three_different_operations(monkeypatch):
 
         return operation
 
-    monkeypatch.setattr(synthesis, "OPERATIONS", tuple(recorder(i) for i in range(10)))
+    monkeypatch.setattr(colors, "OPERATIONS", tuple(recorder(i) for i in range(10)))
     rng = np.random.default_rng(0)
     ids = torch.arange(200.0)[:, None, None, None].expand(200, 3, 8, 8).clone()
-    synthesis.change_colors(ids, rng.random((200, 10)), rng.random((200, 9)))
+    colors.change_colors(ids, rng.random((200, 10)), rng.random((200, 9)))
     assert torch.all(calls.sum(1) == 3) and calls.max() == 1
     assert calls.sum(0).min() > 35  # 60 expected of each
 

@@ -78,7 +78,7 @@ def test_test_images_have_no_say(data, tmp_path, two_steps):
 
 def test_fewer_images_than_the_batch_train_with_a_warning(data, tmp_path, capsys):
     assert run(data, tmp_path, max_train_steps=1, train_batch_size=16) == 0
-    assert "--train_batch_size 16: every batch holds some image more than once" in capsys.readouterr().err
+    assert "--train-batch-size 16: every batch holds some image more than once" in capsys.readouterr().err
 
 
 def test_a_resumed_training_ends_with_the_weights_of_one_never_interrupted(data, tmp_path, trained):
@@ -96,7 +96,7 @@ def test_starting_over_where_a_training_lies_is_refused(data, tmp_path, trained,
     before = {file: file.stat().st_mtime_ns for file in trained.rglob("*")}
     assert run(data, trained) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "holds checkpoint-4" in error and "--resume_from_checkpoint latest" in error
+    assert "holds checkpoint-4" in error and "--resume-from-checkpoint latest" in error
     assert {file: file.stat().st_mtime_ns for file in trained.rglob("*")} == before
 
 
@@ -113,7 +113,7 @@ def test_resuming_another_configuration_is_refused_with_both_values(option, then
     shared = {"max_train_steps": 2, "resume_from_checkpoint": "checkpoint-2"}
     assert run(data, two_steps, **shared, **{option: now}) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"--{option} {then}" in error and f"has {now}" in error
+    assert f"--{option.replace('_', '-')} {then}" in error and f"has {now}" in error
 
 
 @pytest.mark.parametrize("schedule", ["constant", "reference"])
@@ -127,7 +127,7 @@ def test_a_finished_training_goes_on_for_longer_where_the_rates_do_not_depend_on
 
 def test_going_on_for_longer_is_refused_where_the_rates_follow_from_the_length(data, two_steps, capsys):
     assert run(data, two_steps, max_train_steps=3, resume_from_checkpoint="latest") == 2
-    assert "--max_train_steps 2, this one has 3" in capsys.readouterr().err.splitlines()[-1]
+    assert "--max-train-steps 2, this one has 3" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_resuming_what_learnt_the_noise_as_a_network_of_images_is_refused(data, tmp_path, two_steps, capsys):
@@ -138,7 +138,7 @@ def test_resuming_what_learnt_the_noise_as_a_network_of_images_is_refused(data, 
     # As it was written before there was a choice.
     file.write_text(json.dumps(state))
     assert run(data, tmp_path, max_train_steps=2, resume_from_checkpoint="latest") == 2
-    assert "--prediction_type epsilon, this one has sample" in capsys.readouterr().err.splitlines()[-1]
+    assert "--prediction-type epsilon, this one has sample" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_resuming_with_another_number_of_processes_is_refused(data, tmp_path, two_steps, capsys):
@@ -146,7 +146,7 @@ def test_resuming_with_another_number_of_processes_is_refused(data, tmp_path, tw
     state = tmp_path / "checkpoint-2/training_state.json"
     state.write_text(state.read_text().replace('"num_processes": 1', '"num_processes": 2'))
     assert run(data, tmp_path, max_train_steps=2, resume_from_checkpoint="latest") == 2
-    assert "--num_processes 2, this one has 1" in capsys.readouterr().err.splitlines()[-1]
+    assert "--num-processes 2, this one has 1" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_checkpoint(data, tmp_path, capsys):

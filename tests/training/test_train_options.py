@@ -52,7 +52,7 @@ def prepared(data, **options):
 
 def built(**options):
     """The pipeline to train."""
-    return train.build_networks(parse_arguments(["--data_dir", "d", "--output_dir", "o", *_flags(options)]))[0]
+    return train.build_networks(parse_arguments(["--data-dir", "d", "--output-dir", "o", *_flags(options)]))[0]
 
 
 def _flags(options):
@@ -137,7 +137,7 @@ def test_init_from_starts_with_the_weights_of_another_model(data, two_steps, tmp
     for name, tensor in weights(two_steps).items():
         network, _, key = name.partition(".")
         assert torch.equal(getattr(pipe, network).state_dict()[key], tensor), name
-    with pytest.raises(ValueError, match="another size; give the --architecture"):
+    with pytest.raises(ValueError, match="another size; give the `architecture`"):
         built(preset="small", resolution=32, init_from=two_steps)
 
 
@@ -154,7 +154,7 @@ def test_what_the_unet_predicts_is_the_architectures_own_unless_asked_for(two_st
     assert predicted(preset="tiny", prediction_type="epsilon") == "epsilon"
     assert predicted(preset="small", prediction_type="v_prediction") == "v_prediction"
     # Its weights would mean something else.
-    with pytest.raises(ValueError, match="its UNet predicts sample, .* give --prediction_type sample"):
+    with pytest.raises(ValueError, match="its UNet predicts sample, .* give `prediction_type` sample"):
         built(preset="tiny", resolution=32, init_from=two_steps, prediction_type="epsilon")
 
 
@@ -172,7 +172,7 @@ def test_memory_and_layout_change_nothing_in_the_result(option, data, tmp_path, 
 
 def test_checkpointing_saves_fewer_activations_and_leaves_the_batch_statistics_alone():
     set_seed(0)
-    segmenter = build_pipeline("tiny", 32).segmenter.train()
+    segmenter = build_pipeline("small", 32).segmenter.train()
     images, outcomes = torch.rand(2, 6, 64, 64), []
     for checkpointing in (False, True):
         network = type(segmenter).from_config(segmenter.config)
@@ -246,7 +246,7 @@ def test_max_grad_norm_bounds_the_gradients(data, tmp_path):
 
 
 def test_the_reference_schedule_swings_only_the_segmenter():
-    args = parse_arguments(["--data_dir", "d", "--output_dir", "o", "--preset", "paper"])
+    args = parse_arguments(["--data-dir", "d", "--output-dir", "o", "--preset", "paper"])
     rates = np.array([learning_rates(args, step) for step in range(41)])
     np.testing.assert_allclose(rates[:, 0], 1e-4)
     network = torch.nn.Linear(1, 1)
@@ -262,8 +262,8 @@ def test_the_reference_schedule_swings_only_the_segmenter():
     "schedule, expected", [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0.01]), ("cosine", [1, 0.5, 0.000247])]
 )
 def test_schedules(schedule, expected):
-    command = ["--lr_schedule", schedule, "--lr_warmup_steps", "0", "--max_train_steps", "100"]
-    args = parse_arguments(["--data_dir", "d", "--output_dir", "o", "--unet_learning_rate", "0.5", *command])
+    command = ["--lr-schedule", schedule, "--lr-warmup-steps", "0", "--max-train-steps", "100"]
+    args = parse_arguments(["--data-dir", "d", "--output-dir", "o", "--unet-learning-rate", "0.5", *command])
     rates = [learning_rates(args, step)[0] / 0.5 for step in (0, 50, 99)]
     np.testing.assert_allclose(rates, expected, atol=1e-6)
 
@@ -353,7 +353,7 @@ def test_a_corrupt_image_among_good_ones_is_named_counted_and_left_out(damaged, 
 def test_a_dataset_that_is_not_on_the_hub(hub, tmp_path, monkeypatch, capsys):
     hub.adopt_client(monkeypatch, tmp_path / "home")
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
-    assert train.main(["--data_dir", "acme/wigdets", "--output_dir", str(tmp_path / "out")]) == 2
+    assert train.main(["--data-dir", "acme/wigdets", "--output-dir", str(tmp_path / "out")]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "dataset acme/wigdets cannot be read from the Hub" in last and "Check its name" in last
     assert any("acme/wigdets" in request.path for request in hub.requests)

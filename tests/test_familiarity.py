@@ -9,10 +9,20 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from demo_part.generate import render_part
-from diffusionad_hf.pipeline_diffusionad import load_image
-from diffusionad_hf.space.familiarity import FEWEST_IMAGES, MOST_IMAGES, SLACK, Familiarity, _distances, describe, main
+from diffusionad_hf.familiarity import FEWEST_IMAGES, MOST_IMAGES, SLACK, Familiarity, _distances, describe, main
+from diffusionad_hf.images_diffusionad import load_image
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def render(seed, size=96):
+    return Image.fromarray(render_part(np.random.default_rng(seed), size=size))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Twelve normal parts."""
+    return [render(seed) for seed in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -20,21 +30,17 @@ def familiarity(parts):
     return Familiarity.of([describe(load_image(part)) for part in parts])
 
 
-@pytest.mark.parametrize("seed", range(100, 106))
-def test_another_normal_part_is_familiar(familiarity, seed):
-    part = Image.fromarray(render_part(np.random.default_rng(seed), size=96))
-    assert familiarity.strangeness(load_image(part)) < 1
-    assert familiarity.strangeness(load_image(part.resize((300, 300)))) < 1, "size does not matter"
-
-
-def test_a_part_with_a_scratch_is_familiar(familiarity, parts):
-    image = np.array(Image.open(parts[0]))
-    image[30:60, 40:43] = 255
-    assert familiarity.strangeness(load_image(image)) < 1
+def test_other_normal_parts_are_familiar_at_any_size_and_with_a_scratch(familiarity):
+    for seed in range(100, 106):
+        part = render(seed)
+        scratched = np.array(part)
+        scratched[30:60, 40:43] = 255
+        for image in (part, part.resize((300, 300)), scratched):
+            assert familiarity.strangeness(load_image(image)) < 1
 
 
 def test_other_things_are_not(familiarity, parts):
-    part = Image.open(parts[0])
+    part = parts[0]
     rng = np.random.default_rng(0)
     others = {
         "noise": rng.integers(0, 256, (96, 96, 3), dtype=np.uint8),
@@ -58,7 +64,7 @@ def test_the_embedded_model_knows_its_part_and_which_way_round_it_lies():
     file = ROOT / "space" / "checkpoints" / "demo-part" / "familiarity.json"
     familiarity = Familiarity.from_json(json.loads(file.read_text(encoding="utf-8")))
     for seed in (7001, 7002):
-        part = Image.fromarray(render_part(np.random.default_rng(seed), size=256))
+        part = render(seed, 256)
         assert familiarity.strangeness(load_image(part)) < 1
         others = [part.rotate(180), part.rotate(90), ImageOps.mirror(part), part.filter(ImageFilter.GaussianBlur(6))]
         assert min(familiarity.strangeness(load_image(other)) for other in others) > 1
@@ -71,13 +77,10 @@ def test_copies_of_one_photo_do_not_make_its_noise_strange(parts):
     assert familiarity.strangeness(noisy) < 1
 
 
-def test_too_few_images_tell_nothing(parts):
-    assert Familiarity.of([describe(load_image(p)) for p in parts[: FEWEST_IMAGES - 1]]) is None
-
-
-def test_the_fewest_images_that_are_asked_for_are_enough(parts):
-    familiarity = Familiarity.of([describe(load_image(part)) for part in parts[:FEWEST_IMAGES]])
-    assert familiarity.strangeness(load_image(parts[0])) == 0
+def test_the_fewest_images_that_are_asked_for_are_enough_and_fewer_tell_nothing(parts):
+    grids = [describe(load_image(part)) for part in parts[:FEWEST_IMAGES]]
+    assert Familiarity.of(grids).strangeness(load_image(parts[0])) == 0
+    assert Familiarity.of(grids[1:]) is None
 
 
 def test_a_photo_and_its_thumbnail_look_alike():
@@ -108,6 +111,7 @@ def test_it_travels_as_json_and_damage_is_noticed(familiarity, parts):
         {**data, "limit": 0},
         {**data, "limit": "x"},
         {**data, "limit": float("nan")},
+        {**data, "limit": float("inf")},
         {**data, "grids": []},
         {**data, "grids": ["AAAA"]},
         {**data, "grids": data["grids"] * MOST_IMAGES},
@@ -117,12 +121,13 @@ def test_it_travels_as_json_and_damage_is_noticed(familiarity, parts):
 
 
 def test_the_command_writes_it_beside_the_weights(parts, tmp_path, capsys):
-    assert main([str(tmp_path), str(parts[0].parent)]) == 0
-    assert (
-        Familiarity.from_json(json.loads((tmp_path / "familiarity.json").read_text())).strangeness(
-            load_image(parts[0])
-        )
-        == 0
-    )
-    assert main([str(tmp_path), str(tmp_path)]) == 1
+    images, empty = tmp_path / "images", tmp_path / "empty"
+    images.mkdir()
+    empty.mkdir()
+    for number, part in enumerate(parts):
+        part.save(images / f"{number}.png")
+    assert main([str(tmp_path), str(images)]) == 0
+    written = json.loads((tmp_path / "familiarity.json").read_text())
+    assert Familiarity.from_json(written).strangeness(load_image(parts[0])) == 0
+    assert main([str(tmp_path), str(empty)]) == 1
     assert "0 images; give 5 or more" in capsys.readouterr().err

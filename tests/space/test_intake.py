@@ -5,12 +5,22 @@ import stat
 import struct
 import zipfile
 import zlib
+from dataclasses import replace
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from diffusionad_hf.space.uploads import MAX_FILES, UploadError, collect, read_image, shown_name
+from diffusionad_hf.space.intake import (
+    LIMITS,
+    Refusal,
+    Settings,
+    Upload,
+    collect,
+    number,
+    shown_name,
+    upload_of,
+    uploads_of,
+)
 
 
 def png(side=32, mode="RGB"):
@@ -43,26 +53,18 @@ def folder(tmp_path):
 
 
 def test_hostile_names_are_flattened_and_never_used_as_paths(tmp_path, folder):
-    names = [
-        "../../evil.png",
-        "/etc/passwd.png",
-        "..\\..\\win.png",
-        "a/b/c.png",
-        "c.png",
-        "x\u202egnp.png",
-        "n\x07.png",
-    ]
+    names = {
+        "../../evil.png": "evil.png",
+        "/etc/passwd.png": "passwd.png",
+        "..\\..\\win.png": "win.png",
+        "a/b/c.png": "c.png",
+        "c.png": "c (2).png",
+        "x\u202egnp.png": "xgnp.png",
+        "n\x07.png": "n.png",
+    }
     path = archive(tmp_path / "in.zip", [(name, png()) for name in names])
-    uploads = collect([(path, "in.zip")], folder)
-    assert [u.name for u in uploads] == [
-        "evil.png",
-        "passwd.png",
-        "win.png",
-        "c.png",
-        "c (2).png",
-        "xgnp.png",
-        "n.png",
-    ]
+    uploads = collect([Upload("in.zip", path)], folder)
+    assert [upload.name for upload in uploads] == list(names.values())
     assert {u.path.parent for u in uploads} == {folder}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.zip", "unpacked"]
 
@@ -74,17 +76,13 @@ def test_links_encrypted_nested_and_damaged_members_are_rows_that_say_why(tmp_pa
     inner = archive(tmp_path / "inner.zip", [("a.png", png())]).read_bytes()
     archive(path, [(link, "/etc/passwd"), ("inner.zip", inner), ("secret.png", png()), ("bad.png", b"B" * 5000)])
     data = bytearray(path.read_bytes())
-    for start in (b"PK\x03\x04", b"PK\x01\x02"):  # the third member's flags say that it is encrypted
-        at = -1
-        while (at := data.find(start, at + 1)) >= 0:
-            offset = 6 if start == b"PK\x03\x04" else 8
-            name_at = at + (30 if start == b"PK\x03\x04" else 46)
-            if data[name_at : name_at + 10] == b"secret.png":
-                data[at + offset] |= 1
+    # The flags of a member, in its own header and in the archive's list, say that it is encrypted.
+    for find, before_name, flags in ((data.find, 30, 6), (data.rfind, 46, 8)):
+        data[find(b"secret.png") - before_name + flags] |= 1
     spoilt = data.find(b"B" * 5000)
     data[spoilt] = 0  # its checksum is wrong now
     path.write_bytes(data)
-    uploads = {u.name: u for u in collect([(path, "in.zip")], folder)}
+    uploads = {u.name: u for u in collect([Upload("in.zip", path)], folder)}
     assert "not followed" in uploads["link.png"].error
     assert "archive inside" in uploads["inner.zip"].error
     assert "encrypted" in uploads["secret.png"].error
@@ -92,12 +90,12 @@ def test_links_encrypted_nested_and_damaged_members_are_rows_that_say_why(tmp_pa
     assert not list(folder.iterdir()), "what is not used is not kept"
 
 
-def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, folder):
-    zeros = b"\0" * (40 * 1024 * 1024)
-    path = archive(tmp_path / "bomb.zip", [(f"{i}.png", zeros) for i in range(13)], compression=zipfile.ZIP_DEFLATED)
-    assert path.stat().st_size < 1024 * 1024
-    with pytest.raises(UploadError, match="bomb.zip: unpacks to 520 MB"):
-        collect([(path, "bomb.zip")], folder)
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, folder, monkeypatch):
+    zeros = b"\0" * 1_000_000
+    path = archive(tmp_path / "bomb.zip", [(f"{i}.png", zeros) for i in range(11)], compression=zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr("diffusionad_hf.space.intake.LIMITS", replace(LIMITS, unpacked_bytes=10_000_000))
+    with pytest.raises(Refusal, match="bomb.zip: unpacks to 10 MB"):
+        collect([Upload("bomb.zip", path)], folder)
     assert not list(folder.iterdir())
 
 
@@ -105,43 +103,39 @@ def test_an_archive_that_lies_about_sizes_writes_no_more_than_it_declares(tmp_pa
     path = archive(tmp_path / "lie.zip", [("a.png", b"\0" * 10_000_000)], compression=zipfile.ZIP_DEFLATED)
     data = path.read_bytes()
     path.write_bytes(data.replace(struct.pack("<I", 10_000_000), struct.pack("<I", 1000)))
-    (upload,) = collect([(path, "lie.zip")], folder)
+    (upload,) = collect([Upload("lie.zip", path)], folder)
     assert "damaged" in upload.error
     assert sum(f.stat().st_size for f in folder.iterdir()) == 0
 
 
 def test_the_number_of_files_is_limited_over_archives_and_files(tmp_path, folder):
     path = archive(tmp_path / "many.zip", [(f"{i}.png", b"") for i in range(1000)])
-    with pytest.raises(UploadError, match=f"More than {MAX_FILES} files"):
-        collect([(path, "many.zip")], folder)
-    with pytest.raises(UploadError, match=f"More than {MAX_FILES} files"):
-        collect([(tmp_path / "x.png", "x.png")] * 1000, folder)
+    with pytest.raises(Refusal, match=f"More than {LIMITS.files} files"):
+        collect([Upload("many.zip", path)], folder)
+    with pytest.raises(Refusal, match=f"More than {LIMITS.files} files"):
+        collect([Upload("x.png", path.with_name("x.png"))] * 1000, folder)
 
 
 def test_nothing_usable_says_so(tmp_path, folder):
-    with pytest.raises(UploadError, match="Choose images"):
+    with pytest.raises(Refusal, match="Choose images"):
         collect([], folder)
     empty = archive(tmp_path / "empty.zip", [("__MACOSX/._a.png", b"x"), (".DS_Store", b"x")])
-    with pytest.raises(UploadError, match="empty.zip: the archive holds no files"):
-        collect([(empty, "empty.zip")], folder)
+    with pytest.raises(Refusal, match="empty.zip: the archive holds no files"):
+        collect([Upload("empty.zip", empty)], folder)
 
 
 def test_a_picture_with_an_archive_at_its_end_is_a_picture(tmp_path, folder):
     path = tmp_path / "both.png"
     path.write_bytes(png() + archive(tmp_path / "a.zip", [("a.txt", "x")]).read_bytes())
-    (upload,) = collect([(path, "both.png")], folder)
+    (upload,) = collect([Upload("both.png", path)], folder)
     assert upload.path == path and not upload.error
 
 
 def test_equal_names_are_told_apart(tmp_path, folder):
-    files = [
-        (tmp_path / f"{i}", name) for i, name in enumerate(["a.png", "A.PNG", "a (2).png", "a.png", "noext", "noext"])
-    ]
-    for path, _ in files:
-        path.write_bytes(png())
-    names = [u.name for u in collect(files, folder)]
-    assert len({name.lower() for name in names}) == len(names)
-    assert names[0] == "a.png"
+    (tmp_path / "a").write_bytes(png())
+    sent = ["a.png", "A.PNG", "a (2).png", "a.png", "noext", "noext"]
+    names = [upload.name for upload in collect([Upload(name, tmp_path / "a") for name in sent], folder)]
+    assert names == ["a.png", "A (2).PNG", "a (2) (2).png", "a (3).png", "noext", "noext (2)"]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +144,9 @@ def test_equal_names_are_told_apart(tmp_path, folder):
         (b"just some text", "not an image"),
         (b"", "empty"),
         (png()[:60], "damaged|not an image"),
-        (huge_png(60_000, 60_000), "pixels"),
+        (b"RIFF\x00\x00\x00\x00WEBPVP8 ", "damaged|not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (huge_png(60_000, 60_000), "px"),
         (huge_png(10_000, 6_000), "10000 x 6000 pixels"),
         (png(4), "too small"),
     ],
@@ -158,23 +154,17 @@ def test_equal_names_are_told_apart(tmp_path, folder):
 def test_unusable_images_are_named_by_their_sender_s_name_and_without_the_server_s_path(tmp_path, data, reason):
     path = tmp_path / "stored-0001"
     path.write_bytes(data)
-    with pytest.raises(UploadError, match=reason) as caught:
-        read_image(path, "mine.png")
+    with pytest.raises(Refusal, match=reason) as caught:
+        Upload("mine.png", path).image()
     assert str(caught.value).startswith("mine.png: ")
     assert str(tmp_path) not in str(caught.value) and "stored" not in str(caught.value)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
 def test_every_mode_of_image_is_read(tmp_path, mode):
     path = tmp_path / "a.tiff"
     Image.new(mode, (40, 20)).save(path)
-    assert read_image(path, "a").shape == (3, 20, 40)
-
-
-def test_16_bits_are_kept(tmp_path):
-    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    Image.fromarray(values).save(tmp_path / "a.png")
-    np.testing.assert_allclose(read_image(tmp_path / "a.png", "a")[0].numpy(), values / 65535, atol=1e-6)
+    assert Upload("a", path).image().shape == (3, 20, 40)
 
 
 def test_shown_names_are_short_and_plain():
@@ -182,3 +172,42 @@ def test_shown_names_are_short_and_plain():
     assert len(shown_name("x" * 5000 + ".png")) <= 120 and shown_name("x" * 5000 + ".png").endswith(".png")
     assert shown_name("../..") == ".."
     assert shown_name("a\nb\x00.png") == "ab.png"
+
+
+@pytest.mark.parametrize(
+    ("entered", "reason"),
+    [
+        ({"draws": 1000}, "Noise draws must be a whole number from 1 to 16"),
+        ({"draws": 0}, "Noise draws"),
+        ({"seed": "-1"}, "The seed"),
+        ({"small": "many"}, "The small timestep"),
+        ({"big": 1e30}, "The big timestep"),
+        ({"resolution": 100_000}, "The resolution"),
+        ({"resolution": "100"}, "a multiple of 32"),
+        ({"seed": ["5"]}, "The seed"),
+    ],
+)
+def test_settings_out_of_range_are_refused(entered, reason):
+    with pytest.raises(Refusal, match=reason):
+        Settings.read(**entered)
+
+
+def test_settings_that_are_left_empty_are_the_model_s():
+    assert not Settings.read("", 1.0, None, " ", "").changed
+    assert Settings.read("7", "2", "0", 999.0, "64") == Settings(7, 2, 0, 999, 64)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.5", None, [0.5]])
+def test_other_things_are_no_numbers(value):
+    assert number(1, "It", 0, 1) == 1.0
+    with pytest.raises(Refusal, match="It must be a number from 0 to 1"):
+        number(value, "It", 0, 1)
+
+
+def test_an_upload_is_called_what_its_sender_calls_it(tmp_path):
+    path = tmp_path / "stored.png"
+    assert upload_of({"path": str(path), "orig_name": "C:\\mine.png"}) == Upload("mine.png", path)
+    assert uploads_of([{"path": str(path)}]) == [Upload("stored.png", path)] and uploads_of(None) == []
+    for nothing in (None, {}, {"path": None}):
+        with pytest.raises(Refusal, match="Choose an image first"):
+            upload_of(nothing)

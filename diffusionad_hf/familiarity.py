@@ -1,17 +1,16 @@
-"""Tells an image that a model's verdict means something for from one it never saw the like of.
+"""Detects photos unlike anything a model was calibrated on.
 
-    python space/familiarity.py CHECKPOINT NORMAL_IMAGES      # writes CHECKPOINT/familiarity.json
+    python -m diffusionad_hf.familiarity CHECKPOINT NORMAL_IMAGES      # writes CHECKPOINT/familiarity.json
 
 An anomaly score says nothing about a photo of something else: a blank sheet often scores lower than a good part. So an
-image is also compared, as a 16 x 16 grid of mean colours, local contrast and sharpness, with normal images, each value
-in units of its spread over them: what never varies counts most. It is unfamiliar where it is farther from all of them
-than 1.5 times the farthest that one of them is from the others. The grid is too coarse to see most defects; it sees
-another object, place, distance, exposure or focus, and a part that lies the wrong way round.
+image is also compared with normal images, as a 16 x 16 grid of mean colours, local contrast and sharpness, each value
+in units of its spread over the normal images: what never varies counts most. An image is unfamiliar if it is farther
+from all of them than 1.5 times the largest distance of one of them to its nearest neighbour. The grid is too coarse to
+see most defects; it sees another object, place, distance, exposure or focus, and a part that lies the wrong way round.
 """
 
 import argparse
 import base64
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..pipeline_diffusionad import load_image
+from .files import write_json
+from .images_diffusionad import IMAGE_SUFFIXES, load_image, to_uint8
 
 FILE_NAME = "familiarity.json"
+"""Where a model's folder keeps it."""
 CELLS = 16
 SLACK = 1.5
 FEWEST_IMAGES, MOST_IMAGES = 5, 100
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 def describe(image: torch.Tensor) -> np.ndarray:
@@ -40,9 +40,9 @@ def describe(image: torch.Tensor) -> np.ndarray:
         (16 * 16 * 5,) uint8: mean red, green, blue, twice the luminance's standard deviation and eight times the mean
         absolute value of its Laplacian, of each cell.
     """
-    pixels = image[None].float() / 255 if image.dtype == torch.uint8 else image[None].float()
     # Contrast and sharpness are measured at one size, so that a photo and its thumbnail look alike.
-    pixels = F.interpolate(pixels, size=(128, 128), mode="bilinear", antialias=True)
+    scale = 255 if image.dtype == torch.uint8 else 1
+    pixels = F.interpolate(image[None].float() / scale, size=(128, 128), mode="bilinear", antialias=True)
     color = F.adaptive_avg_pool2d(pixels, CELLS)
     light = pixels.mean(dim=1, keepdim=True)
     variance = F.adaptive_avg_pool2d(light**2, CELLS) - F.adaptive_avg_pool2d(light, CELLS) ** 2
@@ -50,7 +50,7 @@ def describe(image: torch.Tensor) -> np.ndarray:
     neighbours = around[..., :-2, 1:-1] + around[..., 2:, 1:-1] + around[..., 1:-1, :-2] + around[..., 1:-1, 2:]
     sharpness = F.adaptive_avg_pool2d((light - neighbours / 4).abs(), CELLS)
     grid = torch.cat([color, 2 * variance.clamp(min=0).sqrt(), 8 * sharpness], dim=1).flatten()
-    return (grid.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return to_uint8(grid).numpy()
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Familiarity:
 
     @classmethod
     def of(cls, grids: Sequence[np.ndarray]) -> "Familiarity | None":
-        """Learns from the grids of normal images of one kind; None where there are too few of them to tell."""
+        """Learns from the grids of normal images of one kind; None if there are too few of them to tell."""
         if len(grids) < FEWEST_IMAGES:
             return None
         grids = np.stack(grids[:MOST_IMAGES])
@@ -91,7 +91,8 @@ class Familiarity:
             limit = float(data["limit"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError("the description of normal images is damaged") from error
-        if not grids or len(grids) > MOST_IMAGES or any(len(g) != CELLS * CELLS * 5 for g in grids) or not limit > 0:
+        sizes = {len(grid) for grid in grids}
+        if sizes != {CELLS * CELLS * 5} or len(grids) > MOST_IMAGES or not 0 < limit < np.inf:
             raise ValueError("the description of normal images is damaged")
         return cls(np.stack(grids), limit)
 
@@ -109,16 +110,17 @@ def _distances(grid: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Writes the description of a model's normal images into its folder."""
     parser = argparse.ArgumentParser(description="Describe a model's normal images, so that others are noticed.")
     parser.add_argument("checkpoint", type=Path, help="folder of the model")
     parser.add_argument("images", type=Path, help="folder of normal images that it was not trained on")
     arguments = parser.parse_args(argv)
-    files = sorted(file for file in arguments.images.rglob("*") if file.suffix.lower() in SUFFIXES)[:MOST_IMAGES]
+    files = sorted(file for file in arguments.images.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)[:MOST_IMAGES]
     familiarity = Familiarity.of([describe(load_image(file)) for file in files])
     if familiarity is None:
         print(f"{arguments.images}: {len(files)} images; give {FEWEST_IMAGES} or more.", file=sys.stderr)
         return 1
-    (arguments.checkpoint / FILE_NAME).write_text(json.dumps(familiarity.to_json()) + "\n", encoding="utf-8")
+    write_json(arguments.checkpoint / FILE_NAME, familiarity.to_json())
     print(f"wrote {arguments.checkpoint / FILE_NAME} from {len(files)} images")
     return 0
 

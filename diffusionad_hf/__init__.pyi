@@ -1,0 +1,12 @@
+from .export.exported_pipeline import ExportedDiffusionADPipeline as ExportedDiffusionADPipeline
+from .images_diffusionad import InvalidImageError as InvalidImageError
+from .loading import load_model as load_model
+from .modeling_anomaly_segmenter import AnomalySegmenter as AnomalySegmenter
+from .modeling_norm_guided_unet import NormGuidedUNet2DModel as NormGuidedUNet2DModel
+from .pipeline_diffusionad import DiffusionADPipeline as DiffusionADPipeline
+from .pipeline_diffusionad import DiffusionADPipelineOutput as DiffusionADPipelineOutput
+from .presets import PRESETS as PRESETS
+from .presets import build_pipeline as build_pipeline
+from .scheduling_norm_guided import NormGuidedScheduler as NormGuidedScheduler
+from .scheduling_norm_guided import NormGuidedSchedulerOutput as NormGuidedSchedulerOutput
+from .version import __version__ as __version__

@@ -1,0 +1,109 @@
+"""What the commands share: options and their types, loading of models, checks, tables."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..pipeline_diffusionad import DiffusionADPipeline
+
+# Torch and diffusers take seconds to import: here and in all commands, whatever needs them is imported when a command
+# runs, so that --help answers at once.
+
+
+def add_command(
+    commands: Any, name: str, help: str, run: Callable[[argparse.Namespace], int], **kwargs: Any
+) -> argparse.ArgumentParser:
+    """Adds a command, of which `run` returns the exit code; `kwargs` are those of `ArgumentParser`."""
+    kwargs = {"description": help, "formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs}
+    parser = commands.add_parser(name, help=help, **kwargs)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="M", help="a pipeline folder, or a Hub id such as org/name")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
+
+
+def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
+    add_model_option(parser)
+    parser.add_argument("--variant", metavar="V", help='weights of another type if the model has them, such as "fp16"')
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps ... (default: the GPU, if there is one)")
+    parser.add_argument(
+        "--batch-size",
+        type=positive_integer,
+        metavar="N",
+        help="images per pass (default: 16; on a CPU as many as fill 256 px squared, so 1 of that size)",
+    )
+
+
+def positive_integer(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must lie between 0 and 1, such as 0.05")
+    return value
+
+
+def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs: Any) -> "DiffusionADPipeline":
+    """
+    Loads `--model`.
+
+    Args:
+        args: With the options of [`add_model_option`], and of [`add_pipeline_options`] if the command has them.
+        device: Where to compute; by default on the GPU, if there is one.
+        kwargs: Configuration values to replace.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    import torch
+    from diffusers.utils import logging
+
+    from ..loading import load_model
+
+    logging.disable_progress_bar()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: not available on this machine; leave it out, or give cpu.") from error
+    for name in ("revision", "variant"):
+        if getattr(args, name, None) is not None:
+            kwargs[name] = getattr(args, name)
+    pipe = load_model(args.model, device=device, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def check_writable(*folders: Path | None) -> None:
+    """
+    Makes folders; better now than after a day's work.
+
+    Raises:
+        OSError: If one cannot be made, or written to.
+    """
+    for folder in filter(None, folders):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".diffusionad-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(f"{folder}: cannot write there ({error.strerror}); choose another folder.") from error
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Cells in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

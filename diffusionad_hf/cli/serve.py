@@ -1,0 +1,79 @@
+"""`diffusionad demo` and `diffusionad serve`: the embedded model at work, and the web demo."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from ..files import bundled, require
+from .inspect import add_inspect_command
+from .options import add_command
+
+
+def add_demo_command(commands: Any) -> None:
+    """Adds `diffusionad demo`."""
+    parser = add_command(
+        commands,
+        "demo",
+        "inspect the bundled photos with the embedded model, without a network",
+        _demo,
+    )
+    parser.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        default="outputs/demo",
+        help="write an overlay, a mask and the reconstruction of each photo here (default: %(default)s)",
+    )
+
+
+def add_serve_command(commands: Any) -> None:
+    """Adds `diffusionad serve`."""
+    parser = add_command(
+        commands,
+        "serve",
+        "serve the web demo on this machine",
+        _serve,
+        epilog="example: diffusionad serve --model runs/screw org/diffusionad-mvtec-nut --port 8000",
+    )
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        action="extend",
+        metavar="M",
+        help="models to offer: pipeline folders, folders of such folders, Hub ids or organizations (default: the "
+        "embedded model, or what DIFFUSIONAD_MODELS names)",
+    )
+    parser.add_argument("--host", metavar="H", help="address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
+    parser.add_argument("--port", metavar="P", type=int, help="(default: the first free one from 7860 on)")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    photos, model = bundled("space/examples"), bundled("space/checkpoints/demo-part")
+    for folder in (photos, model):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: is missing; install the package again.")
+    if photos.is_relative_to(Path.cwd()):
+        photos = photos.relative_to(Path.cwd())
+    # Nothing is asked of the Hub.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    parser = argparse.ArgumentParser()
+    add_inspect_command(parser.add_subparsers())
+    inspect = parser.parse_args(
+        ["inspect", str(photos), "--model", str(model), "--output-dir", str(Path(args.output_dir))]
+    )
+    return inspect.run(inspect)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    # Gradio and the app read these on import.
+    settings = {
+        "DIFFUSIONAD_MODELS": args.model and ",".join(args.model),
+        "GRADIO_SERVER_NAME": args.host,
+        "GRADIO_SERVER_PORT": args.port and str(args.port),
+    }
+    os.environ.update({name: value for name, value in settings.items() if value})
+    require("gradio", "space")
+    from ..space.app import main
+
+    main()
+    return 0

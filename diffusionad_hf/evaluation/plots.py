@@ -1,0 +1,124 @@
+"""Plots of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import NORMAL, binary_mask
+from ..files import require
+from ..images_diffusionad import load_image
+from .evaluator import EvaluationResult
+from .metrics import roc_vertices
+
+
+def save_plots(result: EvaluationResult, dataset: Any, folder: str | Path) -> list[Path]:
+    """Draw `roc_curve.png`, `score_histogram.png` and `worst_cases.png` into `folder`.
+
+    Args:
+        result: of `evaluate_pipeline`.
+        dataset: the one that it was computed on, for the pictures of the worst cases.
+        folder: created if missing.
+
+    Returns:
+        Paths of the files written. There is no ROC curve if one class is missing.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    require("matplotlib", "train")
+    if isinstance(dataset, dict):
+        dataset = dataset["test"]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"score_histogram.png": _plot_histogram(result)}
+    if result.worst:
+        figures["worst_cases.png"] = _plot_worst(result, dataset)
+    if "image_auroc" in result.metrics:
+        figures["roc_curve.png"] = _plot_roc(result)
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=110)
+    return [folder / name for name in sorted(figures)]
+
+
+def _new_figure(width: float, height: float) -> Any:
+    # Not pyplot: its global state leaks in servers and shows up in notebooks.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plot_roc(result: EvaluationResult) -> Any:
+    scores = np.array([p["anomaly_score"] for p in result.predictions])
+    labels = np.array([p["label"] for p in result.predictions])
+    positives = np.sort(scores[labels == 1])
+    _, fp, tp = roc_vertices(np.sort(scores[labels == 0]), positives, np.ones((1, len(positives))))
+    figure = _new_figure(5, 5)
+    axes = figure.add_subplot(
+        xlabel="false-alarm rate", ylabel="detection rate", title="ROC curve of images", aspect="equal"
+    )
+    metrics = result.metrics
+    interval = metrics["intervals"].get("image_auroc")
+    spread = f" (95 %: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+    auroc = f"AUROC {metrics['image_auroc']:.3f}{spread}"
+    axes.plot(fp / fp[-1], tp[0] / tp[0, -1], label=auroc, clip_on=False, zorder=3)
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle=":", label="chance")
+    if "threshold" in metrics:
+        at = metrics["false_alarm_rate"], 1 - metrics["miss_rate"]
+        label = f"at the threshold {metrics['threshold']:.3g}"
+        axes.plot(*at, "o", color="black", clip_on=False, zorder=4, label=label)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _plot_histogram(result: EvaluationResult) -> Any:
+    by_type: dict[str, list[float]] = {}
+    for prediction in result.predictions:
+        by_type.setdefault(prediction["defect_type"], []).append(prediction["anomaly_score"])
+    names = sorted(by_type, key=lambda name: (name != NORMAL, name))
+    bins = np.histogram_bin_edges(np.concatenate(list(by_type.values())), bins=40)
+    figure = _new_figure(7, 1.0 + 1.1 * len(names))
+    rows = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(rows, names, strict=True):
+        axes.hist(by_type[name], bins=bins, color="tab:blue" if name == NORMAL else "tab:red")
+        axes.set_title(f"{name} ({len(by_type[name])})", loc="left", fontsize=9)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        if "threshold" in result.metrics:
+            axes.axvline(result.metrics["threshold"], color="black", linestyle="--", linewidth=1)
+    rows[-1].set_xlabel("anomaly score" + (" (dashed: threshold)" if "threshold" in result.metrics else ""))
+    figure.supylabel("images", fontsize=9)
+    return figure
+
+
+def _plot_worst(result: EvaluationResult, dataset: Any) -> Any:
+    """Lowest-scoring anomalous images, then highest-scoring normal ones, each above its anomaly map."""
+    kept = [p for p in result.predictions if p["index"] in result.worst]
+    misses = sorted((p for p in kept if p["label"] == 1), key=lambda p: p["anomaly_score"])
+    alarms = sorted((p for p in kept if p["label"] == 0), key=lambda p: -p["anomaly_score"])
+    titled = [
+        ("Anomalous images with the lowest scores (true defect outlined)", misses),
+        ("Normal images with the highest scores", alarms),
+    ]
+    titled = [(title, cases) for title, cases in titled if cases]
+    columns = max(len(cases) for _, cases in titled)
+    figure = _new_figure(1.9 * max(columns, 4), 4.5 * len(titled))
+    panels = figure.subfigures(len(titled), squeeze=False)[:, 0]
+    for panel, (title, cases) in zip(panels, titled, strict=True):
+        panel.suptitle(title, fontsize=11)
+        grid = panel.subplots(2, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for (top, bottom), case in zip(grid.T, cases, strict=False):
+            row = dataset[case["index"]]
+            top.imshow(load_image(row["image"]).permute(1, 2, 0).numpy())
+            mask = None if row["mask"] is None else binary_mask(row["mask"])
+            if mask is not None and mask.any():
+                top.contour(mask, levels=[0.5], colors="lime", linewidths=1)
+            top.set_title(f"{case['file']}\nscore {case['anomaly_score']:.3f}", fontsize=8)
+            shown = bottom.imshow(result.worst[case["index"]], cmap="inferno", vmin=0, vmax=1)
+        panel.colorbar(shown, ax=grid[1].tolist(), shrink=0.8)
+    return figure

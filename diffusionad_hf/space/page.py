@@ -1,0 +1,289 @@
+"""The inspection page: what is on it, what its controls call, and the server that shows it."""
+
+import importlib.util
+import threading
+from pathlib import Path
+
+import gradio as gr
+
+from .actions import FEWEST_CALIBRATION_IMAGES
+from .endpoints import Endpoints
+from .handlers import EMPTY, NO_MODEL, Handlers, message
+from .intake import LIMITS
+from .models import Models
+from .reports import COLUMNS
+from .results import Results
+from .views import OPACITY
+
+STYLE = Path(__file__).with_name("style.css")
+
+# Moving a control draws again at once: beside the queue, the last position wins, and nothing blinks.
+LIVE = {"queue": False, "trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
+# Uploads stay files: gradio would decode them first, and put the server's paths into its messages.
+RUN = {"preprocess": False, "api_visibility": "private"}
+INSPECTING = {"concurrency_limit": 2, "concurrency_id": "inspect"}
+BATCHES = {"concurrency_limit": 2, "concurrency_id": "batch"}
+SAVE = "(file) => Object.assign(document.createElement('a'), {href: file.url, download: file.orig_name}).click()"
+
+THEME = gr.themes.Base(
+    primary_hue="blue",
+    neutral_hue="slate",
+    radius_size="md",
+    # Of the fonts that travel with gradio; its default weight, 600, comes without Latin letters.
+    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
+    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "monospace"],
+).set(
+    # The defaults are too pale to be read by everyone.
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    block_label_text_color="*neutral_700",
+    block_label_text_color_dark="*neutral_200",
+    block_title_text_color="*neutral_700",
+    block_title_text_color_dark="*neutral_200",
+    input_placeholder_color="*neutral_600",
+    input_placeholder_color_dark="*neutral_300",
+    slider_color="*primary_600",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_600",
+)
+
+
+def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State, examples: Path) -> tuple:
+    """The tab for one photo; returns its threshold slider and what draws the result again."""
+    key = gr.Textbox(visible=False, elem_id="key")
+    with gr.Row(elem_classes="stack"):
+        with gr.Column(scale=4, min_width=280):
+            photo = gr.Image(
+                label="Photo",
+                type="filepath",
+                image_mode=None,
+                sources=["upload", "clipboard", "webcam"],
+                height=400,
+                buttons=[],
+                elem_id="photo",
+            )
+            if files := sorted(str(file) for pattern in ("*.png", "*.jpg") for file in examples.glob(pattern)):
+                labels = [Path(file).stem.replace("-", " ") for file in files]
+                gr.Examples(
+                    files, photo, example_labels=labels, elem_id="examples", label="Examples", preprocess=False
+                )
+        with gr.Column(scale=6, min_width=300):
+            verdict = gr.HTML(EMPTY if on.models.names else message(NO_MODEL), elem_id="verdict")
+            with gr.Column(visible=False, elem_id="result") as result:
+                pictures = gr.ImageSlider(
+                    label="Photo and anomaly map",
+                    type="filepath",
+                    interactive=False,
+                    max_height=460,
+                    slider_position=2,
+                    elem_id="pictures",
+                )
+                threshold = gr.Slider(0, 1, 0.5, step=0.001, label="Threshold", buttons=[], elem_id="threshold")
+                regions = gr.Radio([], label="Regions", elem_id="regions")
+    with gr.Column(visible=False, elem_id="details") as details:
+        with gr.Row():
+            normal = gr.Image(
+                label="As it should look", interactive=False, height=340, buttons=["fullscreen"], elem_id="normal"
+            )
+            delta = gr.Image(
+                label="Difference", interactive=False, height=340, buttons=["fullscreen"], elem_id="difference"
+            )
+        kinds = {"overlay": "Overlay", "mask": "Mask", "map": "16-bit map", "json": "JSON", "report": "Report page"}
+        with gr.Row(elem_id="downloads"):
+            buttons = {
+                kind: gr.Button(f"↓ {label}", size="sm", elem_id=f"download-{kind}", min_width=110)
+                for kind, label in kinds.items()
+            }
+        file = gr.File(visible=False)
+    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+        with gr.Row():
+            rate = gr.Slider(0.1, 50, 5, step=0.1, label="False-alarm rate (%)", buttons=[], elem_id="rate")
+            opacity = gr.Slider(0, 1, OPACITY, step=0.05, label="Opacity", buttons=[], elem_id="opacity")
+        # No numbers: gradio's field for them shows 0, and sends it, where there is none.
+        unset = {"placeholder": "the model's", "max_lines": 1, "min_width": 120}
+        with gr.Row():
+            advanced = [
+                gr.Textbox(label="Seed", **unset, elem_id="seed"),
+                gr.Slider(1, 16, 1, step=1, label="Noise draws to average", buttons=[], elem_id="draws"),
+                gr.Textbox(label="Small timestep", **unset, elem_id="small-timestep"),
+                gr.Textbox(label="Big timestep", **unset, elem_id="big-timestep"),
+                gr.Dropdown(
+                    [("the model's", ""), *((f"{side} px", side) for side in (64, 128, 192, 256, 384, 512))],
+                    label="Resolution",
+                    value="",
+                    elem_id="resolution",
+                ),
+            ]
+        again = gr.Button("Inspect again", variant="primary", elem_id="again")
+
+    outputs = [verdict, key, result, details, pictures, normal, delta, regions]
+    run = dict(
+        fn=on.photo,
+        inputs=[photo, category, threshold, opacity, own, *advanced],
+        outputs=outputs,
+        show_progress_on=[verdict],
+        **INSPECTING,
+        **RUN,
+    )
+    photo.change(**run)
+    again.click(**run)
+    redraw = dict(fn=on.threshold, inputs=[key, threshold, opacity], outputs=[verdict, pictures, regions], **LIVE)
+    threshold.input(**redraw)
+    opacity.input(**redraw)
+    regions.input(on.region, [key, threshold, opacity, regions], pictures, **LIVE)
+    rate.input(on.rate, [category, rate, own], threshold, **LIVE).then(**redraw)
+    category.input(on.category, [category, own], [threshold, rate], **LIVE).then(**run)
+    for kind, button in buttons.items():
+        button.click(
+            on.download(kind), [key, threshold, opacity], file, queue=False, api_visibility="private"
+        ).success(None, file, None, js=SAVE)
+    return threshold, rate, redraw
+
+
+def batch_tab(on: Handlers, category: gr.Dropdown, own: gr.State, threshold: gr.Slider) -> None:
+    files = gr.File(
+        label=f"Photos or zip archives, up to {LIMITS.files}", file_count="multiple", height=180, elem_id="batch-files"
+    )
+    with gr.Row():
+        start = gr.Button("Inspect all", variant="primary", elem_id="batch-start")
+        stop = gr.Button("Stop", elem_id="batch-stop")
+    summary = gr.HTML(elem_id="batch-summary")
+    with gr.Column(visible=False) as result:
+        with gr.Row():
+            table_file = gr.DownloadButton("↓ CSV", size="sm", elem_id="batch-csv")
+            archive = gr.DownloadButton("↓ Everything (zip)", size="sm", elem_id="batch-zip")
+        table = gr.Dataframe(
+            headers=COLUMNS,
+            interactive=False,
+            wrap=True,
+            label="Highest score first",
+            buttons=[],
+            elem_id="batch-table",
+        )
+        gallery = gr.Gallery(label="Overlays", columns=4, object_fit="contain", buttons=[], elem_id="batch-gallery")
+    running = start.click(
+        on.batch,
+        [files, category, threshold, own],
+        [summary, result, table, gallery, table_file, archive],
+        show_progress="hidden",
+        **BATCHES,
+        **RUN,
+    )
+    stop.click(lambda: message("Stopped.", "note"), None, summary, cancels=running, api_visibility="private")
+
+
+def calibrate_tab(
+    on: Handlers, page: gr.Blocks, category: gr.Dropdown, own: gr.State, threshold: gr.Slider, redraw: dict
+) -> None:
+    state = gr.HTML(elem_id="calibration")
+    with gr.Row(elem_classes="stack"):
+        with gr.Column(min_width=280):
+            files = gr.File(
+                label=f"Photos of normal parts, {FEWEST_CALIBRATION_IMAGES} or more",
+                file_count="multiple",
+                height=180,
+                elem_id="normal-files",
+            )
+            rate = gr.Slider(
+                0.1, 20, 5, step=0.1, label="False-alarm rate (%)", buttons=[], elem_id="calibration-rate"
+            )
+            start = gr.Button("Calibrate", variant="primary", elem_id="calibrate-start")
+        with gr.Column(min_width=280):
+            load_file = gr.File(
+                label="Or load a calibration file", file_types=[".json"], height=180, elem_id="calibration-file"
+            )
+            save = gr.DownloadButton("↓ Calibration file", visible=False, elem_id="calibration-save")
+            forget = gr.Button("Back to the model's own", elem_id="calibration-forget")
+    start.click(
+        on.recalibrate,
+        [files, category, rate, own],
+        [state, own, save, threshold],
+        show_progress="hidden",
+        **BATCHES,
+        **RUN,
+    ).then(**redraw)
+    load_file.upload(on.calibration_file, [load_file, category, own], [state, own, threshold], **RUN).then(**redraw)
+    forget.click(on.forget_calibration, [category, own], [state, own, threshold, save], **LIVE).then(**redraw)
+    gr.on([page.load, category.change], on.show_calibration, [category, own], state, **LIVE)
+
+
+def named_endpoints(endpoints: Endpoints) -> None:
+    """The API, with components that only state its types."""
+    names = endpoints.models.names
+    with gr.Column(visible=False):
+        image = gr.Image(label="image", type="filepath", image_mode=None)
+        files = gr.File(label="files", file_count="multiple")
+        category = gr.Dropdown(names, value=names[0] if names else None, label="category")
+        threshold = gr.Number(label="threshold", value=None)
+        calibration = gr.File(label="calibration_file")
+        draws = gr.Number(label="num_noises", value=1, precision=0)
+        rate = gr.Number(label="false_alarm_rate", value=0.05)
+        record, records, summary = gr.JSON(label="record"), gr.JSON(label="records"), gr.JSON(label="summary")
+        overlay = gr.Image(label="overlay", type="filepath")
+        table, archive, saved = gr.File(label="table"), gr.File(label="archive"), gr.File(label="calibration_file")
+        caller = gr.Button()
+    for function, inputs, outputs, queue in (
+        (endpoints.inspect, [image, category, threshold, calibration, draws], [record, overlay], INSPECTING),
+        (endpoints.inspect_batch, [files, category, threshold, calibration], [records, table, archive], BATCHES),
+        (endpoints.calibrate, [files, category, rate], [summary, saved], BATCHES),
+    ):
+        caller.click(function, inputs, outputs, api_name=function.__name__, preprocess=False, **queue)
+
+
+def build(results: Results, models: Models, examples: Path) -> gr.Blocks:
+    on, names = Handlers(results, models), models.names
+    with gr.Blocks(title="DiffusionAD inspection") as page:
+        own = gr.State({})
+        with gr.Row(elem_id="header"):
+            gr.HTML("<h1>Inspection</h1>", elem_id="title")
+            category = gr.Dropdown(
+                names, value=names[0] if names else None, label="Category", elem_id="category", min_width=220
+            )
+        with gr.Tab("Inspect", elem_id="tab-inspect"):
+            threshold, rate, redraw = inspect_tab(on, category, own, examples)
+        with gr.Tab("Batch", elem_id="tab-batch"):
+            batch_tab(on, category, own, threshold)
+        with gr.Tab("Calibrate", elem_id="tab-calibrate"):
+            calibrate_tab(on, page, category, own, threshold, redraw)
+        with gr.Tab("About", elem_id="tab-about"):
+            text = gr.Markdown(elem_id="about")
+            gr.HTML(
+                "<p>A model knows one kind of part, photographed as it was trained: another camera or light needs a "
+                "calibration of its own. Results are deleted when you leave the page, photos an hour after their last "
+                "use at the latest.</p>",
+                elem_id="about-all",
+            )
+        named_endpoints(Endpoints(results, models))
+        page.load(on.category, [category, own], [threshold, rate], **LIVE).then(**redraw)
+        gr.on([page.load, category.change], on.about, category, text, **LIVE)
+        page.unload(on.leave)
+    return page.queue(max_size=LIMITS.waiting)
+
+
+def serve(folder: Path, sources: str, examples: Path) -> None:
+    """Serves the page until the process ends.
+
+    Args:
+        folder: gradio's temporary folder.
+        sources: The models to offer, as for `Models`.
+        examples: A folder of photos to try; it need not exist.
+    """
+    results, models = Results(folder), Models(sources)
+    page = build(results, models, examples)
+    results.keep_what_is_there()
+    results.sweep_forever()
+    threading.Thread(target=models.warm_up, daemon=True).start()
+    page.launch(
+        theme=THEME,
+        css_paths=STYLE,
+        max_file_size=LIMITS.upload_bytes,
+        footer_links=["api"],
+        run_history=False,
+        ssr_mode=False,
+        # Hugging Face installs it; elsewhere it is optional, see README.md.
+        mcp_server=importlib.util.find_spec("mcp") is not None,
+    )

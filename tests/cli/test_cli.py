@@ -1,0 +1,96 @@
+"""The command line itself: help, spelling of flags, exit codes, and the commands that hand on to other rooms."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from diffusionad_hf.cli import serve
+from diffusionad_hf.cli.main import main
+
+COMMANDS = "demo inspect calibrate evaluate train convert export serve publish list deploy-space".split()
+
+
+def test_help_imports_nothing_that_takes_seconds_and_lists_every_command():
+    code = (
+        "import sys; from diffusionad_hf.cli.main import main\n"
+        f"for arguments in {[['--help'], *([name, '--help'] for name in COMMANDS if name != 'train')]}:\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as stopped: assert stopped.code == 0\n"
+        "assert not {'torch', 'diffusers', 'gradio', 'datasets'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n    {name}" in done.stdout for name in COMMANDS)
+    module = [sys.executable, "-m", "diffusionad_hf", "--help"]
+    assert done.stdout.startswith(subprocess.run(module, capture_output=True, text=True).stdout)
+
+
+def test_flags_with_underscores_are_accepted(tmp_path, capsys):
+    assert main(["evaluate", "--model", "m", "--data_dir=some_where", "--batch_size", "2"]) == 2
+    # The value is left as it is.
+    assert "some_where" in capsys.readouterr().err
+
+
+def test_an_interruption_has_an_exit_code_of_its_own(monkeypatch, capsys):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusionad_hf.hub.publishing.list_models", lambda _: interrupted())
+    assert main(["list"]) == 130 and "interrupted" in capsys.readouterr().err
+
+
+def test_train_hands_on_every_argument(monkeypatch):
+    given = []
+    monkeypatch.setitem(
+        sys.modules, "diffusionad_hf.training.loop", SimpleNamespace(main=lambda argv: given.extend(argv) or 7)
+    )
+    arguments = ["--data_dir", "d", "--help", "--preset=tiny", "--resume_from_checkpoint", "latest"]
+    assert main(["train", *arguments]) == 7 and given == arguments
+
+
+@pytest.mark.parametrize(
+    "module, arguments, extra", [("datasets", ["train"], "train"), ("gradio", ["serve"], "space")]
+)
+def test_an_extra_that_is_missing_is_named(module, arguments, extra, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith(("diffusionad_hf.training", "diffusionad_hf.space"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    if module == "datasets":
+        monkeypatch.setitem(sys.modules, "diffusionad_hf.training.loop", None)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f'pip install "diffusionad-hf[{extra}]"' in error and error.count("\n") == 1
+
+
+def test_serve_tells_the_app_its_models_and_address(monkeypatch):
+    seen = {}
+    names = ("DIFFUSIONAD_MODELS", "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "before")
+
+    def app():
+        seen.update({name: os.environ[name] for name in names})
+
+    monkeypatch.setattr(serve, "require", lambda module, extra: None)
+    monkeypatch.setitem(sys.modules, "diffusionad_hf.space.app", SimpleNamespace(main=app))
+    assert main(["serve"]) == 0 and set(seen.values()) == {"before"}
+    assert main(["serve", "--model", "a", "org/b", "--model", "c", "--host", "0.0.0.0", "--port", "8000"]) == 0
+    assert list(seen.values()) == ["a,org/b,c", "0.0.0.0", "8000"]
+
+
+def test_demo_inspects_the_bundled_photos_and_asks_nothing_of_the_hub(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 0 and os.environ["HF_HUB_OFFLINE"] == "1"
+    photos = list(serve.bundled("space/examples").iterdir())
+    written = {file.name for file in (tmp_path / "outputs/demo").iterdir()}
+    assert written == {f"{p.stem}_{kind}.png" for p in photos for kind in ("overlay", "mask", "reconstruction")}
+    assert capsys.readouterr().out.count("  anomalous  ") == len([p for p in photos if "good" not in p.name])
+
+
+def test_demo_without_its_files_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "bundled", lambda path: tmp_path / path)
+    assert main(["demo"]) == 2 and "examples: is missing" in capsys.readouterr().err

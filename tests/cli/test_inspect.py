@@ -1,0 +1,138 @@
+"""`diffusionad inspect` and `diffusionad calibrate`, as scripts and people use them."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusionad_hf import DiffusionADPipeline
+from diffusionad_hf.cli.main import main
+from tests.test_pipeline_images import UNUSABLE, unusable
+
+
+@pytest.fixture
+def photos(tmp_path, photo):
+    """Four good images: two folders deep, two of one stem, one greyscale."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    Image.fromarray(photo).save(folder / "a.png")
+    Image.fromarray(photo[::-1]).save(folder / "a.jpg")
+    Image.fromarray(photo[..., 0]).save(folder / "b.png")
+    Image.fromarray(photo.transpose(1, 0, 2)).save(folder / "deep" / "a.png")
+    (folder / "notes.txt").write_text("not an image, and not meant to be one")
+    return folder
+
+
+@pytest.fixture
+def uncalibrated(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(*arguments):
+    return main([str(a) for a in arguments])
+
+
+def test_inspect_writes_pictures_json_csv_and_a_table(photos, model_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    files = ("--output-dir", out, "--json", out / "r.json", "--csv", out / "r.csv")
+    assert run("inspect", photos, "--model", model_dir, *files) == 0
+    printed, report = capsys.readouterr().out, json.loads((out / "r.json").read_text())
+    rows = list(csv.DictReader((out / "r.csv").open()))
+    assert len(report["images"]) == len(rows) == 4 and report["failures"] == []
+    pipe = DiffusionADPipeline.from_pretrained(model_dir)
+    for image, row in zip(report["images"], rows, strict=True):
+        expected = pipe(image["file"])
+        assert image["score"] == pytest.approx(expected.anomaly_score[0], abs=1e-5) == float(row["score"])
+        assert image["p_value"] == pytest.approx(expected.p_value[0])
+        assert image["verdict"] == ("anomalous" if expected.is_anomalous[0] else "normal") == row["verdict"]
+        assert image["file"] in printed and f"{image['score']:.4f}" in printed
+        assert set(image["pictures"]) == {"overlay", "mask", "reconstruction"}
+        assert {Image.open(picture).size for picture in image["pictures"].values()} == {Image.open(image["file"]).size}
+    assert len({picture for image in report["images"] for picture in image["pictures"].values()}) == 12
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_one_bad_file_never_stops_the_others(kind, photos, photo, model_dir, tmp_path, capsys):
+    bad, out = unusable(kind, photo, photos), tmp_path / "out"
+    arguments = (photos, "--model", model_dir, "--output-dir", out, "--json", out / "r.json", "--csv", out / "r.csv")
+    assert run("inspect", *arguments, "--batch-size", 2) == 2
+    report = json.loads((out / "r.json").read_text())
+    assert len(report["images"]) == 4 and [f["file"] for f in report["failures"]] == [str(bad)]
+    assert str(bad) in capsys.readouterr().err
+    assert [row["error"] != "" for row in csv.DictReader((out / "r.csv").open())].count(True) == 1
+
+
+def test_results_are_kept_when_a_picture_cannot_be_written(photos, model_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "deep").write_text("a file where a folder has to be")
+    arguments = (photos, "--model", model_dir, "--output-dir", out, "--json", tmp_path / "r.json", "--batch-size", 1)
+    assert run("inspect", *arguments) == 2
+    assert "deep" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "r.json").read_text())["images"]) == 3
+
+
+REFUSED = [
+    (["inspect", "{photos}/nothing.png"], "nothing.png: no such file or folder"),
+    (["inspect", "{photos}/empty"], "empty: no images in this folder"),
+    (["inspect", "{photos}", "--device", "cuda:7"], "--device cuda:7"),
+    (["inspect", "{photos}", "--output-dir", "{photos}/a.png/out"], "cannot write there"),
+    (["inspect", "{photos}", "--json", "{photos}/a.png/r.json"], "cannot write there"),
+    (["inspect", "{photos}", "--model", "./nothing"], "nothing: no such folder"),
+    (["inspect", "{photos}", "--model", "{model}", "--false-alarm-rate", "0.1"], "is not calibrated"),
+    (["calibrate", "{photos}", "--model", "org/name"], "--output-dir"),
+]
+
+
+@pytest.mark.parametrize("arguments, reason", REFUSED)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(arguments, reason, photos, model_dir, uncalibrated, capsys):
+    (photos / "empty").mkdir()
+    command, *rest = (argument.format(photos=photos, model=uncalibrated) for argument in arguments)
+    assert run(command, "--model", model_dir, *rest) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--batch-size", "x"], ["--false-alarm-rate", "1.5"]])
+def test_nonsense_values_are_named(arguments, photos, model_dir, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("inspect", photos, "--model", model_dir, *arguments)
+    assert stopped.value.code == 2 and arguments[0] in capsys.readouterr().err
+
+
+def test_an_uncalibrated_model_gives_scores_and_says_what_to_do(photos, uncalibrated, capsys):
+    assert run("inspect", photos, "--model", uncalibrated) == 0
+    assert "not calibrated" in capsys.readouterr().out
+
+
+def test_the_false_alarm_rate_chooses_the_threshold(photos, model_dir, tmp_path):
+    thresholds = []
+    for rate in (0.05, 0.5):
+        run("inspect", photos, "--model", model_dir, "--json", tmp_path / "r.json", "--false-alarm-rate", rate)
+        thresholds.append(json.loads((tmp_path / "r.json").read_text())["images"][0]["threshold"])
+    assert thresholds[0] > thresholds[1]
+
+
+# ---- calibrate ------------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_sets_the_threshold_of_a_folder(photos, photo, pipe, uncalibrated, capsys):
+    bad = unusable("text", photo, photos)
+    assert run("calibrate", photos, "--model", uncalibrated, "--false-alarm-rate", 0.4) == 2
+    assert str(bad) in capsys.readouterr().err
+    calibrated = DiffusionADPipeline.from_pretrained(uncalibrated)
+    files = [photos / "a.jpg", photos / "a.png", photos / "b.png", photos / "deep" / "a.png"]
+    np.testing.assert_allclose(calibrated.config.calibration_scores, sorted(pipe(files).anomaly_score), atol=1e-4)
+    assert calibrated.threshold == calibrated.config.calibration_scores[-2]
+
+
+def test_calibrate_into_another_folder_leaves_the_first_alone_and_says_if_images_are_too_few(
+    photos, uncalibrated, tmp_path, caplog
+):
+    before = (uncalibrated / "model_index.json").read_bytes()
+    assert run("calibrate", photos, "--model", uncalibrated, "--output-dir", tmp_path / "new") == 0
+    assert (uncalibrated / "model_index.json").read_bytes() == before and "Give 19 or more" in caplog.text
+    assert DiffusionADPipeline.from_pretrained(tmp_path / "new").threshold is not None
