@@ -63,10 +63,10 @@ def add_deploy_space_command(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="ID",
-        help="models to offer: Hub ids, or organizations for all of theirs; the demo model of the clone without it",
+        help="models to offer: Hub ids, or organizations for all of theirs; the demo model without it",
     )
     parser.add_argument("--private", action="store_true", help="create it private")
-    parser.add_argument("--app-dir", metavar="DIR", help="the app's folder; space/ of the clone by default")
+    parser.add_argument("--app-dir", metavar="DIR", help="the app's folder; by default that of this package")
 
 
 def _deploy_space(args: argparse.Namespace) -> int:

@@ -1,6 +1,5 @@
 """The Hub: publishes trained models, one repo a category, and lists what is there."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -12,14 +11,13 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelInfo, get_toke
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
+from ..files import write_json
 from ..images_diffusionad import load_image, to_uint8
 from ..loading import TOKEN_HELP, explained
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..visualization import overlay, region_threshold, save_image, side_by_side
 from .cards import TRAINING_NOTES, build_card, find_data_source, read_evaluation, read_training
 from .checks import check_card, check_repo_id
-
-__all__ = ["PUBLISHED", "list_models", "publish_model"]
 
 # All that a published repo holds of ours. Anything else in a model folder, such as the trainer's state, is not
 # uploaded, and anything else in the repo, such as somebody's notes, is not touched.
@@ -28,6 +26,7 @@ PUBLISHED = (
     "TRAINING.md",
     "evaluation.json",
     "familiarity.json",
+    "images_diffusionad.py",
     "model_index.json",
     "pipeline_diffusionad.py",
     "images_diffusionad.py",
@@ -79,7 +78,7 @@ def publish_model(
         collection: Title of the collection of the same owner to add the repo to; created where it does not exist.
         dataset: What it was trained on, such as `"MVTec AD"`.
         category: Which product of it; as recorded by the trainer when `None`.
-        license: The weights' licence, as the Hub writes it; that of a known data set when `None`.
+        license: The weights' licence, as the Hub writes it; that of a known dataset when `None`.
         evaluation: Result of `diffusionad evaluate`; the folder's `evaluation.json`, if it has one, when `None`.
         examples: Images to show on the card with what the model makes of them; the folder's `previews/*.png` when
             empty.
@@ -149,8 +148,7 @@ def _stage(
         results = read_evaluation(evaluation_file, pipe)
         # It names the folder that the model lay in on the evaluator's machine.
         results.setdefault("provenance", {})["model"] = repo_id
-        text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-        (staging / "evaluation.json").write_text(text, encoding="utf-8")
+        write_json(staging / "evaluation.json", results)
     training = read_training(model_dir / "training_arguments.json")
     previews = _stage_previews(pipe, model_dir, staging, examples)
     for name in _KEPT:
