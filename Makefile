@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test style quality space clean
+.PHONY: demo test test-any-cpu style quality space wheel clean
 
 demo: $(VENV)/.core  ## Inspect the bundled examples with the embedded model.
 	$(BIN)/diffusionad demo
@@ -13,19 +13,26 @@ demo: $(VENV)/.core  ## Inspect the bundled examples with the embedded model.
 test: $(VENV)/.all  ## Run all tests.
 	$(BIN)/python -m pytest
 
+test-any-cpu: $(VENV)/.all  ## Run all tests as on a processor without AVX-512.
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest
+
 style: $(VENV)/.all  ## Format the code.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quality: $(VENV)/.all  ## Check style and formatting.
+quality: $(VENV)/.all  ## Check style, formatting and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 space: $(VENV)/.all  ## Serve the web demo.
 	$(BIN)/python space/app.py
 
+wheel: $(VENV)/.all  ## Build wheel and sdist into dist/.
+	$(BIN)/python -m build
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) outputs dist
 
 # Torch goes first and pinned: whatever is installed after it finds it there and leaves it alone.
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -36,5 +43,5 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.all: $(VENV)/.core
-	$(INSTALL) --editable ".[train,space,openvino,dev]"
+	$(INSTALL) --editable ".[train,space,openvino,ray,dev]"
 	touch $@

@@ -152,8 +152,8 @@ def convert_segmenter_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, 
         network, block, index, kind = name.split(".")
         target = modules[f"{network}.{block}"]
         # The reference's up-convolutions carry the upsampling as layer 0.
-        index = int(index) - target.startswith("up_convs")
-        converted[f"{target}.{index}.{kind}"] = tensor
+        layer = int(index) - target.startswith("up_convs")
+        converted[f"{target}.{layer}.{kind}"] = tensor
     return converted
 
 

@@ -3,6 +3,7 @@
 import os
 import threading
 import warnings
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ __all__ = ["IMAGE_SUFFIXES", "ImageInput", "InvalidImageError", "load_image", "r
 
 logger = logging.get_logger(__name__)
 
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
 ImageInput = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
@@ -88,7 +90,7 @@ def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:
     return image.float() / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)
 
 
-def to_uint8(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+def to_uint8(image: Array) -> Array:
     """
     Values in [0, 1] as bytes, rounded; what is 8-bit already stays as it is.
 
@@ -101,7 +103,7 @@ def to_uint8(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     if image.dtype in (np.uint8, torch.uint8):
         return image
     scaled = (image.clip(0, 1) * 255).round()
-    return scaled.to(torch.uint8) if isinstance(scaled, torch.Tensor) else scaled.astype(np.uint8)
+    return scaled.to(torch.uint8) if isinstance(image, torch.Tensor) else scaled.astype(np.uint8)
 
 
 def _from_file(path: str) -> torch.Tensor:
@@ -115,11 +117,12 @@ def _from_file(path: str) -> torch.Tensor:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
         with image:
-            if getattr(image, "n_frames", 1) > 1:
-                logger.warning(f"{path}: has {image.n_frames} frames; the first one is inspected.")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                logger.warning(f"{path}: has {frames} frames; the first one is inspected.")
             return _from_pil(image, path)
     except Image.DecompressionBombError as error:
-        limit = 2 * Image.MAX_IMAGE_PIXELS
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InvalidImageError(f"{path}: declares more than {limit:,} px; shrink or crop it first.") from error
     except UnidentifiedImageError as error:
         raise InvalidImageError(f"{path}: not an image, or of a format that Pillow does not read.") from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -89,7 +90,7 @@ def load_pretrained(load: Callable[..., Pipeline], name: str, **kwargs: Any) -> 
         try:
             if not os.path.isdir(name):
                 # Diffusers asks the Hub too, but then goes to the cache whatever the answer, and reports that.
-                where = {key: kwargs.get(key) for key in ("token", "cache_dir", "local_files_only")}
+                where: dict[str, Any] = {key: kwargs.get(key) for key in ("token", "cache_dir", "local_files_only")}
                 kwargs["revision"] = HfApi().resolve_revision(name, revision=revision, **where)
             pipe = load(name, **kwargs)
         except _ERRORS as error:
@@ -150,7 +151,9 @@ def _hub_reason(error: BaseException, page: str = "its page on the Hub", revisio
         return f"the Hub cannot be reached ({said}); check the network" if has(HTTPError) else None
     if status == 401:
         return f"the Hub does not know your token; {_LOG_IN}"
-    said = next((e.server_message for e in chain if getattr(e, "server_message", None)), one_line(error))
+    said = next(
+        (e.server_message for e in chain if isinstance(e, HfHubHTTPError) and e.server_message), one_line(error)
+    )
     if status == 403:
         return f"your token may not do that ({said}); {TOKEN_HELP}"
     if status == 429:

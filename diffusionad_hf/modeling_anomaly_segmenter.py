@@ -102,7 +102,7 @@ class AnomalySegmenter(ModelMixin, ConfigMixin):
         Returns:
             `torch.Tensor` of shape `(N, out_channels, H, W)`: Logits of a pixel being anomalous.
         """
-        skips = []
+        skips: list[torch.Tensor] = []
         for block in self.down_blocks:
             sample = self._run(block, self.pool(sample) if skips else sample)
             skips.append(sample)

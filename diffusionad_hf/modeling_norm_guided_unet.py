@@ -218,6 +218,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
             `dict`: Keyword arguments of this class.
         """
         side = resolution // patch_size
+        multipliers: tuple[int, ...]
         if side <= 64:
             multipliers = (1, 2, 3, 4)
         elif side <= 128:

@@ -162,7 +162,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         output_type: str = "np",
         return_intermediates: bool = False,
         return_dict: bool = True,
-    ) -> DiffusionADPipelineOutput | tuple:
+    ) -> DiffusionADPipelineOutput | Any:
         """
         Inspects one image or many.
 
@@ -309,7 +309,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         return len(images)
 
     def _inspect_in_memory(
-        self, pixels: torch.Tensor, noise: torch.Tensor, *arguments: int | float | None
+        self, pixels: torch.Tensor, noise: torch.Tensor, *arguments: Any
     ) -> dict[str, torch.Tensor]:
         """Runs [`_inspect`], halving the batch until it fits into memory."""
         while True:

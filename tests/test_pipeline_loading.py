@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,27 @@ def test_vanilla_diffusers_loads_a_folder_without_the_package(model_dir, score, 
     )
     index = [(f / "model_index.json").read_text() for f in (tmp_path / "resaved", Path(model_dir))]
     assert index[0] == index[1]
+
+
+def test_a_folder_of_before_the_images_had_a_file_of_their_own_loads(model_dir, score, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(model_dir, old)
+    images, pipeline = old / "images_diffusionad.py", old / "pipeline_diffusionad.py"
+    # As then: all in one file.
+    lines = pipeline.read_text().splitlines(keepends=True)
+    pipeline.write_text(images.read_text() + "".join(line for line in lines if ".images_diffusionad" not in line))
+    images.unlink()
+    assert DiffusionADPipeline.from_pretrained(old)(IMAGE).anomaly_score[0] == score
+    result = stranger(old, tmp_path / "resaved", dict(os.environ, HF_HOME=str(tmp_path / "home")))
+    assert float(result["again"]) == pytest.approx(score, abs=1e-6)
+
+
+def test_the_siblings_of_the_pipeline_are_saved_and_import_nothing_of_this_package(model_dir):
+    for name in ("pipeline_diffusionad", "images_diffusionad"):
+        source = (Path(model_dir) / f"{name}.py").read_text()
+        relative = re.findall(r"^\s*from \.(\S*) import", source, re.MULTILINE)
+        assert relative == (["images_diffusionad"] if name.startswith("pipeline") else [])
+        assert not re.search(r"^\s*(from|import) diffusionad_hf", source, re.MULTILINE)
 
 
 # ---- the Hub --------------------------------------------------------------------------------------------------------

@@ -50,10 +50,10 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="ID",
-        help="Hub ids, or organizations for all of theirs; by default the demo model of the clone",
+        help="Hub ids, or organizations for all of theirs; by default the demo model",
     )
     parser.add_argument("--private", action="store_true", help="create it private")
-    parser.add_argument("--app-dir", metavar="DIR", help="the app's folder; space/ of the clone by default")
+    parser.add_argument("--app-dir", metavar="DIR", help="the app's folder; by default that of this package")
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

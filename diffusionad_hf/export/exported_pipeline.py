@@ -49,7 +49,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
     record: dict[str, Any]
     folder: Path
 
-    def __call__(self, image: Any, **kwargs: Any) -> DiffusionADPipelineOutput | tuple:
+    def __call__(self, image: Any, **kwargs: Any) -> DiffusionADPipelineOutput | Any:
         """
         As [`DiffusionADPipeline.__call__`].
 

@@ -13,9 +13,8 @@ from safetensors import safe_open
 
 from ..calibration import images_needed
 from ..evaluation.metrics import METRIC_NAMES
+from ..files import one_line, slug
 from ..pipeline_diffusionad import DiffusionADPipeline
-
-__all__ = ["DATASETS", "DataSource", "build_card", "find_data_source", "read_evaluation", "read_training"]
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 TRAINING_NOTES = "TRAINING.md"
@@ -34,7 +33,7 @@ _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)", re.IGNORECASE)
 @dataclass(frozen=True)
 class DataSource:
     """
-    A data set as a card speaks of it.
+    A dataset as a card speaks of it.
 
     Attributes:
         name: As people write it.
@@ -49,7 +48,7 @@ class DataSource:
     @property
     def slug(self) -> str:
         """The name as a tag: `"MVTec AD"` is `"mvtec-ad"`."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return slug(self.name)
 
 
 DATASETS = (
@@ -57,12 +56,12 @@ DATASETS = (
     DataSource("VisA", "cc-by-4.0", "https://github.com/amazon-science/spot-diff"),
     DataSource("Demo part", "mit"),
 )
-"""Data sets whose licence is known; any other name is taken as it is."""
+"""Datasets whose licence is known; any other name is taken as it is."""
 
 
 def find_data_source(name: str) -> DataSource:
     """
-    The data set of that name, however it is spelt: `"mvtec"`, `"MVTec-AD"` and `"mvtec_ad"` are one.
+    The dataset of that name, however it is spelt: `"mvtec"`, `"MVTec-AD"` and `"mvtec_ad"` are one.
 
     Raises:
         ValueError: If the name has no letter or digit.
@@ -101,8 +100,9 @@ def read_evaluation(path: Path, pipe: DiffusionADPipeline) -> dict[str, Any]:
                 if not 0 <= results[name] <= 1:
                     raise ValueError(f"{name} is {results[name]}")
     except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a result of `diffusionad evaluate` ({reason}); evaluate again.") from error
+        raise ValueError(
+            f"{path}: not a result of `diffusionad evaluate` ({one_line(error)}); evaluate again."
+        ) from error
     resolution, threshold = evaluation.get("resolution"), evaluation.get("threshold")
     if resolution is not None and resolution != pipe.config.image_size:
         raise ValueError(
@@ -129,8 +129,7 @@ def read_training(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        arguments = json.loads(path.read_text(encoding="utf-8"))
-        return dict(arguments)
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete it or train again.") from error
 
@@ -156,7 +155,7 @@ def build_card(
         evaluation: As [`read_evaluation`] returns it; without one, the card says that nothing was measured.
         training: As [`read_training`] returns it.
         data: What it was trained and evaluated on.
-        category: Which product of that data set.
+        category: Which product of that dataset.
         license: Identifier of the weights' licence; that of the data where `None`.
         previews: Names of the pictures in the folder `previews`.
         folder: Where the model lies, saved: what the card says of its files is read off them.
@@ -167,13 +166,13 @@ def build_card(
     license = license or (data.license if data else None)
     # Of a training in stages, which the notes then tell, only the last is recorded.
     notes = bool(folder and (folder / TRAINING_NOTES).is_file())
-    slug = DataSource(category).slug if category else None
     metadata = ModelCardData(
         library_name="diffusers",
         # The Hub has no task of its own for anomaly detection; the output is a mask for each image.
         pipeline_tag="image-segmentation",
         license=license,
-        tags=["anomaly-detection", "diffusionad", *([data.slug] if data else []), *([slug] if slug else [])],
+        tags=["anomaly-detection", "diffusionad"]
+        + [tag for tag in (data.slug if data else "", slug(category or "")) if tag],
         model_name=repo_id.split("/")[-1],
         eval_results=_eval_results(evaluation, data, category) if evaluation else None,
         # Of ours: what `diffusionad list` shows.
@@ -202,7 +201,7 @@ def build_card(
 
 
 def _eval_results(evaluation: dict[str, Any], data: DataSource | None, category: str | None) -> list[EvalResult]:
-    data = data or DataSource("unnamed data set")
+    data = data or DataSource("unnamed dataset")
     return [
         EvalResult(
             task_type="image-segmentation",
@@ -275,16 +274,16 @@ def _weights_sentence(folder: Path) -> str:
     """What the files of weights hold, by variant."""
     dtypes: dict[str, str] = {}
     for file in sorted((folder / "unet").glob("*.safetensors")):
-        variant = file.name.split(".")[1:-1]
+        variant = file.name.removesuffix(".safetensors").partition(".")[2]
         with safe_open(file, framework="np") as weights:
             dtype = weights.get_slice(next(iter(weights.keys()))).get_dtype()
-        dtypes.setdefault(variant[0] if variant else "", _DTYPES.get(dtype, dtype))
+        dtypes.setdefault(variant, _DTYPES.get(dtype, dtype))
     stored = dtypes.pop("", None)
     if stored is None:
         return ""
     sentence = f"The weights are {stored}" + ("" if stored == "float32" else " and compute in float32")
-    for variant, dtype in dtypes.items():
-        sentence += f'; `variant="{variant}"` loads them as {dtype}' if dtype != stored else ""
+    for name, dtype in dtypes.items():
+        sentence += f'; `variant="{name}"` loads them as {dtype}' if dtype != stored else ""
     return sentence + "."
 
 
@@ -293,11 +292,8 @@ def _speed(evaluation: dict[str, Any]) -> str:
         return ""
     seconds, provenance = evaluation["seconds_per_image"], evaluation.get("provenance", {})
     hardware = provenance.get("hardware") or provenance.get("device")
-    details = [
-        provenance.get("dtype"),
-        f"batches of {provenance['batch_size']}" if "batch_size" in provenance else None,
-    ]
-    details = ", ".join(detail for detail in details if detail)
+    batches = f"batches of {provenance['batch_size']}" if "batch_size" in provenance else None
+    details = ", ".join(filter(None, (provenance.get("dtype"), batches)))
     return f"{seconds:.3g} s an image" + (f" on {hardware}" if hardware else "") + (f" ({details})" if details else "")
 
 

@@ -1,6 +1,5 @@
 """The Hub: publishes trained models, one repo a category, and lists what is there."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -12,14 +11,13 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelInfo, get_toke
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
+from ..files import write_json
 from ..images_diffusionad import load_image, to_uint8
 from ..loading import TOKEN_HELP, explained
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..visualization import overlay, region_threshold, save_image, side_by_side
 from .cards import TRAINING_NOTES, build_card, find_data_source, read_evaluation, read_training
 from .checks import check_card, check_repo_id
-
-__all__ = ["PUBLISHED", "list_models", "publish_model"]
 
 # All that a published repo holds of ours. Anything else in a model folder, such as the trainer's state, is not
 # uploaded, and anything else in the repo, such as somebody's notes, is not touched.
@@ -79,7 +77,7 @@ def publish_model(
         collection: Title of the collection of the same owner to add the repo to; created where it does not exist.
         dataset: What it was trained on, such as `"MVTec AD"`.
         category: Which product of it; as recorded by the trainer when `None`.
-        license: The weights' licence, as the Hub writes it; that of a known data set when `None`.
+        license: The weights' licence, as the Hub writes it; that of a known dataset when `None`.
         evaluation: Result of `diffusionad evaluate`; the folder's `evaluation.json`, if it has one, when `None`.
         examples: Images to show on the card with what the model makes of them; the folder's `previews/*.png` when
             empty.
@@ -149,8 +147,7 @@ def _stage(
         results = read_evaluation(evaluation_file, pipe)
         # It names the folder that the model lay in on the evaluator's machine.
         results.setdefault("provenance", {})["model"] = repo_id
-        text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-        (staging / "evaluation.json").write_text(text, encoding="utf-8")
+        write_json(staging / "evaluation.json", results)
     training = read_training(model_dir / "training_arguments.json")
     previews = _stage_previews(pipe, model_dir, staging, examples)
     for name in _KEPT:
@@ -205,10 +202,7 @@ def _stage_previews(
 
 def _picture(path: str | Path) -> Image.Image:
     """An image file as 8-bit RGB pixels and nothing else."""
-    pixels = load_image(path)
-    if pixels.dtype != torch.uint8:
-        pixels = (pixels * 255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(to_uint8(load_image(path).permute(1, 2, 0).contiguous().numpy()))
 
 
 def _make_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
@@ -240,16 +234,22 @@ def list_models(org: str | None = None, *, token: str | None = None) -> list[dic
     Raises:
         OSError: If the Hub cannot be reached or refuses.
     """
-    fields = ["cardData", "lastModified", "model-index", "private", "usedStorage"]
     with explained(org or "the list of models"):
-        found = list(HfApi(token=token).list_models(filter="diffusionad", author=org, expand=fields))
+        found = list(
+            HfApi(token=token).list_models(
+                filter="diffusionad",
+                author=org,
+                expand=["cardData", "lastModified", "model-index", "private", "usedStorage"],
+            )
+        )
     return sorted((_described(info) for info in found), key=lambda row: row["id"])
 
 
 def _described(info: ModelInfo) -> dict[str, Any]:
     card = info.card_data or ModelCardData()
     try:
-        results = model_index_to_eval_results(info.model_index)[1] if info.model_index else card.eval_results or []
+        index: Any = info.model_index
+        results = model_index_to_eval_results(index)[1] if index else card.eval_results or []
     except (KeyError, TypeError, IndexError):
         # Somebody else's card, with metadata of their own making.
         results = []

@@ -1,21 +1,20 @@
-"""The web demo as a Space on the Hub: the app from a clone of the project, with the package's source beside it."""
+"""Deploys the web demo as a Space on the Hub, with the package's source beside the app."""
 
 import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from huggingface_hub import HfApi, SpaceCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..files import one_line
+from ..files import bundled, one_line
 from ..loading import TOKEN_HELP, explained
 from .checks import check_card, check_repo_id
 from .publishing import PUBLISHED
-
-__all__ = ["MODELS_VARIABLE", "deploy_space"]
 
 MODELS_VARIABLE = "DIFFUSIONAD_MODELS"
 """The environment variable that tells the app which models to offer."""
@@ -23,7 +22,7 @@ MODELS_VARIABLE = "DIFFUSIONAD_MODELS"
 _PACKAGE = Path(__file__).resolve().parents[1]
 _THUMBNAIL = "thumbnail.png"
 _APP = ("*.py", "README.md", _THUMBNAIL)
-_PACKAGE_FILES = ("**/*.py", "**/*.md", "**/*.css", "**/*.json")
+_PACKAGE_FILES = ("**/*.py", "**/*.pyi", "**/*.md", "**/*.css", "**/*.json")
 # The demo part's: with other models they would only mislead.
 _DEMO = ("examples/*.png", "examples/*.jpg", *(f"checkpoints/*/{pattern}" for pattern in PUBLISHED))
 # Folders of a Space that are the deployment's own: what an earlier one left there, and this one lacks, goes.
@@ -45,9 +44,9 @@ def deploy_space(
 
     Args:
         repo_id: `"ORG/SPACE"`; created where it does not exist.
-        models: Hub ids and organizations to offer; the demo model of the clone, which then goes along, when empty.
+        models: Hub ids and organizations to offer; the demo model, which then goes along, when empty.
         private: Create it private.
-        app_dir: The app's folder; `space/` of the clone that this package runs from when `None`.
+        app_dir: The app's folder; the one that comes with the package when `None`.
         token: The Hub's; the one you are logged in with when `None`.
 
     Returns:
@@ -64,12 +63,9 @@ def deploy_space(
             validate_repo_id(model)
         except HFValidationError as error:
             raise ValueError(f'--models "{model}": {one_line(error)}') from error
-    app = Path(app_dir) if app_dir is not None else _PACKAGE.parent / "space"
+    app = Path(app_dir) if app_dir is not None else bundled("space")
     if not (app / "app.py").is_file():
-        raise FileNotFoundError(
-            f"{app / 'app.py'}: no such file; the app is not part of the installed package: run this in a clone of "
-            "the project, or give --app-dir."
-        )
+        raise FileNotFoundError(f"{app / 'app.py'}: no such file; leave out app_dir for the app of this package.")
     token = token or get_token()
     if not token:
         raise OSError(f"deploying needs a Hugging Face token: {TOKEN_HELP}.")
@@ -116,6 +112,8 @@ def _stage(app: Path, staging: Path, models: Sequence[str], url: str) -> SpaceCa
 def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         for file in source.glob(pattern):
+            if "_bundled" in file.relative_to(source).parts:
+                continue  # The app's own files, which an installed package holds too.
             copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
@@ -126,13 +124,15 @@ def _requirements(app: Path) -> list[str]:
     asked = [line.strip() for line in (app / "requirements.txt").read_text(encoding="utf-8").splitlines()]
     others = [line for line in asked if line and not re.match(r"(#|diffusionad[-_]hf\b)", line)]
     project = _PACKAGE.parent / "pyproject.toml"
-    # Not from the metadata of the installation, which in a clone are those of the day it was installed.
-    block = project.is_file() and re.search(
-        r"^dependencies = \[\n(.*?)^\]", project.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-    if not block:
-        raise FileNotFoundError(f"{project}: not there, or lists no dependencies; run this in a clone of the project.")
-    return sorted({*others, *re.findall(r'"([^"]+)"', block[1])})
+    if project.is_file():
+        # Not the metadata of an editable installation, which are those of the day it was installed.
+        block = re.search(
+            r"^dependencies = \[\n(.*?)^\]", project.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        )
+        needed = re.findall(r'"([^"]+)"', block[1] if block else "")
+    else:
+        needed = [line for line in metadata.requires("diffusionad-hf") or [] if "extra ==" not in line]
+    return sorted({*others, *needed})
 
 
 def _set_models(api: HfApi, repo_id: str, models: Sequence[str]) -> None:

@@ -157,7 +157,7 @@ def test_licences_are_stated_and_never_guessed(pipe):
     card = build_card(pipe, REPO, data=MVTEC, license="other")
     assert metadata(card)["license"] == "other" and "licence of the data: cc-by-nc-sa-4.0" in flat(card)
     assert "non-commercial" not in build_card(pipe, REPO, data=find_data_source("visa")).text
-    assert "The data set was not recorded." in build_card(pipe, REPO).text
+    assert "The dataset was not recorded." in build_card(pipe, REPO).text
 
 
 def test_training_is_told_as_recorded(pipe):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -270,35 +269,6 @@ def test_a_model_that_nobody_evaluated_is_published_with_a_card_that_says_so(hub
     assert "**This model has not been evaluated.**" in card and "AUROC" not in card
     (model,) = list_models("org")
     assert model["image_auroc"] is None and model["category"] == "screw"
-
-
-XET = """
-import sys
-from diffusionad_hf.hub.publishing import publish_model
-
-for _ in range(2):
-    publish_model(sys.argv[1], "org/model")
-"""
-
-
-@pytest.mark.skipif(
-    int(huggingface_hub.__version__.partition(".")[0]) < 2,
-    reason="below 2, the client has a card checked by huggingface.co whatever HF_ENDPOINT says",
-)
-def test_through_xet_the_weights_arrive_whole_and_only_once(hub, tmp_path, model_dir):
-    pytest.importorskip("hf_xet", reason="needs hf_xet, which huggingface_hub brings on most machines")
-    environment = {**hub.environment(tmp_path / "home"), "HF_HUB_DISABLE_XET": "0"}
-    command = [sys.executable, "-c", XET, model_dir]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    # Nothing went by the old way, and the second time there was nothing to commit.
-    assert not [request for request in hub.requests if request.server == "cdn" and request.method == "PUT"]
-    assert len([request for request in hub.requests if "/commit/" in request.path]) == 1
-    found = hub.files("org/model")
-    assert PUBLISHED <= set(found)
-    for part in ("unet", "segmenter"):
-        name = f"{part}/{WEIGHTS}.safetensors"
-        assert found[name] == (Path(model_dir) / name).read_bytes()
 
 
 @pytest.mark.parametrize(("status", "words"), [(500, "out of order"), (429, "too many requests")])

@@ -16,7 +16,6 @@ from huggingface_hub import HfApi, snapshot_download
 
 import diffusionad_hf
 from diffusionad_hf.cli.main import main
-from diffusionad_hf.hub import spaces as space_deployment
 from diffusionad_hf.hub.spaces import MODELS_VARIABLE, deploy_space
 from tests.loopback_hub import metadata_of
 
@@ -43,7 +42,6 @@ def test_what_is_deployed_answers_without_the_repository(hub, client, tmp_path, 
     gradio_client = pytest.importorskip("gradio_client", reason="the page needs gradio: pip install -e .[space]")
     assert deploy() == 0
     assert capsys.readouterr().out.strip() == f"{hub.endpoint}/spaces/{SPACE}"
-    assert client.space_info(SPACE).runtime.stage == "RUNNING"
     folder = Path(snapshot_download(SPACE, repo_type="space", local_dir=tmp_path / "space"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -98,7 +96,7 @@ def test_what_goes_along_and_what_stays_at_home(hub, client, tmp_path):
     }
     assert there <= set(found) and "diffusionad_hf/hub/model_card.md" in found
     for name, content in found.items():
-        assert Path(name).suffix in (".py", ".md", ".css", ".txt", ".png", ".json", ".safetensors", ""), name
+        assert Path(name).suffix in (".py", ".pyi", ".md", ".css", ".txt", ".png", ".json", ".safetensors", ""), name
         assert not re.search(rb"hf_secret|" + str(tmp_path).encode() + rb"|" + str(ROOT).encode(), content), name
     asked = found["requirements.txt"].decode().splitlines()
     assert not any(line.startswith("diffusionad") for line in asked), "there is no such package on an index"
@@ -116,10 +114,10 @@ def test_the_same_again_makes_no_commit_and_an_update_one(hub, client, tmp_path)
         deploy_space(SPACE, app_dir=app)
         assert len(client.list_repo_commits(SPACE, repo_type="space")) == 1 + expected
     hub.add_files(SPACE, {"diffusionad_hf/old.py": "", "NOTES.md": "theirs"}, repo_type="space")
-    (app / "style.css").write_text("body {}")
+    (app / "more.py").write_text("pass")
     deploy_space(SPACE, app_dir=app)
     found = files(hub)
-    assert found["style.css"] == b"body {}" and found["NOTES.md"] == b"theirs" and "diffusionad_hf/old.py" not in found
+    assert found["more.py"] == b"pass" and found["NOTES.md"] == b"theirs" and "diffusionad_hf/old.py" not in found
 
 
 def test_models_of_ones_own(hub, client):
@@ -153,7 +151,7 @@ REFUSED = {
     "somebody else's name": ("somebody/space", {}, "write", "your token may not do that"),
     "a name without owner": ("space", {}, "write", "give ORG/NAME"),
     "a model that cannot be": (SPACE, {"models": ["a b"]}, "write", '--models "a b"'),
-    "no app": (SPACE, {"app_dir": "nowhere"}, "write", "run this in a clone"),
+    "no app": (SPACE, {"app_dir": "nowhere"}, "write", "leave out app_dir"),
 }
 
 
@@ -165,12 +163,3 @@ def test_what_is_refused_in_one_line_and_leaves_no_space(hub, monkeypatch, tmp_p
     with pytest.raises((OSError, ValueError)) as error:
         deploy_space(repo_id, **arguments)
     assert words in str(error.value) and "\n" not in str(error.value) and not hub.repos
-
-
-def test_an_installed_package_says_that_it_takes_a_clone(hub, client, monkeypatch, tmp_path):
-    monkeypatch.setattr(space_deployment, "_PACKAGE", tmp_path / "site-packages/diffusionad_hf")
-    with pytest.raises(OSError, match="site-packages/space/app.py: no such file; .* run this in a clone"):
-        deploy_space(SPACE)
-    with pytest.raises(OSError, match="pyproject.toml: not there"):
-        deploy_space(SPACE, app_dir=ROOT / "space")
-    assert not hub.repos
