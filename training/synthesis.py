@@ -258,7 +258,8 @@ class AnomalySynthesizer:
             picked = (draws["texture"][~from_self, 0] * len(self._bank)).astype(np.int64)
             textures = self._bank.index_select(0, torch.from_numpy(picked).to(normal.device)).float().div_(255)
             if textures.shape[-2:] != normal.shape[-2:]:
-                textures = F.interpolate(textures, normal.shape[-2:], mode="bilinear", antialias=True)
+                # A mean of ones may come out as 1.0000001.
+                textures = F.interpolate(textures, normal.shape[-2:], mode="bilinear", antialias=True).clamp_(0, 1)
             source = _replace(source, ~from_self, textures)
         source = change_colors(source, draws["operations"], draws["parameters"])
         if from_self.any():
@@ -423,9 +424,11 @@ def _equalize(x: Tensor, u: np.ndarray) -> Tensor:
 
 def _rotate_source(x: Tensor, u: np.ndarray) -> Tensor:
     """Rotation by -45 to 45 degrees about the centre; black where nothing was."""
-    return _rotate(x, 90 * u[:, 0] - 45)
+    # Interpolation may exceed 1 by a rounding: inverted it would be negative, and its gamma not a number.
+    return _rotate(x, 90 * u[:, 0] - 45).clamp_(0, 1)
 
 
+# Each maps [0, 1] into [0, 1], to the last bit: the next one counts on it.
 OPERATIONS: tuple[Callable[[Tensor, np.ndarray], Tensor], ...] = (
     _gamma,
     _brightness,
