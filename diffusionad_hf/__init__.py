@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .exported_pipeline import ExportedDiffusionADPipeline, load_model
     from .modeling_anomaly_segmenter import AnomalySegmenter
     from .modeling_norm_guided_unet import NormGuidedUNet2DModel
+    from .modeling_perceptual_segmenter import PerceptualSegmenter
     from .pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput, InvalidImageError
     from .presets import PRESETS, build_pipeline
     from .scheduling_norm_guided import NormGuidedScheduler, NormGuidedSchedulerOutput
@@ -24,6 +25,7 @@ _MODULES = {
     "NormGuidedSchedulerOutput": "scheduling_norm_guided",
     "NormGuidedUNet2DModel": "modeling_norm_guided_unet",
     "PRESETS": "presets",
+    "PerceptualSegmenter": "modeling_perceptual_segmenter",
     "build_pipeline": "presets",
     "load_model": "exported_pipeline",
 }
@@ -38,6 +40,7 @@ __all__ = [  # noqa: F822 (`__getattr__` defines them)
     "NormGuidedSchedulerOutput",
     "NormGuidedUNet2DModel",
     "PRESETS",
+    "PerceptualSegmenter",
     "__version__",
     "build_pipeline",
     "load_model",

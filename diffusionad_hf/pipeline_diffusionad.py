@@ -47,6 +47,7 @@ ImageInput = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
 _COMPONENT_MODULES = {
     "NormGuidedUNet2DModel": "modeling_norm_guided_unet",
     "AnomalySegmenter": "modeling_anomaly_segmenter",
+    "PerceptualSegmenter": "modeling_perceptual_segmenter",
     "NormGuidedScheduler": "scheduling_norm_guided",
 }
 _SMALLEST_SIDE = 8
