@@ -299,8 +299,8 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
 
 
 def _describe(middle: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
-    """Features of strides 8 and 16 as one map, each place with its neighbourhood."""
-    middle, coarse = (F.avg_pool2d(part, 3, 1, 1, count_include_pad=False) for part in (middle, coarse))
+    """Features of strides 8 and 16 as one map, each place with its neighbourhood, of which the border has less."""
+    middle, coarse = (F.avg_pool2d(part, 3, 1, 1) for part in (middle, coarse))
     return torch.cat([middle, _resize(coarse, middle)], dim=1)
 
 

@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add(
         "--preset",
-        default="small",
+        default="perceptual",
         help="Defaults for all of this: a name from training/presets or a JSON file of your own.",
     )
     add("--architecture", default="small", choices=tuple(ARCHITECTURES), help="Size of the networks.")
@@ -153,6 +153,11 @@ def _parser() -> argparse.ArgumentParser:
         help="Learn also from the answers of this pipeline folder or Hub id, trained on the same images, which may be "
         "of another size; networks of the same size start with its weights. With --category all, a folder of the "
         "categories' pipelines.",
+    )
+    add(
+        "--detach_reconstruction",
+        action="store_true",
+        help="Let the UNet learn from its own loss alone, and not from the masks through the reconstruction as well.",
     )
     add("--gradient_checkpointing", action="store_true", help="Trade time for memory, in both networks.")
     add("--channels_last", action="store_true", help="Lay the networks out as the GPU's convolutions like it.")

@@ -93,11 +93,15 @@ class DiffusionADObjective(nn.Module):
     """
     Both networks and their common loss as one module, which is what distributed wrappers want.
 
-    The gradient of the mask losses flows through the norm-guided reconstruction into the UNet.
+    The gradient of the mask losses flows through the norm-guided reconstruction into the UNet, as in the paper, unless
+    `detached`.
     """
 
-    def __init__(self, unet: UNet2DModel, segmenter: ModelMixin, scheduler: NormGuidedScheduler):
+    def __init__(
+        self, unet: UNet2DModel, segmenter: ModelMixin, scheduler: NormGuidedScheduler, detached: bool = False
+    ):
         super().__init__()
+        self.detached = detached
         self.unet = unet
         self.segmenter = segmenter
         self.scheduler = scheduler
@@ -111,6 +115,7 @@ class DiffusionADObjective(nn.Module):
         timesteps_small: torch.Tensor,
         timesteps_big: torch.Tensor,
         teacher: dict[str, torch.Tensor] | None = None,
+        index: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -121,6 +126,7 @@ class DiffusionADObjective(nn.Module):
             timesteps_small, timesteps_big: `(N,)`.
             teacher: What another objective returned for the same arguments, to learn from too; see
                 [`distillation_loss`].
+            index: `(N,)`, the images' numbers in the data set, for a segmenter that remembers them.
 
         Returns:
             `dict[str, torch.Tensor]`: The scalars `loss` (what to minimise), `noise`, `focal`, `smooth_l1`, and with
@@ -144,7 +150,9 @@ class DiffusionADObjective(nn.Module):
         reconstruction = self.scheduler.norm_guided_step(
             *noise_pred, noised_small, noised_big, timesteps_small, timesteps_big
         ).reconstruction
-        logits = self.segmenter(torch.cat([images, reconstruction], dim=1)).float()
+        pair = torch.cat([images, reconstruction.detach() if self.detached else reconstruction], dim=1)
+        remembers = self.training and getattr(self.segmenter, "config", {}).get("memory_size")
+        logits = (self.segmenter(pair, index) if remembers else self.segmenter(pair)).float()
 
         weights = noise_weights(self.scheduler, torch.stack([timesteps_small, timesteps_big]))
         losses = {

@@ -109,7 +109,10 @@ def train(args: argparse.Namespace, interrupt: "Interrupt") -> int:
 
     # 2. Networks, optimiser, averaged weights.
     pipe, teacher_pipe = together(lambda: build_networks(args))
-    objective = DiffusionADObjective(pipe.unet, pipe.segmenter, pipe.scheduler).train()
+    if found is None and args.init_from is None and pipe.segmenter.config.get("memory_size"):
+        logger.info("Remembering what the normal images look like.")
+        pipe.segmenter.to(accelerator.device).remember([train_set.pixels(i) for i in range(len(train_set))])
+    objective = DiffusionADObjective(pipe.unet, pipe.segmenter, pipe.scheduler, args.detach_reconstruction).train()
     groups = [
         {"params": list(pipe.unet.parameters()), "lr": args.unet_learning_rate},
         {"params": list(pipe.segmenter.parameters()), "lr": args.segmenter_learning_rate},
@@ -350,6 +353,7 @@ def prepare_batch(
         "noise": torch.stack(noise, dim=1),
         "timesteps_small": small,
         "timesteps_big": big,
+        "index": batch["index"].to(device),
     }
 
 

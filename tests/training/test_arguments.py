@@ -31,6 +31,7 @@ NONSENSE = [
     ("prediction_type", "the-future", {}),
     ("init_from", "no/such/model", {}),
     ("distill_from", "no/such/model", {}),
+    ("detach_reconstruction", "perhaps", {}),
     ("gradient_checkpointing", "perhaps", {}),
     ("channels_last", "perhaps", {}),
     ("compile", "perhaps", {}),
