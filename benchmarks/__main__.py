@@ -13,6 +13,7 @@ MEASUREMENTS = {
     "startup": "import, --help, and the first image from a cold start",
     "space": "load and speed of the inspection page",
     "pareto": "sizes of the networks: accuracy against cost",
+    "real": "real products: trained and evaluated from nothing, category by category",
     "runtimes": "exported models: OpenVINO and ONNX against PyTorch",
 }
 

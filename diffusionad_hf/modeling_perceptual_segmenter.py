@@ -217,7 +217,8 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"sample: has shape {tuple(sample.shape)}, must be (N, 6, H, W): an RGB image and its reconstruction."
             )
-        pairs = [taken.chunk(2) for taken in self.backbone(torch.cat(sample.chunk(2, dim=1)))]
+        # Not `chunk`: in an exported graph it would keep the number of images that it was traced with.
+        pairs = [taken.unflatten(0, (2, -1)) for taken in self.backbone(torch.cat(sample.chunk(2, dim=1)))]
         inputs = [[image, (image - reconstruction).abs()] for image, reconstruction in pairs]
         distance = None
         if self.config.memory_size:
@@ -282,8 +283,7 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
         rows = described.permute(0, 2, 3, 1).flatten(0, 2)
         owner = None if images is None else images.to(rows.device).repeat_interleave(size[0] * size[1])[:, None]
         nearest, distance = self._nearest(rows, owner)
-        shape = (len(described), *size, -1)
-        nearest, distance = nearest.view(shape).permute(0, 3, 1, 2), distance.view(shape).permute(0, 3, 1, 2)
+        nearest, distance = (part.view(-1, *size, part.shape[1]).permute(0, 3, 1, 2) for part in (nearest, distance))
         return nearest, distance / self.memory_scale
 
     def _nearest(self, rows: torch.Tensor, owner: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -196,3 +197,16 @@ def test_vanilla_diffusers_loads_it_without_the_package(folder, tmp_path):
     expected = float(pipe(image).anomaly_score[0])
     found = stranger(folder, tmp_path / "saved", dict(os.environ, HF_HOME=str(tmp_path / "home")))
     assert [float(found["score"]), float(found["again"])] == pytest.approx([expected] * 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_exported_it_answers_alike_whatever_the_number_of_images(folder, tmp_path, format):
+    pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[format])
+    from diffusionad_hf.export import export_pipeline
+
+    pipe = DiffusionADPipeline.from_pretrained(folder)
+    images = list(pair((32, 32), 3, seed=5)[:, :3])
+    exported = export_pipeline(pipe, tmp_path / "exported", format=format)
+    theirs, ours = (p(images, batch_size=3) for p in (exported, pipe))
+    np.testing.assert_allclose(theirs.anomaly_score, ours.anomaly_score, atol=1e-4)
+    np.testing.assert_allclose(np.stack(theirs.anomaly_map), np.stack(ours.anomaly_map), atol=1e-3)
