@@ -116,7 +116,8 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
     Both go through the encoder as one batch; the decoder gets the image's features at strides 4, 8 and 16 and how far
     they are from the reconstruction's. With a memory it also gets how far they are from the nearest features of
     normal images (as PatchCore, arXiv 2106.08265), channel by channel and as one distance, to which the decoder's
-    answer is a correction: what no synthetic defect has taught still stands out.
+    answer is a correction. Once trained, the distance also has a vote of its own, which the decoder could not learn to
+    outvote: what no synthetic defect has taught still stands out.
 
     A new network has random weights, in the encoder too: [`load_encoder`] gives it those that have seen ImageNet.
 
@@ -124,6 +125,9 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
         encoder (`str`): `"efficientnet-lite0"`, the only one there is.
         width (`int`): Channels of the decoder.
         memory_size (`int`): How many features of normal images are remembered; 0 for no memory.
+        image_dropout (`float`): How often, in training, the decoder has to do without the image's own features: by
+            them it recognises the synthetic defects, and less of the others.
+        distance_vote (`float`): By how much a distance twice as large as is normal raises the logits, training aside.
         in_channels (`int`): Channels of image and reconstruction together; 6.
 
     Raises:
@@ -135,7 +139,13 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, encoder: str = "efficientnet-lite0", width: int = 48, memory_size: int = 0, in_channels: int = 6
+        self,
+        encoder: str = "efficientnet-lite0",
+        width: int = 48,
+        memory_size: int = 0,
+        image_dropout: float = 0.7,
+        distance_vote: float = 2.0,
+        in_channels: int = 6,
     ):
         super().__init__()
         if encoder not in _ENCODERS:
@@ -219,7 +229,11 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
             )
         # Not `chunk`: in an exported graph it would keep the number of images that it was traced with.
         pairs = [taken.unflatten(0, (2, -1)) for taken in self.backbone(torch.cat(sample.chunk(2, dim=1)))]
-        inputs = [[image, (image - reconstruction).abs()] for image, reconstruction in pairs]
+        seen = 1.0
+        if self.training and self.config.memory_size:
+            share = 1 - self.config.image_dropout
+            seen = torch.bernoulli(sample.new_full((len(sample), 1, 1, 1), share)) / share
+        inputs = [[image * seen, (image - reconstruction).abs()] for image, reconstruction in pairs]
         distance = None
         if self.config.memory_size:
             described = _describe(pairs[1][0], pairs[2][0])
@@ -233,7 +247,8 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
         hidden = self.merge[2](torch.cat([_resize(hidden, fine), fine], dim=1))
         logits = self.conv_out(hidden)
         if distance is not None:
-            logits = logits + self.distance_weight * _resize(distance, fine) + self.distance_bias
+            vote = 0.0 if self.training else self.config.distance_vote
+            logits = logits + (self.distance_weight + vote) * _resize(distance, fine) + self.distance_bias - vote
         return _resize(logits, sample)
 
     @torch.no_grad()

@@ -103,6 +103,36 @@ def test_in_training_an_image_does_not_recognise_itself(remembering):
     assert torch.equal(nobody, itself)
 
 
+def test_once_trained_the_distance_has_a_vote_of_its_own(remembering):
+    sample = pair()
+    distance = remembering._recall(remembering.describe(sample[:, :3]), None)[1]
+    without = segmenter(memory_size=40, distance_vote=0.0)
+    without.load_state_dict(remembering.state_dict())
+    added = remembering(sample) - without(sample)
+    expected = torch.nn.functional.interpolate(2 * (distance - 1), (16, 16), mode="bilinear")
+    expected = torch.nn.functional.interpolate(expected, (64, 64), mode="bilinear")
+    torch.testing.assert_close(added, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_in_training_the_decoder_often_does_without_the_image_itself():
+    model = segmenter(memory_size=40, image_dropout=0.999)
+    model.remember(pair(count=3)[:, :3])
+    model.train()
+    for norm in (part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)):
+        norm.eval()
+    # Image and reconstruction alike, and what is remembered all alike: nothing but the image's own features is left.
+    model.memory.copy_(model.memory[:1].expand_as(model.memory))
+    image = torch.full((8, 3, 32, 32), 0.3) + 0.4 * torch.eye(8).repeat(1, 4)[:, None, :, None]
+    fine = model.lateral[0]
+    seen = []
+    fine.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, :24]))
+    model(torch.cat([image, image], 1))
+    assert (seen[0].flatten(1).abs().amax(1) == 0).float().mean() > 0.8
+    model.eval()
+    model(torch.cat([image, image], 1))
+    assert (seen[1].flatten(1).abs().amax(1) > 0).all()
+
+
 def test_a_memory_larger_than_what_there_is_to_remember():
     model = segmenter(memory_size=100)
     model.remember(pair((16, 16), 2)[:, :3])
