@@ -210,12 +210,16 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
             raise OSError(f"{path}: the encoder's weights are damaged or those of another one; {again}.") from error
         return self
 
-    def forward(self, sample: torch.Tensor, images: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, sample: torch.Tensor, images: torch.Tensor | None = None, chance: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Args:
             sample (`torch.Tensor` of shape `(N, 6, H, W)`): Image and reconstruction in [0, 1], concatenated.
             images (`torch.Tensor` of shape `(N,)`, *optional*): In training, the numbers of the images as
                 [`remember`] was given them: what is remembered of an image itself does not count for it.
+            chance (`torch.Tensor` of shape `(N,)`, *optional*): In training, a number in [0, 1) for each: below
+                `image_dropout`, the decoder has to do without the image's own features.
 
         Returns:
             `torch.Tensor` of shape `(N, 1, H, W)`: Logits of a pixel being anomalous.
@@ -230,9 +234,9 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
         # Not `chunk`: in an exported graph it would keep the number of images that it was traced with.
         pairs = [taken.unflatten(0, (2, -1)) for taken in self.backbone(torch.cat(sample.chunk(2, dim=1)))]
         seen = 1.0
-        if self.training and self.config.memory_size:
-            share = 1 - self.config.image_dropout
-            seen = torch.bernoulli(sample.new_full((len(sample), 1, 1, 1), share)) / share
+        if chance is not None:
+            dropout = self.config.image_dropout
+            seen = (chance >= dropout).to(sample.dtype).view(-1, 1, 1, 1) / (1 - dropout)
         inputs = [[image * seen, (image - reconstruction).abs()] for image, reconstruction in pairs]
         distance = None
         if self.config.memory_size:

@@ -116,6 +116,7 @@ class DiffusionADObjective(nn.Module):
         timesteps_big: torch.Tensor,
         teacher: dict[str, torch.Tensor] | None = None,
         index: torch.Tensor | None = None,
+        chance: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -127,6 +128,7 @@ class DiffusionADObjective(nn.Module):
             teacher: What another objective returned for the same arguments, to learn from too; see
                 [`distillation_loss`].
             index: `(N,)`, the images' numbers in the data set, for a segmenter that remembers them.
+            chance: `(N,)`, a number in [0, 1) for each, by which that segmenter goes without some images' features.
 
         Returns:
             `dict[str, torch.Tensor]`: The scalars `loss` (what to minimise), `noise`, `focal`, `smooth_l1`, and with
@@ -152,7 +154,7 @@ class DiffusionADObjective(nn.Module):
         ).reconstruction
         pair = torch.cat([images, reconstruction.detach() if self.detached else reconstruction], dim=1)
         remembers = self.training and getattr(self.segmenter, "config", {}).get("memory_size")
-        logits = (self.segmenter(pair, index) if remembers else self.segmenter(pair)).float()
+        logits = (self.segmenter(pair, index, chance) if remembers else self.segmenter(pair)).float()
 
         weights = noise_weights(self.scheduler, torch.stack([timesteps_small, timesteps_big]))
         losses = {

@@ -339,12 +339,13 @@ def prepare_batch(
         )
     images = torch.cat([part.images for part in made])
     drawing, timing = torch.Generator(device), torch.Generator()
-    noise, timesteps = [], []
+    noise, timesteps, chance = [], [], []
     for epoch, index in zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True):
-        words = np.random.SeedSequence((seed, epoch, index)).generate_state(2)
+        words = np.random.SeedSequence((seed, epoch, index)).generate_state(3)
         shape = (2, *images.shape[1:])
         noise.append(torch.randn(shape, generator=drawing.manual_seed(int(words[0])), device=device))
         timesteps.append(torch.cat(scheduler.sample_timesteps(1, generator=timing.manual_seed(int(words[1])))))
+        chance.append(float(words[2]) / 2**32)
     small, big = torch.stack(timesteps, dim=1).to(device)
     return {
         "images": images,
@@ -354,6 +355,7 @@ def prepare_batch(
         "timesteps_small": small,
         "timesteps_big": big,
         "index": batch["index"].to(device),
+        "chance": torch.tensor(chance, device=device),
     }
 
 

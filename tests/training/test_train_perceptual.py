@@ -41,7 +41,8 @@ def test_nothing_trains_the_encoder(perceptual):
 
 
 def test_a_resumed_training_remembers_the_same_and_ends_alike(perceptual, data, tmp_path):
-    shutil.copytree(perceptual / "checkpoint-2", tmp_path / "checkpoint-2")
+    for kept in ("checkpoint-2", "best"):
+        shutil.copytree(perceptual / kept, tmp_path / kept)
     assert run(data, tmp_path, resume_from_checkpoint="latest", **OPTIONS) == 0
     assert same(weights(perceptual), weights(tmp_path))
 
@@ -50,10 +51,10 @@ def test_in_training_no_image_recognises_itself(data, tmp_path, monkeypatch):
     asked, read = [], {}
     forward, pixels = PerceptualSegmenter.forward, NormalImages.pixels
 
-    def listens(self, sample, images=None):
+    def listens(self, sample, images=None, chance=None):
         if self.training:
             asked.append((sample[:, :3].detach().clone(), images))
-        return forward(self, sample, images)
+        return forward(self, sample, images, chance)
 
     def keeps(self, index):
         read[index] = pixels(self, index)
