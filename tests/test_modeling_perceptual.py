@@ -136,6 +136,15 @@ def test_a_memory_larger_than_what_there_is_to_remember():
     assert torch.isfinite(model(pair((16, 16), 1), torch.zeros(1))).all()
 
 
+def test_a_pool_smaller_than_what_there_is_holds_something_of_every_image():
+    model = segmenter(memory_size=60)
+    model.remember(iter(pair(count=5)[:, :3]), pool=80)
+    assert set(model.memory_images.tolist()) == set(range(5)) and len(model.memory.unique(dim=0)) == 60
+    for row, number in zip(model.memory, model.memory_images.tolist(), strict=True):
+        own = model.describe(pair(count=5)[number : number + 1, :3])[0].flatten(1).T
+        assert (own - row).abs().amax(1).min() < 1e-4
+
+
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
 def test_constant_images_give_finite_logits(remembering, level):
     model = segmenter(memory_size=10)
