@@ -3,6 +3,7 @@ from .images_diffusionad import InvalidImageError as InvalidImageError
 from .loading import load_model as load_model
 from .modeling_anomaly_segmenter import AnomalySegmenter as AnomalySegmenter
 from .modeling_norm_guided_unet import NormGuidedUNet2DModel as NormGuidedUNet2DModel
+from .modeling_perceptual_segmenter import PerceptualSegmenter as PerceptualSegmenter
 from .pipeline_diffusionad import DiffusionADPipeline as DiffusionADPipeline
 from .pipeline_diffusionad import DiffusionADPipelineOutput as DiffusionADPipelineOutput
 from .presets import PRESETS as PRESETS

@@ -40,6 +40,7 @@ logger = logging.get_logger(__name__)
 _COMPONENT_MODULES = {
     "NormGuidedUNet2DModel": "modeling_norm_guided_unet",
     "AnomalySegmenter": "modeling_anomaly_segmenter",
+    "PerceptualSegmenter": "modeling_perceptual_segmenter",
     "NormGuidedScheduler": "scheduling_norm_guided",
 }
 # Increased whenever older versions of this package cannot read a saved pipeline correctly.

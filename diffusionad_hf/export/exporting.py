@@ -144,14 +144,15 @@ def _modules(format: str, precision: str) -> tuple[str, ...]:
 def _check_components(pipe: DiffusionADPipeline) -> None:
     if isinstance(pipe, ExportedDiffusionADPipeline):
         raise ValueError(f"{pipe.folder}: is an exported model already; give the original model.")
-    wanted = {"unet": "UNet2DModel", "segmenter": "AnomalySegmenter", "scheduler": "NormGuidedScheduler"}
-    for name, class_name in wanted.items():
+    segmenters = ("AnomalySegmenter", "PerceptualSegmenter")
+    wanted = {"unet": ("UNet2DModel",), "segmenter": segmenters, "scheduler": ("NormGuidedScheduler",)}
+    for name, class_names in wanted.items():
         component = getattr(pipe, name)
         # By name: a class that was loaded as a repo's own code is another object than the installed one.
-        if class_name not in (cls.__name__ for cls in type(component).__mro__):
+        if not {cls.__name__ for cls in type(component).__mro__} & {*class_names}:
             raise ValueError(
-                f"{name}: is a {type(component).__name__}, not of the class {class_name} that can be exported; put "
-                f"the model's own {name} back."
+                f"{name}: is a {type(component).__name__}, not of the class {' or '.join(class_names)} that can be "
+                f"exported; put the model's own {name} back."
             )
 
 

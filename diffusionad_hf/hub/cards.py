@@ -197,6 +197,7 @@ def build_card(
         training=_training_sentence(training or {}, "Last trained" if notes else "Trained"),
         parameters=sum(p.numel() for model in (pipe.unet, pipe.segmenter) for p in model.parameters()),
         image_size=pipe.config.image_size,
+        has_encoder=bool(getattr(getattr(pipe.segmenter, "config", None), "encoder", None)),
     )
 
 

@@ -22,7 +22,7 @@ MODELS_VARIABLE = "DIFFUSIONAD_MODELS"
 _PACKAGE = Path(__file__).resolve().parents[1]
 _THUMBNAIL = "thumbnail.png"
 _APP = ("*.py", "README.md", _THUMBNAIL)
-_PACKAGE_FILES = ("**/*.py", "**/*.pyi", "**/*.md", "**/*.css", "**/*.json")
+_PACKAGE_FILES = ("**/*.py", "**/*.pyi", "py.typed", "**/*.md", "**/*.css", "**/*.json", "*.safetensors", "*.txt")
 # The demo part's: with other models they would only mislead.
 _DEMO = ("examples/*.png", "examples/*.jpg", *(f"checkpoints/*/{pattern}" for pattern in PUBLISHED))
 # Folders of a Space that are the deployment's own: what an earlier one left there, and this one lacks, goes.

@@ -63,7 +63,8 @@ class TrainingConfig:
     )
 
     preset: str = _option(
-        "small", "Defaults for all other options: fast, light, paper, small, tiny, or a JSON file of your own."
+        "perceptual",
+        "Defaults for all other options: fast, light, paper, perceptual, small, tiny, or a JSON file of your own.",
     )
     architecture: str = _option("small", "Size of the networks.", choices=tuple(ARCHITECTURES))
     resolution: int = _option(256, "Side in px at which images are trained and inspected; a multiple of 32.")
@@ -80,6 +81,9 @@ class TrainingConfig:
         None,
         "Also learn from this trained pipeline (folder or Hub id) of the same resolution and any size; networks of "
         'the same size start with its weights. With category "all", a folder of the categories\' pipelines.',
+    )
+    detach_reconstruction: bool = _option(
+        False, "Let the UNet learn from its own loss alone, and not from the masks through the reconstruction as well."
     )
     gradient_checkpointing: bool = _option(False, "Trade time for memory, in both networks.")
     channels_last: bool = _option(False, "Use the channels-last memory format.")

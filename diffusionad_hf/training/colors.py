@@ -109,9 +109,11 @@ def _equalize(x: Tensor, u: np.ndarray) -> Tensor:
 
 def _rotate_source(x: Tensor, u: np.ndarray) -> Tensor:
     """Rotation by -45 to 45 degrees about the centre; black where nothing was."""
-    return rotate(x, 90 * u[:, 0] - 45)
+    # Interpolation may exceed 1 by a rounding: inverted it would be negative, and its gamma not a number.
+    return rotate(x, 90 * u[:, 0] - 45).clamp_(0, 1)
 
 
+# Each maps [0, 1] into [0, 1], to the last bit: the next one counts on it.
 OPERATIONS: tuple[Callable[[Tensor, np.ndarray], Tensor], ...] = (
     _gamma,
     _brightness,

@@ -115,7 +115,10 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
 
     # 2. Networks, optimiser, averaged weights.
     pipe, teacher_pipe = together(lambda: build_networks(args))
-    objective = DiffusionADObjective(pipe.unet, pipe.segmenter, pipe.scheduler).train()
+    if found is None and pipe.segmenter.config.get("memory_size"):
+        logger.info("Remembering what the normal images look like.")
+        pipe.segmenter.to(accelerator.device).remember(train_set.pixels(i) for i in range(len(train_set)))
+    objective = DiffusionADObjective(pipe.unet, pipe.segmenter, pipe.scheduler, args.detach_reconstruction).train()
     groups = [
         {"params": list(pipe.unet.parameters()), "lr": args.unet_learning_rate},
         {"params": list(pipe.segmenter.parameters()), "lr": args.segmenter_learning_rate},
@@ -163,6 +166,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
     # 4. The loop.
     running: dict[str, float] = state["losses"]
     parts: list[torch.Tensor] = []
+    broken: list[torch.Tensor] = []
     done, speaks = state["step"], accelerator.is_main_process
     with tqdm(total=args.max_train_steps, initial=done, desc="training", disable=not speaks) as bar:
         for batch in loader:
@@ -180,20 +184,23 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
                 optimizer.step()
                 optimizer.zero_grad()
             parts.append(torch.stack([losses[name].detach() for name in losses_shown]))
+            broken.append(broken_samples(inputs["images"], batch["index"]))
             if not accelerator.sync_gradients:
                 continue
             # One transfer from the device a step, and the only one; whether to stop, all processes decide alike.
             stop = torch.full_like(parts[0][:1], interrupt.requested)
             *values, stop = accelerator.reduce(torch.cat([torch.stack(parts).mean(0), stop]), "mean").tolist()
-            parts.clear()
             for name, value in zip(losses_shown, values, strict=True):
                 if not math.isfinite(value):
+                    refuse_broken(accelerator.gather(torch.cat(broken)), train_set, state["step"])
                     raise ValueError(
                         f"the {name} loss is {value} at step {state['step']}: lower the learning rates, or train with "
                         f"`mixed_precision` no. {output_dir} keeps the checkpoints from before."
                     )
                 # An exponential average, as single batches tell little.
                 running[name] = value if name not in running else 0.95 * running[name] + 0.05 * value
+            parts.clear()
+            broken.clear()
             state["step"] += 1
             if averaged is not None:
                 averaged.update_parameters(plain)
@@ -337,12 +344,13 @@ def prepare_batch(
         )
     images = torch.cat([part.images for part in made])
     drawing, timing = torch.Generator(device), torch.Generator()
-    noise, timesteps = [], []
+    noise, timesteps, chance = [], [], []
     for epoch, index in zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True):
-        words = np.random.SeedSequence((seed, epoch, index)).generate_state(2)
+        words = np.random.SeedSequence((seed, epoch, index)).generate_state(3)
         shape = (2, *images.shape[1:])
         noise.append(torch.randn(shape, generator=drawing.manual_seed(int(words[0])), device=device))
         timesteps.append(torch.cat(scheduler.sample_timesteps(1, generator=timing.manual_seed(int(words[1])))))
+        chance.append(float(words[2]) / 2**32)
     small, big = torch.stack(timesteps, dim=1).to(device)
     return {
         "images": images,
@@ -351,7 +359,25 @@ def prepare_batch(
         "noise": torch.stack(noise, dim=1),
         "timesteps_small": small,
         "timesteps_big": big,
+        "index": batch["index"].to(device),
+        "chance": torch.tensor(chance, device=device),
     }
+
+
+def broken_samples(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """For each of the images, `(N, 3, H, W)`, its number in the dataset if it is not finite, else -1."""
+    whole = images.isfinite().flatten(1).all(1)
+    return torch.where(whole, -1, index.to(images.device, non_blocking=True))
+
+
+def refuse_broken(broken: torch.Tensor, train_set: NormalImages, step: int) -> None:
+    """Raises `ValueError` that names the sample where [`broken_samples`] found one: no learning rate helps then."""
+    for index in broken[broken >= 0].tolist():
+        row = train_set.images.indices[index]
+        raise ValueError(
+            f"training image {row} ({train_set.images.dataset.names[row]}) is not finite at step {step}, once its "
+            "anomaly is made: a defect of the synthesis, please report it with this line and the options of the run."
+        )
 
 
 class Interrupt:

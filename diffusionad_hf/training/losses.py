@@ -84,11 +84,15 @@ class DiffusionADObjective(nn.Module):
     """
     Both networks and their common loss as one module, which is what distributed wrappers want.
 
-    The gradient of the mask losses flows through the norm-guided reconstruction into the UNet.
+    The gradient of the mask losses flows through the norm-guided reconstruction into the UNet, as in the paper, unless
+    `detached`.
     """
 
-    def __init__(self, unet: UNet2DModel, segmenter: ModelMixin, scheduler: NormGuidedScheduler):
+    def __init__(
+        self, unet: UNet2DModel, segmenter: ModelMixin, scheduler: NormGuidedScheduler, detached: bool = False
+    ):
         super().__init__()
+        self.detached = detached
         self.unet = unet
         self.segmenter = segmenter
         self.scheduler = scheduler
@@ -102,6 +106,8 @@ class DiffusionADObjective(nn.Module):
         timesteps_small: torch.Tensor,
         timesteps_big: torch.Tensor,
         teacher: dict[str, torch.Tensor] | None = None,
+        index: torch.Tensor | None = None,
+        chance: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -112,6 +118,8 @@ class DiffusionADObjective(nn.Module):
             timesteps_small, timesteps_big: `(N,)`.
             teacher: What another objective returned for the same arguments, to learn from too; see
                 [`distillation_loss`].
+            index: `(N,)`, the images' numbers in the dataset, for a segmenter that remembers them.
+            chance: `(N,)`, a number in [0, 1) for each, by which that segmenter goes without some images' features.
 
         Returns:
             `dict[str, torch.Tensor]`: The scalars `loss` (what to minimise), `noise`, `focal`, `smooth_l1`, and with
@@ -120,7 +128,9 @@ class DiffusionADObjective(nn.Module):
         """
         step = self.scheduler.reconstruct(self._predict, images, noise, timesteps_small, timesteps_big)
         noise_pred, reconstruction = torch.stack([step.noise_pred_small, step.noise_pred_big]), step.reconstruction
-        logits = self.segmenter(torch.cat([images, reconstruction], dim=1)).float()
+        pair = torch.cat([images, reconstruction.detach() if self.detached else reconstruction], dim=1)
+        remembers = self.training and getattr(self.segmenter, "config", {}).get("memory_size")
+        logits = (self.segmenter(pair, index, chance) if remembers else self.segmenter(pair)).float()
 
         weights = noise_weights(self.scheduler, torch.stack([timesteps_small, timesteps_big]))
         losses = {

@@ -257,7 +257,8 @@ class AnomalySynthesizer:
             picked = (draws["texture"][~from_self, 0] * len(self._bank)).astype(np.int64)
             textures = self._bank.index_select(0, torch.from_numpy(picked).to(normal.device)).float().div_(255)
             if textures.shape[-2:] != normal.shape[-2:]:
-                textures = F.interpolate(textures, normal.shape[-2:], mode="bilinear", antialias=True)
+                # A mean of ones may come out as 1.0000001.
+                textures = F.interpolate(textures, normal.shape[-2:], mode="bilinear", antialias=True).clamp_(0, 1)
             source = replace(source, ~from_self, textures)
         source = change_colors(source, draws["operations"], draws["parameters"])
         if from_self.any():

@@ -92,7 +92,9 @@ def test_what_goes_along_and_what_stays_at_home(hub, client, tmp_path):
     there |= {f"checkpoints/demo-part/{name}" for name in ("model_index.json", "README.md", "familiarity.json")}
     there |= {f"checkpoints/demo-part/{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "segmenter")}
     there |= {f"diffusionad_hf/{file.name}" for file in Path(diffusionad_hf.__file__).parent.glob("*.py")} | {
-        "diffusionad_hf/space/style.css"
+        "diffusionad_hf/space/style.css",
+        "diffusionad_hf/efficientnet_lite0.safetensors",
+        "diffusionad_hf/efficientnet_lite0.LICENSE.txt",
     }
     assert there <= set(found) and "diffusionad_hf/hub/model_card.md" in found
     for name, content in found.items():

@@ -54,7 +54,15 @@ NONSENSE = {
     "report_to": ["a-pigeon"],
     "dataloader_num_workers": [-1],
     **dict.fromkeys(
-        ("gradient_checkpointing", "channels_last", "compile", "push_to_hub", "hub_private_repo"), ["perhaps"]
+        (
+            "detach_reconstruction",
+            "gradient_checkpointing",
+            "channels_last",
+            "compile",
+            "push_to_hub",
+            "hub_private_repo",
+        ),
+        ["perhaps"],
     ),
 }
 # What it takes for an option to matter.
