@@ -26,18 +26,7 @@ SNAPPING = ((12, 20), (6, 8), (3, 4))  # neighbourhood in working pixels, most i
 
 
 def find_foregrounds(folder: str | Path, names: Sequence[str]) -> list[Path]:
-    """Finds the user's masks.
-
-    Args:
-        folder: holds one image for each name, with the same stem and any usual extension; `_mask` may follow the stem.
-        names: file names of the normal images.
-
-    Returns:
-        The mask's file for each name.
-
-    Raises:
-        FileNotFoundError: if the folder or a mask does not exist.
-    """
+    """The mask's file for each image name: the same stem, or that and `_mask`, with any usual extension."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(

@@ -29,7 +29,6 @@ _PATHS = {
     "foreground_dir",
     "output_dir",
     "init_from",
-    "distill_from",
     "resume_from_checkpoint",
 }
 
@@ -48,15 +47,7 @@ def validate(
 
 
 def finish(args: TrainingConfig, arguments: dict[str, Any], held_out: NormalImages, device: torch.device) -> None:
-    """
-    Writes the best weights into the output folder, as a pipeline calibrated on held-out normal images.
-
-    Args:
-        args: Of the training.
-        arguments: What to record of them, with what accelerate and the networks decided.
-        held_out: Images to calibrate on.
-        device: Where to compute.
-    """
+    """Writes the best weights into the output folder, as a pipeline calibrated on held-out normal images."""
     output_dir = Path(args.output_dir)
     restore_folder(output_dir / "best")
     dtype = getattr(torch, args.save_dtype)

@@ -13,13 +13,7 @@ _MOST_IMAGES = 64
 
 
 class Validation:
-    """
-    A fixed set of held-out normal images, each once as it is and once with a synthetic defect.
-
-    Args:
-        held_out: The first 64 are used.
-        synthesizer: Made with `anomaly_probability=1`.
-    """
+    """A fixed set of at most 64 held-out images, each as it is and with a synthetic defect."""
 
     def __init__(self, held_out: NormalImages, synthesizer: AnomalySynthesizer):
         rows = range(min(len(held_out), _MOST_IMAGES))
@@ -32,12 +26,9 @@ class Validation:
         self.labels = torch.cat([torch.zeros_like(defective.labels), defective.labels])
 
     def __call__(self, pipe: DiffusionADPipeline) -> dict[str, float]:
-        """
-        Measures a pipeline.
+        """Image AUROC, pixel AUROC, pixel AP, AUPRO, and `score`, by which models are chosen.
 
-        Returns:
-            `dict[str, float]`: `image_auroc`, `pixel_auroc`, `pixel_ap`, `aupro_30`, and `score`, the mean of image
-            AUROC and pixel AP, by which models are chosen: the one saturates early, the other tells good from better.
+        The score is the mean of image AUROC, which saturates early, and pixel AP, which tells good from better.
         """
         output = pipe(self.images)
         metrics = image_metrics(output.anomaly_score, self.labels.numpy())

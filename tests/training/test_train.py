@@ -50,7 +50,7 @@ def test_curve_checkpoints_logs_and_arguments_are_kept(trained):
 def test_training_changes_both_networks(data, two_steps):
     set_seed(0)
     args = parse_arguments(arguments(data, two_steps, max_train_steps=2))
-    (fresh, _), after = build_networks(args), weights(two_steps)
+    fresh, after = build_networks(args), weights(two_steps)
     # The UNet's last convolutions start at zero, behind which nothing learns in the first steps.
     for network, share in (("unet", 0.2), ("segmenter", 0.9)):
         before = dict(getattr(fresh, network).named_parameters())

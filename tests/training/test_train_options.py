@@ -52,7 +52,7 @@ def prepared(data, **options):
 
 def built(**options):
     """The pipeline to train."""
-    return train.build_networks(parse_arguments(["--data-dir", "d", "--output-dir", "o", *_flags(options)]))[0]
+    return train.build_networks(parse_arguments(["--data-dir", "d", "--output-dir", "o", *_flags(options)]))
 
 
 def _flags(options):
