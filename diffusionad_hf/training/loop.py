@@ -39,11 +39,10 @@ from .images import load_images
 from .losses import DiffusionADObjective
 from .memory import keep_freed_memory
 from .optimization import averaging, learning_rates
-from .outcome import Curve, finish, validate
+from .outcome import Curve, Validation, finish, validate
 from .processes import together
 from .synthesis import AnomalySynthesizer
 from .textures import FolderTextures, ProceduralTextures
-from .validation import Validation
 
 logger = logging.getLogger("training")
 
@@ -156,6 +155,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
 
     # 4. The loop.
     running: dict[str, float] = state["losses"]
+    running.pop("distillation", None)  # of an earlier version
     parts: list[torch.Tensor] = []
     done, speaks = state["step"], accelerator.is_main_process
     with tqdm(total=args.max_train_steps, initial=done, desc="training", disable=not speaks) as bar:
