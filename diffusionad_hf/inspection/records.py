@@ -71,8 +71,10 @@ def write_table(path: Path, results: Iterable[Inspection | Failure]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files need not be text.
-    options = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-    with replacing(path) as partial, partial.open("w", **options) as file:
+    with (
+        replacing(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.writer(file, quoting=csv.QUOTE_ALL)
         writer.writerow(_COLUMNS)
         for result in results:

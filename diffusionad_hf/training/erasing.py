@@ -27,7 +27,7 @@ def erase(images: Tensor, allowed: Tensor, u: np.ndarray) -> Tensor:
     coarse = max(size // 64, 1)
     small, product = F.avg_pool2d(grey, coarse), F.avg_pool2d(allowed, coarse).floor()
     found = _lone_feature(small, product, u[:, :1])
-    depth, _ = _ellipses(*found, *small.shape[-2:])
+    depth, _ = _ellipses(*found, *small.shape[-2:])  # type: ignore[call-arg]
     cover = (depth >= -size / coarse / 32).to(grey.dtype)
     down, right = (part * coarse for part in _plain_piece(small, product, cover, u[:, 1:]))
     patch = shift(images, down, right)
