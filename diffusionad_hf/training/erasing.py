@@ -27,12 +27,12 @@ def erase(images: Tensor, allowed: Tensor, u: np.ndarray) -> Tensor:
     coarse = max(size // 64, 1)
     small, product = F.avg_pool2d(grey, coarse), F.avg_pool2d(allowed, coarse).floor()
     found = _lone_feature(small, product, u[:, :1])
-    depth, _ = _ellipses(*found, *small.shape[-2:])  # type: ignore[call-arg]
+    depth, _ = _ellipses(*found, *small.shape[-2:])
     cover = (depth >= -size / coarse / 32).to(grey.dtype)
     down, right = (part * coarse for part in _plain_piece(small, product, cover, u[:, 1:]))
     patch = shift(images, down, right)
 
-    depth, plane = _ellipses(*(part * coarse for part in found), height, width)
+    depth, plane = _ellipses(*(part * coarse for part in found), height, width)  # type: ignore[call-arg]
     rim, difference = _rim(depth, size) * allowed, images - patch
     light = _fit_plane(difference, rim, plane[:, 0])
     # Again without what the first plane misses: a feature's edge that crosses the rim.
