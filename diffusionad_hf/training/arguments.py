@@ -77,11 +77,6 @@ class TrainingConfig:
     init_from: str | None = _option(
         None, "Start from the weights of this pipeline folder or Hub id, which must have the same size."
     )
-    distill_from: str | None = _option(
-        None,
-        "Also learn from this trained pipeline (folder or Hub id) of the same resolution and any size; networks of "
-        'the same size start with its weights. With category "all", a folder of the categories\' pipelines.',
-    )
     detach_reconstruction: bool = _option(
         False, "Let the UNet learn from its own loss alone, and not from the masks through the reconstruction as well."
     )
@@ -182,12 +177,7 @@ class TrainingConfig:
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainingConfig:
-    """
-    Reads the command line; a preset gives the defaults of the flags that are not on it.
-
-    Raises:
-        SystemExit: If a value makes no sense; one line names the flag.
-    """
+    """Reads the command line; a preset gives the defaults of the flags that are not on it."""
     parser = _parser()
     # On its own and first, as its values are the defaults that --help shows.
     first = DashedParser(add_help=False, allow_abbrev=False)
@@ -200,15 +190,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingConfig:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """
-    Reads a preset.
-
-    Args:
-        name: A file of `presets` without its suffix, or the path of a JSON file.
-
-    Raises:
-        ValueError: If there is no such preset, or a key or value is unknown.
-    """
+    """Reads a preset: the stem of a file of `presets`, or the path of a JSON file."""
     path = Path(name) if name.endswith(".json") else _PRESET_FOLDER / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in _PRESET_FOLDER.glob("*.json")))

@@ -25,21 +25,9 @@ ALL = "all"
 
 
 def train_all(args: TrainingConfig, train: Callable[[TrainingConfig], int]) -> int:
-    """
-    Trains every category of a dataset, each in a folder of its own in the output folder.
+    """Trains every category in a folder of its own; finished ones are skipped, failed ones do not stop the others.
 
-    A category that was finished before is skipped, one that was not goes on from its last checkpoint, and one that
-    fails does not keep the others from their turn.
-
-    Args:
-        args: Of the command line.
-        train: Trains one category, given its arguments; returns an exit code.
-
-    Returns:
-        0; 2 if a category failed, which is then named; the code of `train` where it is neither.
-
-    Raises:
-        FileNotFoundError, ValueError: If there is no such dataset, or names of categories are no names for folders.
+    Returns 0; 2 if a category failed; or the code of a `train` that was interrupted.
     """
     categories = together(lambda: list_categories(args.data_dir), main_only=False)
     folders = {name: Path(args.output_dir) / _slug(name) for name in categories}
@@ -51,8 +39,6 @@ def train_all(args: TrainingConfig, train: Callable[[TrainingConfig], int]) -> i
         own = {"category": name, "output_dir": str(folder), "resume_from_checkpoint": "latest"}
         if args.foreground_dir is not None:
             own["foreground_dir"] = str(Path(args.foreground_dir) / name)
-        if args.distill_from is not None:
-            own["distill_from"] = str(Path(args.distill_from) / folder.name)
         try:
             code = train_and_publish(replace(args, **own), train)
         except (OSError, ValueError, ImportError) as error:
@@ -70,15 +56,7 @@ def train_all(args: TrainingConfig, train: Callable[[TrainingConfig], int]) -> i
 
 
 def train_and_publish(args: TrainingConfig, train: Callable[[TrainingConfig], int]) -> int:
-    """
-    Trains one category, unless it is finished and to be resumed, and publishes it if asked to.
-
-    Returns:
-        The exit code of `train`.
-
-    Raises:
-        OSError, ValueError: If the training or the publishing fails. What was trained is in the output folder then.
-    """
+    """Trains one category, unless it is finished and to be resumed, and publishes it if asked to."""
     if args.resume_from_checkpoint == "latest" and _is_finished(args):
         logger.info(f"{args.output_dir} was finished before.")
         code = 0
@@ -90,13 +68,7 @@ def train_and_publish(args: TrainingConfig, train: Callable[[TrainingConfig], in
 
 
 def check_publishing(args: TrainingConfig) -> None:
-    """
-    Finds out before a long training what would keep its result from being published.
-
-    Raises:
-        OSError: If there is no token.
-        ValueError: If there would be no valid name for the repo.
-    """
+    """Finds out before a long training what would keep its result from being published."""
     if not get_token():
         raise OSError("`push_to_hub`: needs a Hugging Face token; log in with `hf auth login`, or set HF_TOKEN.")
     repo_id = _repo_id(args)

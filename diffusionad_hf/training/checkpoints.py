@@ -35,18 +35,7 @@ _FREE_ARGUMENTS = {
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict[str, Any], limit: int) -> Path:
-    """
-    Writes `checkpoint-<step>` into the output folder; the former checkpoints stay untouched until it is whole.
-
-    Args:
-        accelerator: Whose prepared and registered objects are saved.
-        output_dir: The training's output folder.
-        state: JSON values; `step` and `arguments` among them.
-        limit: How many checkpoints to keep.
-
-    Raises:
-        OSError: If it cannot be written, such as on a full disk; the former checkpoints are whole.
-    """
+    """Writes `checkpoint-<step>`; the former ones stay untouched until it is whole, and the last `limit` are kept."""
     final = output_dir / f"checkpoint-{state['step']}"
     partial = _hidden(final)
 
@@ -81,19 +70,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict[str,
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path | None:
-    """
-    The checkpoint that `resume_from_checkpoint` names.
-
-    Args:
-        output_dir: The training's output folder.
-        name: `"latest"`, a folder, or a folder's name inside the output folder.
-
-    Returns:
-        Its folder; `None` for `"latest"` where there is none yet.
-
-    Raises:
-        FileNotFoundError: If a named checkpoint does not exist or is none.
-    """
+    """The checkpoint named by `resume_from_checkpoint`; `None` for "latest" if there is none yet."""
     if name == "latest":
         return next(reversed(_checkpoints(output_dir)), None)
     for folder in (Path(name), output_dir / name):
@@ -104,20 +81,7 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """
-    Restores the accelerator's objects from a checkpoint.
-
-    Args:
-        accelerator: With the objects prepared and registered as when it was saved.
-        folder: A folder of [`find_checkpoint`].
-        arguments: This training's arguments.
-
-    Returns:
-        `dict`: The state that was saved with it.
-
-    Raises:
-        ValueError: If it comes from a training with other arguments; names the first and both values.
-    """
+    """Restores the accelerator's objects and returns the state saved with them."""
     state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
     check_same_training(state["arguments"], arguments, f"`resume_from_checkpoint` {folder}")
     accelerator.load_state(str(folder))
@@ -125,17 +89,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, arguments: dict[str,
 
 
 def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
-    """
-    Compares the arguments of two trainings, as far as they change the weights.
-
-    Args:
-        then: As recorded; options that did not exist at that time are absent.
-        now: Of this training.
-        where: What the error begins with.
-
-    Raises:
-        ValueError: If they differ; names the first argument that does, and both values.
-    """
+    """Raises `ValueError` naming the first argument that differs and changes the weights."""
     # Trainings from before there was this option learnt the noise, which their weights do not tell.
     then = {"prediction_type": "epsilon"} | then
     free = _FREE_ARGUMENTS | ({"max_train_steps"} if now.get("lr_schedule") in STEADY_SCHEDULES else set())
@@ -148,12 +102,7 @@ def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -
 
 
 def refuse_former_training(output_dir: Path) -> None:
-    """
-    Keeps a training from starting over where another one left its work.
-
-    Raises:
-        ValueError: If the folder holds checkpoints.
-    """
+    """Keeps a training from starting over where another one left its work."""
     former = _checkpoints(output_dir)
     if former:
         raise ValueError(

@@ -15,15 +15,7 @@ _MOST_HELD_OUT = 500
 
 
 class TableImages(Sequence):
-    """
-    The images of a table: the paths of its files, or an image decoded when asked for where the table itself holds it.
-
-    Args:
-        table: A `datasets.Dataset` with a column `image`.
-
-    Attributes:
-        names: Of the images' files, `None` where one has none.
-    """
+    """The images of a `datasets` table: paths of files, or images decoded when asked for if the table holds them."""
 
     def __init__(self, table: Any):
         encoded = table.cast_column("image", type(table.features["image"])(decode=False)).select_columns("image")
@@ -43,12 +35,7 @@ class TableImages(Sequence):
 
 
 class PackedMasks(Sequence):
-    """
-    Square masks at a bit a pixel: 10,000 of 256 px take 82 MB.
-
-    Args:
-        masks: `(S, S)` bool arrays, taken one at a time.
-    """
+    """Square `(S, S)` bool masks at a bit a pixel: 10,000 of 256 px take 82 MB."""
 
     def __init__(self, masks: Iterable[np.ndarray]):
         self._packed = []
@@ -66,18 +53,10 @@ class PackedMasks(Sequence):
 
 
 class NormalImages(Dataset):
-    """
-    Normal images at the model's resolution, with the object's foreground.
+    """Normal images at the model's resolution, with the object's foreground `(1, S, S)` where there is one.
 
-    Items are asked for as `(epoch, index)` and come as a dictionary of `image` `(3, S, S)` float32 in [0, 1],
-    `foreground` `(1, S, S)`, `epoch` and `index`. Resized images are kept in memory up to 1 GiB in all, and decoded
-    when asked for beyond.
-
-    Args:
-        images: Images or paths, as [`~diffusionad_hf.pipeline_diffusionad.load_image`] takes them; indexing may
-            decode.
-        resolution: Side length S in px.
-        foregrounds: For each image `(1, S, S)`; or `None` for none.
+    Items are asked for as `(epoch, index)`. Resized images are kept in memory up to 1 GiB in all, and beyond that
+    decoded when asked for.
     """
 
     def __init__(self, images: Sequence[Any], resolution: int, foregrounds: Sequence[torch.Tensor] | None = None):
@@ -111,17 +90,10 @@ class NormalImages(Dataset):
 
 
 class StepSampler(Sampler):
-    """
-    Batches of `(epoch, index)`, a pure function of the seed and the step.
+    """Batches of `(epoch, index)`, a pure function of the seed and the step.
 
-    The epochs' permutations of the images form one endless row, of which every step takes its turn and every process
-    its part of it: the order does not depend on the number of processes, and a resumed run needs nothing but its step.
-
-    Args:
-        length: Number of images.
-        batch_size: Images per process and batch.
-        batches: Which batches to give, counted from the start of the training.
-        process, processes: Which part of each batch is this process's.
+    The epochs' permutations form one endless row, of which every step and every process takes its part: the order does
+    not depend on the number of processes, and a resumed run needs nothing but its step.
     """
 
     def __init__(self, length: int, batch_size: int, batches: range, seed: int, process: int = 0, processes: int = 1):
@@ -145,14 +117,7 @@ class StepSampler(Sampler):
 
 
 def split_holdout(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """
-    Splits `count` normal images at random into those to train on and those to choose and calibrate the model with.
-
-    At most 500 are held out.
-
-    Raises:
-        ValueError: If there are too few for both.
-    """
+    """Splits `count` images at random: rows to train on, and at most 500 to choose and calibrate the model with."""
     if count < 2:
         raise ValueError(f"{count} normal image(s): at least 2 are needed, one to train on and one to calibrate with.")
     order = np.random.default_rng((seed, 0x5EED)).permutation(count)

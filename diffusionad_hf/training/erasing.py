@@ -59,18 +59,10 @@ def _plain_piece(grey: Tensor, allowed: Tensor, cover: Tensor, u: np.ndarray) ->
 
 
 def _lone_feature(grey: Tensor, allowed: Tensor, u: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An ellipse on the product, drawn from those whose inside stands out from a plain rim.
+    """An ellipse on the product whose inside stands out from a plain rim: column, row, half axes, `(N, 1, 1, 1)` px.
 
     All places are tried with all shapes at once, by correlation: how much the rim varies, and how much the inside
-    differs from the rim's mean. Where nothing stands alone, it is the ellipse that comes nearest to it.
-
-    Args:
-        grey: `(N, 1, H, W)`.
-        allowed: `(N, 1, H, W)`, 1 on the product.
-        u: `(N, 1)`, the draw.
-
-    Returns:
-        Column and row of its centre and its half axes along them, in px, `(N, 1, 1, 1)` each.
+    differs from the rim's mean. If nothing stands alone, it is the ellipse that comes nearest to it.
     """
     height, width = grey.shape[-2:]
     wide, tall = torch.tensor(ERASED_FEATURES, dtype=grey.dtype, device=grey.device).T[:, :, None, None] * max(

@@ -26,18 +26,7 @@ SNAPPING = ((12, 20), (6, 8), (3, 4))  # neighbourhood in working pixels, most i
 
 
 def find_foregrounds(folder: str | Path, names: Sequence[str]) -> list[Path]:
-    """Finds the user's masks.
-
-    Args:
-        folder: holds one image for each name, with the same stem and any usual extension; `_mask` may follow the stem.
-        names: file names of the normal images.
-
-    Returns:
-        The mask's file for each name.
-
-    Raises:
-        FileNotFoundError: if the folder or a mask does not exist.
-    """
+    """The mask's file for each image name: the same stem, or that and `_mask`, with any usual extension."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -93,18 +82,9 @@ class ForegroundEstimator:
 
     Attributes:
         kind: "object" or "texture".
-
-    Raises:
-        ValueError: if there is no image, an image is of another shape or type, or the kind is unknown.
     """
 
     def __init__(self, images: Sequence[np.ndarray], kind: str = "auto") -> None:
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-        if len(images) == 0:
-            raise ValueError("foregrounds cannot be estimated without images")
-        for i, image in enumerate(images):
-            _check(image, f"image {i}")
         self.kind = kind
         if kind == "texture":
             return
@@ -125,12 +105,7 @@ class ForegroundEstimator:
             self.kind = "object" if inside else "texture"
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """The foreground of an image `(H, W, 3)` uint8: `(H, W)` bool, True everywhere on a texture.
-
-        Raises:
-            ValueError: if the image is of another shape or type.
-        """
-        _check(image, "image")
+        """The foreground of an image `(H, W, 3)` uint8: `(H, W)` bool, True everywhere on a texture."""
         if self.kind == "texture":
             return np.ones(image.shape[:2], bool)
         distance = self._distance(_deviation(image)[0])
@@ -140,11 +115,6 @@ class ForegroundEstimator:
         """How far each pixel is from its background: to the power 0.75, in standard deviations of all backgrounds."""
         # The power keeps the brightest parts of an object from hiding its dull ones; a lower one would let shadows in.
         return np.linalg.norm(deviation @ self._whiten, axis=-1).astype(np.float32) ** 0.75
-
-
-def _check(image: np.ndarray, name: str) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < 8:
-        raise ValueError(f"{name} must be (H, W, 3) uint8 of at least 8 px, not {image.shape} {image.dtype}")
 
 
 def _deviation(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

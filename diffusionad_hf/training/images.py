@@ -18,12 +18,8 @@ _SAME_SHAPE = 0.02
 
 
 def load_images(args: TrainingConfig) -> tuple[TableImages, str, Sequence[torch.Tensor] | None]:
-    """
-    The category's normal images, whether they show objects or a texture, and where anomalies may lie: `(1, S, S)` for
-    each image, or `None` for random parts of a texture.
-
-    Raises:
-        ValueError, FileNotFoundError: If the data cannot be used; the message names the file or the way out.
+    """The category's normal images, "object" or "texture", and where anomalies may lie: `(1, S, S)` for each image, or
+    `None` for random parts of a texture.
     """
     usable, _ = check_images(load_category(args.data_dir, args.category)["train"])
     images = TableImages(usable)
@@ -57,12 +53,7 @@ def estimated_foregrounds(
 def given_foregrounds(
     folder: str, images: TableImages, size: int, rows: Sequence[int] | None = None
 ) -> Iterator[np.ndarray]:
-    """
-    The user's masks of some images, or of all, `(S, S)` bool, read one at a time.
-
-    Raises:
-        FileNotFoundError, ValueError: If a mask is missing, broken, empty, or of another shape than its image.
-    """
+    """The user's masks of some images, or of all, `(S, S)` bool, read one at a time."""
     rows = range(len(images)) if rows is None else rows
     for row, path in zip(rows, find_foregrounds(folder, [str(images.names[row]) for row in rows]), strict=True):
         mask = load_foreground(path)

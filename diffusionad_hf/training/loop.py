@@ -35,16 +35,14 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .dataset import NormalImages, StepSampler, split_holdout
-from .distillation import load_teacher, take_weights_that_fit
 from .images import load_images
 from .losses import DiffusionADObjective
 from .memory import keep_freed_memory
 from .optimization import averaging, learning_rates
-from .outcome import Curve, finish, validate
+from .outcome import Curve, Validation, finish, validate
 from .processes import together
 from .synthesis import AnomalySynthesizer
 from .textures import FolderTextures, ProceduralTextures
-from .validation import Validation
 
 logger = logging.getLogger("training")
 
@@ -114,7 +112,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
     train_set, held_out, synthesizer, validation = together(lambda: prepare_data(args))
 
     # 2. Networks, optimiser, averaged weights.
-    pipe, teacher_pipe = together(lambda: build_networks(args))
+    pipe = together(lambda: build_networks(args))
     if found is None and pipe.segmenter.config.get("memory_size"):
         logger.info("Remembering what the normal images look like.")
         pipe.segmenter.to(accelerator.device).remember(train_set.pixels(i) for i in range(len(train_set)))
@@ -126,11 +124,6 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
     optimizer = torch.optim.Adam(groups, fused=accelerator.device.type == "cuda")
     objective, optimizer = accelerator.prepare(objective, optimizer)
     plain = accelerator.unwrap_model(objective)
-    losses_shown, teacher = _LOSSES, None
-    if teacher_pipe is not None:
-        losses_shown = (*_LOSSES, "distillation")
-        teacher_pipe.to(accelerator.device)
-        teacher = DiffusionADObjective(teacher_pipe.unet, teacher_pipe.segmenter, teacher_pipe.scheduler).eval()
     averaged = None
     if args.ema_decay:
         averaged = AveragedModel(plain, multi_avg_fn=averaging(args.ema_decay), use_buffers=True)
@@ -165,6 +158,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
 
     # 4. The loop.
     running: dict[str, float] = state["losses"]
+    running.pop("distillation", None)  # of an earlier version
     parts: list[torch.Tensor] = []
     broken: list[torch.Tensor] = []
     done, speaks = state["step"], accelerator.is_main_process
@@ -174,23 +168,20 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
                 for group, rate in zip(optimizer.param_groups, learning_rates(args, state["step"]), strict=True):
                     group["lr"] = rate
                 inputs = prepare_batch(batch, synthesizer, pipe.scheduler, accelerator.device, args.seed)
-                if teacher is not None:
-                    with torch.no_grad(), accelerator.autocast():
-                        inputs["teacher"] = teacher(**inputs)
                 losses = objective(**inputs)
                 accelerator.backward(losses["loss"])
                 if args.max_grad_norm and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(objective.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            parts.append(torch.stack([losses[name].detach() for name in losses_shown]))
+            parts.append(torch.stack([losses[name].detach() for name in _LOSSES]))
             broken.append(broken_samples(inputs["images"], batch["index"]))
             if not accelerator.sync_gradients:
                 continue
             # One transfer from the device a step, and the only one; whether to stop, all processes decide alike.
             stop = torch.full_like(parts[0][:1], interrupt.requested)
             *values, stop = accelerator.reduce(torch.cat([torch.stack(parts).mean(0), stop]), "mean").tolist()
-            for name, value in zip(losses_shown, values, strict=True):
+            for name, value in zip(_LOSSES, values, strict=True):
                 if not math.isfinite(value):
                     refuse_broken(accelerator.gather(torch.cat(broken)), train_set, state["step"])
                     raise ValueError(
@@ -270,18 +261,12 @@ def prepare_data(args: TrainingConfig) -> tuple[NormalImages, NormalImages, Anom
     return train_set, held_out, AnomalySynthesizer(textures, **anomalies), validation
 
 
-def build_networks(args: TrainingConfig) -> tuple[DiffusionADPipeline, DiffusionADPipeline | None]:
-    """The pipeline to train, from random weights or those of another one, and the one it learns from, if any."""
-    pipe, teacher = build_pipeline(args.architecture, args.resolution, args.prediction_type), None
-    if args.distill_from is not None:
-        teacher = load_teacher(args.distill_from, pipe)
+def build_networks(args: TrainingConfig) -> DiffusionADPipeline:
+    """The pipeline to train, from random weights or those of another one."""
+    pipe = build_pipeline(args.architecture, args.resolution, args.prediction_type)
     if args.init_from is not None:
         start_from(args.init_from, pipe)
-    elif teacher is not None:
-        taken = take_weights_that_fit(teacher, pipe)
-        logger.info(f"Of the same size as the teacher's, so started with its weights: {', '.join(taken) or 'none'}.")
-    networks = [network for p in (pipe, teacher) if p is not None for network in (p.unet, p.segmenter)]
-    for network in networks:
+    for network in (pipe.unet, pipe.segmenter):
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         if args.channels_last:
@@ -289,7 +274,7 @@ def build_networks(args: TrainingConfig) -> tuple[DiffusionADPipeline, Diffusion
         if args.compile:
             # In place: names of weights, copies and checkpoints stay what they are.
             network.compile()
-    return pipe, teacher
+    return pipe
 
 
 def start_from(model: str, pipe: DiffusionADPipeline) -> None:

@@ -1,4 +1,4 @@
-"""The losses of DiffusionAD, that of distillation, and one forward pass of training."""
+"""The losses of DiffusionAD and one forward pass of training."""
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,7 @@ FOCAL_WEIGHT = 5.0
 def binary_focal_loss(
     logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.5, gamma: float = 4.0
 ) -> torch.Tensor:
-    """
-    Mean of `alpha (1 - p_t)^gamma CE` (`BinaryFocalLoss` of the reference's train.py; alpha weighs both classes alike
-    there).
-
-    Args:
-        logits: Of any shape.
-        targets: Of the same shape, 0 or 1.
-    """
+    """Mean of `alpha (1 - p_t)^gamma CE` (reference: `BinaryFocalLoss`, whose alpha weighs both classes alike)."""
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return (alpha * (1 - torch.exp(-cross_entropy)) ** gamma * cross_entropy).mean()
 
@@ -55,31 +48,6 @@ def noise_weights(scheduler: NormGuidedScheduler, timesteps: torch.Tensor) -> to
     return (1 / ratio).clamp(max=1) if scheduler.config.prediction_type == "sample" else torch.ones_like(ratio)
 
 
-def distillation_loss(
-    noise_pred: torch.Tensor,
-    logits: torch.Tensor,
-    teacher_noise_pred: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    weights: torch.Tensor | float = 1.0,
-) -> torch.Tensor:
-    """
-    How far a network's answers are from a teacher's: mean squared error of the predicted noise of both scales, plus
-    the mean cross entropy to the teacher's probabilities less its least value, so that 0 is agreement.
-
-    Unlike [`noise_loss`] it takes anomalous samples too, for which only the teacher knows what they would look like
-    without their anomaly, and it has no share of the noise itself, which nobody can predict.
-
-    Args:
-        noise_pred, teacher_noise_pred: `(2, N, C, H, W)`, small scale first.
-        logits, teacher_logits: Of any shape.
-        weights: `(2, N)`, see [`noise_weights`].
-    """
-    noise = (weights * (noise_pred - teacher_noise_pred).square().flatten(2).mean(dim=2)).mean(dim=1).sum()
-    probabilities = teacher_logits.sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(teacher_logits, probabilities)
-    return noise + F.binary_cross_entropy_with_logits(logits, probabilities) - entropy
-
-
 class DiffusionADObjective(nn.Module):
     """
     Both networks and their common loss as one module, which is what distributed wrappers want.
@@ -105,7 +73,6 @@ class DiffusionADObjective(nn.Module):
         noise: torch.Tensor,
         timesteps_small: torch.Tensor,
         timesteps_big: torch.Tensor,
-        teacher: dict[str, torch.Tensor] | None = None,
         index: torch.Tensor | None = None,
         chance: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
@@ -116,15 +83,12 @@ class DiffusionADObjective(nn.Module):
             labels: `(N,)`, 1 for samples with an anomaly.
             noise: `(2, N, 3, H, W)`, small scale first.
             timesteps_small, timesteps_big: `(N,)`.
-            teacher: What another objective returned for the same arguments, to learn from too; see
-                [`distillation_loss`].
             index: `(N,)`, the images' numbers in the dataset, for a segmenter that remembers them.
             chance: `(N,)`, a number in [0, 1) for each, by which that segmenter goes without some images' features.
 
         Returns:
-            `dict[str, torch.Tensor]`: The scalars `loss` (what to minimise), `noise`, `focal`, `smooth_l1`, and with
-            a teacher `distillation`; and `noise_pred` `(2, N, 3, H, W)`, small scale first, `logits` `(N, 1, H, W)`
-            and `reconstruction` `(N, 3, H, W)`.
+            `dict[str, torch.Tensor]`: The scalars `loss` (what to minimise), `noise`, `focal`, `smooth_l1`; and
+            `logits` `(N, 1, H, W)` and `reconstruction` `(N, 3, H, W)`.
         """
         step = self.scheduler.reconstruct(self._predict, images, noise, timesteps_small, timesteps_big)
         noise_pred, reconstruction = torch.stack([step.noise_pred_small, step.noise_pred_big]), step.reconstruction
@@ -139,18 +103,7 @@ class DiffusionADObjective(nn.Module):
             "smooth_l1": F.smooth_l1_loss(logits.sigmoid(), masks),
         }
         loss = losses["noise"] + FOCAL_WEIGHT * losses["focal"] + losses["smooth_l1"]
-        if teacher is not None:
-            losses["distillation"] = distillation_loss(
-                noise_pred, logits, teacher["noise_pred"], teacher["logits"], weights
-            )
-            loss = loss + losses["distillation"]
-        return {
-            "loss": loss,
-            **losses,
-            "noise_pred": noise_pred,
-            "logits": logits,
-            "reconstruction": reconstruction,
-        }
+        return {"loss": loss, **losses, "logits": logits, "reconstruction": reconstruction}
 
     def _predict(self, noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The UNet's output for both scales, `(2N, 3, H, W)`."""

@@ -29,17 +29,7 @@ TITLE = 22  # height of a line of text in pixels
 def contact_sheet(
     images: torch.Tensor, foregrounds: torch.Tensor | None, synthesizer: AnomalySynthesizer, title: str
 ) -> Image.Image:
-    """Draws a row for each image: itself, its foreground, and two synthetic anomalies with their masks.
-
-    Args:
-        images: `(N, 3, S, S)` in [0, 1].
-        foregrounds: `(N, 1, S, S)`, or None for textures, whose foreground is a random part.
-        synthesizer: with `anomaly_probability` 1, so that every image has an anomaly to look at.
-        title: first line of the sheet.
-
-    Returns:
-        RGB picture, `6 S` pixels wide.
-    """
+    """A row for each image `(N, 3, S, S)`: itself, its foreground, and two synthetic anomalies with their masks."""
     shown = torch.ones_like(images[:, :1]) if foregrounds is None else foregrounds.float()
     outside = images.mean(1, keepdim=True).expand_as(images) * 0.3
     columns = [images, torch.where(shown > 0.5, images, outside)]

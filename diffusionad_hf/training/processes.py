@@ -10,19 +10,9 @@ T = TypeVar("T")
 
 
 def together(work: Callable[[], T], *, main_only: bool = False) -> T | None:
-    """
-    Does something in every process, or in the main one alone, and fails in all of them where it fails in one: the
-    others would else wait for it, or train on without it.
+    """Runs `work` on every process, or on the main one alone; a failure is raised on all of them.
 
-    Args:
-        work: What to do.
-        main_only: In the main process alone; the others wait until it is done.
-
-    Returns:
-        What `work` returned in this process.
-
-    Raises:
-        OSError, ValueError, ImportError: What `work` raised, here or elsewhere.
+    Without that the others would wait for the failed one, or train on without it.
     """
     state = PartialState()
     result = failure = None

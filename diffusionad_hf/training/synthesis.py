@@ -26,6 +26,9 @@ from .batches import column, replace, rotate, select, shift
 from .colors import OPERATIONS_PER_SOURCE, change_colors
 from .erasing import erase
 
+PERLIN_SCALES = (0, 6)  # the noise has 2^k cells along an axis, k in [low, high), each axis on its own
+THRESHOLD = 0.5  # noise above it is anomalous; noise lies in [-1, 1]
+OPACITY = (0.2, 0.8)  # bounds of an anomaly's opacity, drawn uniformly for each image
 TILES = 8  # strips per axis of the self-augmented source
 MAX_ATTEMPTS = 50  # Perlin fields tried before an image stays normal
 ATTEMPTS_AT_ONCE = 8  # bounds memory: this many fields an image are evaluated together
@@ -80,9 +83,6 @@ class AnomalySynthesizer:
         anomaly_probability: share of the images that get an anomaly.
         self_augmentation_probability: share of the anomalies made from the image itself (colours changed, 8 x 8 tiles
             shuffled) and not from a texture. The reference: 0.5 for objects, 0 for textured categories.
-        perlin_scales: `(low, high)`: the noise has `2^k` cells along an axis, k in [low, high), each axis on its own.
-        threshold: noise above it is anomalous; noise lies in [-1, 1].
-        opacity: bounds of the anomaly's opacity, drawn uniformly for each image.
         line_probability: share of the anomalies that are thin lines, where the noise crosses 0 in a random part of the
             image, and not blobs. Not in the reference, whose anomalies teach little about scratches and cracks.
         displaced_probability: share of the anomalies made from the image itself, moved by 0.1 to 0.4 of its size and
@@ -92,7 +92,7 @@ class AnomalySynthesizer:
             gives away. Not in the reference.
 
     Raises:
-        ValueError: if an argument is out of range or the bank is empty or of another shape or type.
+        ValueError: if the bank is empty or of another shape or type.
     """
 
     def __init__(
@@ -102,9 +102,6 @@ class AnomalySynthesizer:
         seed: int = 0,
         anomaly_probability: float = 0.5,
         self_augmentation_probability: float = 0.5,
-        perlin_scales: tuple[int, int] = (0, 6),
-        threshold: float = 0.5,
-        opacity: tuple[float, float] = (0.2, 0.8),
         line_probability: float = 0.0,
         displaced_probability: float = 0.0,
         erased_probability: float = 0.0,
@@ -112,29 +109,9 @@ class AnomalySynthesizer:
         bank = textures.bank
         if bank.dtype != torch.uint8 or bank.ndim != 4 or bank.shape[1] != 3 or bank.numel() == 0:
             raise ValueError(f"textures.bank must be (K, 3, S, S) uint8, K > 0, not {tuple(bank.shape)} {bank.dtype}")
-        for name, value in (
-            ("anomaly_probability", anomaly_probability),
-            ("self_augmentation_probability", self_augmentation_probability),
-            ("line_probability", line_probability),
-            ("displaced_probability", displaced_probability),
-            ("erased_probability", erased_probability),
-        ):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], not {value}")
-        if not 0 <= perlin_scales[0] < perlin_scales[1] <= 10:
-            raise ValueError(f"perlin_scales must be (low, high) with 0 <= low < high <= 10, not {perlin_scales}")
-        if not 0 <= opacity[0] <= opacity[1] <= 1:
-            raise ValueError(f"opacity must be (low, high) with 0 <= low <= high <= 1, not {opacity}")
-        if not -1 <= threshold < 1:
-            raise ValueError(f"threshold must lie in [-1, 1), the range of Perlin noise, not {threshold}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must lie in [0, 2^64), not {seed}")
         self.seed = seed
         self.anomaly_probability = anomaly_probability
         self.self_augmentation_probability = self_augmentation_probability
-        self.perlin_scales = perlin_scales
-        self.threshold = threshold
-        self.opacity = opacity
         self.line_probability = line_probability
         self.displaced_probability = displaced_probability
         self.erased_probability = erased_probability
@@ -178,7 +155,7 @@ class AnomalySynthesizer:
             mask = self._masks([streams[row] for row in rows], part, allowed)
             normal = images[where].to(torch.promote_types(images.dtype, torch.float32))
             source = self._sources(normal.float(), part).to(normal.dtype)
-            low, high = self.opacity
+            low, high = OPACITY
             # The reference weighs the image, not the anomaly, with beta in U(0.2, 0.8): by symmetry the same.
             opacity = low + part["opacity"] * (high - low)
             displaced = part["displaced"][:, 0] < self.displaced_probability
@@ -210,7 +187,7 @@ class AnomalySynthesizer:
         Like the reference, a field that marks nothing on the foreground is redrawn, up to 50 fields in all; then the
         mask stays empty and the image normal.
         """
-        low, high = self.perlin_scales
+        low, high = PERLIN_SCALES
         cells = 2 ** (low + (draws["cells"] * (high - low)).astype(np.int64))
         lines = draws["line"][:, 0] < self.line_probability
         displaced = draws["displaced"][:, 0] < self.displaced_probability
@@ -232,7 +209,7 @@ class AnomalySynthesizer:
             noise = perlin_noise(angles, cells[left].repeat(count, 0), height, width)[:, None]
             degrees = draws["rotations"][left, first : first + count].reshape(-1) * 180 - 90
             rotated = rotate(noise, degrees).unflatten(0, (len(left), count))
-            shapes = rotated.sub(self.threshold).gt_(0)
+            shapes = rotated.sub(THRESHOLD).gt_(0)
             if lines[left].any():
                 these = left[lines[left]]
                 drawn = _lines(select(rotated, lines[left]), cells[these], draws["line"][these, 1])

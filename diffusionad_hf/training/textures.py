@@ -32,13 +32,11 @@ class FolderTextures:
 
     Raises:
         FileNotFoundError: if the folder does not exist.
-        ValueError: if no image in it can be read, or an argument is below 1.
+        ValueError: if no image in it can be read.
     """
 
     def __init__(self, folder: str | Path, size: int, limit: int = 2000) -> None:
         folder = Path(folder)
-        if size < 1 or limit < 1:
-            raise ValueError(f"size and limit must be at least 1, not {size} and {limit}")
         if not folder.is_dir():
             raise FileNotFoundError(f"texture folder {folder} does not exist; without one, use ProceduralTextures")
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
@@ -74,14 +72,9 @@ class ProceduralTextures:
 
     Attributes:
         bank: `(count, 3, size, size)` uint8.
-
-    Raises:
-        ValueError: if an argument is out of range.
     """
 
     def __init__(self, size: int, count: int = 500, seed: int = 0) -> None:
-        if size < 8 or count < 1 or seed < 0:
-            raise ValueError(f"size must be at least 8, count 1 and seed 0, not {size}, {count} and {seed}")
         bank = np.empty((count, 3, size, size), dtype=np.uint8)
         for i in range(count):
             rng = np.random.default_rng([seed, i])

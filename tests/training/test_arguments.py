@@ -27,7 +27,6 @@ NONSENSE = {
     "resolution": [0, 100, 64.5],
     "prediction_type": ["the-future"],
     "init_from": ["no/such/model"],
-    "distill_from": ["no/such/model"],
     "line_probability": [1.5],
     "displaced_probability": [-0.5],
     "erased_probability": ["nan"],

@@ -121,21 +121,6 @@ def test_the_kind_can_be_given():
     assert kind == "object" and masks[0].all(), "nothing found: anomalies may lie anywhere"
 
 
-@pytest.mark.parametrize(
-    ("images", "kind", "message"),
-    [
-        ([], "auto", "without images"),
-        ([np.zeros((16, 16, 3), np.uint8)], "objects", "kind must be"),
-        ([np.zeros((16, 16), np.uint8)], "auto", "image 0"),
-        ([np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 3), np.float32)], "auto", "image 1"),
-        ([np.zeros((4, 16, 3), np.uint8)], "auto", "image 0"),
-    ],
-)
-def test_bad_input_is_named(images, kind, message):
-    with pytest.raises(ValueError, match=message):
-        estimate_foregrounds(images, kind)
-
-
 def save_mask(path, value=255):
     mask = np.zeros((10, 12), np.uint8)
     mask[2:5, 3:9] = value

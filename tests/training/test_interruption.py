@@ -51,17 +51,11 @@ def test_killed_at_any_point_and_resumed_it_ends_with_the_weights_of_one_never_i
     ended(*start(data, output, die_at=("os.rename", ".best.partial")), -signal.SIGKILL)
     assert not (output / "best").exists()
 
-    # Somewhere in the step after the first checkpoint.
-    process, log = start(data, output, **resume)
-    wait_for((output / "checkpoint-2").exists, process, log)
-    process.kill()
-    ended(process, log, -signal.SIGKILL)
-
-    # In the middle of writing the second checkpoint.
-    largest = (output / "checkpoint-2/model.safetensors").stat().st_size + 100_000
+    # In the middle of writing the first checkpoint.
+    largest = (trained / "checkpoint-4/model.safetensors").stat().st_size + 100_000
     ended(*start(data, output, largest_file=largest, **resume), -signal.SIGXFSZ)
-    half = output / ".checkpoint-4.partial/optimizer.bin"
-    assert 0 < half.stat().st_size <= largest < (output / "checkpoint-2/optimizer.bin").stat().st_size
+    half = output / ".checkpoint-2.partial/optimizer.bin"
+    assert 0 < half.stat().st_size <= largest < (trained / "checkpoint-4/optimizer.bin").stat().st_size
 
     # When all of it is written and nothing of it is in its place.
     ended(*start(data, output, die_at=("os.rename", ".checkpoint-4.partial"), **resume), -signal.SIGKILL)
@@ -88,12 +82,20 @@ def test_killed_at_any_point_and_resumed_it_ends_with_the_weights_of_one_never_i
     assert curves[0] == curves[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_leaves_a_whole_checkpoint_to_go_on_from(number, data, tmp_path, trained):
+def test_the_second_interrupt_stops_at_once():
+    with train.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_asked_to_stop_it_leaves_a_whole_checkpoint_to_go_on_from(data, tmp_path, trained):
     output = tmp_path / "model"
     process, log = start(data, output, checkpointing_steps=1000)
     wait_for(lambda: "loss=" in log.read_text(), process, log)  # the first step is done
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGTERM)
     ended(process, log, train.INTERRUPTED)
     assert "--resume-from-checkpoint latest" in log.read_text()
     (checkpoint,) = output.glob("checkpoint-*")
@@ -120,9 +122,6 @@ def test_a_full_disk_ends_the_training_in_one_line_and_it_resumes(
     monkeypatch.undo()
     assert run(data, tmp_path, resume_from_checkpoint="latest") == 0
     assert same(weights(tmp_path), weights(trained))
-
-
-# ---- several processes ----------------------------------------------------------------------------------------------
 
 
 def test_two_processes_train_as_one_that_accumulates_does(data, tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ from diffusionad_hf.convert import convert_segmenter_weights, convert_unet_weigh
 from diffusionad_hf.training.losses import (
     DiffusionADObjective,
     binary_focal_loss,
-    distillation_loss,
     noise_loss,
     noise_weights,
 )
@@ -114,44 +113,6 @@ def test_focal_loss_stays_finite_for_extreme_logits():
     assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
 
 
-def test_distillation_loss_follows_its_definition():
-    noise_pred, teacher_noise_pred = torch.zeros(2, 3, 1, 4, 4), torch.zeros(2, 3, 1, 4, 4)
-    teacher_noise_pred[0], teacher_noise_pred[1] = 2.0, 3.0
-    logits, teacher_logits = torch.tensor([0.5, -1.0]), torch.tensor([2.0, -1.0])
-    ours, theirs = logits[0].sigmoid(), teacher_logits[0].sigmoid()
-    # Kullback and Leibler's divergence, which is 0 where both agree.
-    divergence = (theirs * (theirs / ours).log() + (1 - theirs) * ((1 - theirs) / (1 - ours)).log()) / 2
-    expected = 4 + 9 + float(divergence)
-    found = distillation_loss(noise_pred, logits, teacher_noise_pred, teacher_logits)
-    assert float(found) == pytest.approx(expected, rel=1e-5)
-
-
-def test_distillation_loss_is_nothing_where_both_agree():
-    noise_pred, logits = torch.randn(2, 3, 1, 4, 4), torch.randn(3, 1, 4, 4)
-    assert float(distillation_loss(noise_pred, logits, noise_pred, logits)) == pytest.approx(0, abs=1e-6)
-
-
-def test_the_teacher_has_its_say_on_anomalous_samples(golden_step):
-    objective, result, _ = golden_step
-    inputs = {
-        "images": torch.rand(1, 3, 64, 64),
-        "masks": torch.zeros(1, 1, 64, 64),
-        "labels": torch.tensor([1]),
-        "noise": torch.randn(2, 1, 3, 64, 64),
-        "timesteps_small": torch.tensor([100]),
-        "timesteps_big": torch.tensor([400]),
-    }
-    with torch.no_grad():
-        plain = objective(**inputs)
-        teacher = {"noise_pred": plain["noise_pred"] + 0.5, "logits": plain["logits"]}
-        taught = objective(**inputs, teacher=teacher)
-        agreeing = objective(**inputs, teacher=plain)
-    assert plain["noise"] == 0 and "distillation" not in plain
-    assert float(taught["distillation"]) == pytest.approx(2 * 0.25, rel=1e-3)
-    assert float(taught["loss"] - plain["loss"]) == pytest.approx(0.5, rel=1e-3)
-    assert float(agreeing["distillation"]) == pytest.approx(0, abs=1e-5)
-
-
 def test_every_timestep_counts_alike_where_noise_is_predicted_and_little_where_it_is_tiny_otherwise():
     t = torch.tensor([[0, 120], [400, 999]])
     assert torch.equal(noise_weights(NormGuidedScheduler(), t), torch.ones(2, 2))
@@ -171,8 +132,6 @@ def test_weights_multiply_the_errors_of_their_samples():
     weights = torch.tensor([[0.5, 3.0], [0.25, 5.0]])
     nothing = torch.zeros_like(noise_pred)
     assert float(noise_loss(noise_pred, nothing, torch.tensor([0, 1]), weights)) == pytest.approx(0.75)
-    logits = torch.zeros(2, 1, 4, 4)
-    assert float(distillation_loss(noise_pred, logits, nothing, logits, weights)) == pytest.approx(0.5 * 8.75)
 
 
 def test_the_true_image_is_no_loss_for_a_network_that_predicts_images():
@@ -213,5 +172,5 @@ def test_gradient_checkpointing_changes_no_answer():
     plain = objective(*inputs)
     pipe.unet.enable_gradient_checkpointing()
     checkpointed = objective(*inputs)
-    for name in ("noise_pred", "reconstruction", "logits"):
+    for name in ("reconstruction", "logits"):
         torch.testing.assert_close(checkpointed[name], plain[name], atol=1e-3, rtol=1e-3)

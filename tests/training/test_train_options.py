@@ -52,16 +52,13 @@ def prepared(data, **options):
 
 def built(**options):
     """The pipeline to train."""
-    return train.build_networks(parse_arguments(["--data-dir", "d", "--output-dir", "o", *_flags(options)]))[0]
+    return train.build_networks(parse_arguments(["--data-dir", "d", "--output-dir", "o", *_flags(options)]))
 
 
 def _flags(options):
     return [
         part for name, value in options.items() for part in (f"--{name}", *([] if value is True else [str(value)]))
     ]
-
-
-# ---- data and anomalies ---------------------------------------------------------------------------------------------
 
 
 def masks_of(data, **options):
@@ -119,9 +116,6 @@ def test_holdout_fraction_and_resolution(data):
     train_set, held_out, *_ = prepared(data, holdout_fraction=0.5, resolution=64)
     assert (len(train_set), len(held_out)) == (6, 6)
     assert train_set[0, 0]["image"].shape == (3, 64, 64) and train_set[0, 0]["foreground"].shape == (1, 64, 64)
-
-
-# ---- networks -------------------------------------------------------------------------------------------------------
 
 
 def test_architecture(data):
@@ -201,9 +195,6 @@ def test_compile_compiles_both_networks_in_place():
         assert getattr(pipe, network).state_dict().keys() == getattr(plain, network).state_dict().keys()
 
 
-# ---- optimisation ---------------------------------------------------------------------------------------------------
-
-
 def test_rates_schedule_warm_up_and_accumulation(data, tmp_path, monkeypatch):
     options = {"unet_learning_rate": 1e-3, "segmenter_learning_rate": 2e-3, "lr_warmup_steps": 2}
     with watched(monkeypatch) as seen:
@@ -268,9 +259,6 @@ def test_schedules(schedule, expected):
     np.testing.assert_allclose(rates, expected, atol=1e-6)
 
 
-# ---- saving and watching --------------------------------------------------------------------------------------------
-
-
 def test_what_is_saved_when_and_in_which_type(data, tmp_path, monkeypatch):
     options = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "validation_steps": 2}
     assert run(data, tmp_path, save_dtype="float16", false_alarm_rate=0.25, report_to="tensorboard", **options) == 0
@@ -285,9 +273,6 @@ def test_what_is_saved_when_and_in_which_type(data, tmp_path, monkeypatch):
 def test_workers_change_nothing_in_the_result(data, tmp_path, two_steps):
     assert run(data, tmp_path, max_train_steps=2, dataloader_num_workers=2, report_to="none") == 0
     assert same(weights(tmp_path), weights(two_steps)) and not (tmp_path / "logs").exists()
-
-
-# ---- data that has something wrong ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
