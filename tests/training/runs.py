@@ -71,8 +71,8 @@ def start(data, output, *, die_at=None, largest_file=None, **options):
     Starts a training in a process of its own, which writes what it says to `<output>.log`.
 
     Args:
-        die_at: `(event, text)`: it gets SIGKILL at the first audit event of that name with the text in its first
-            argument, such as the renaming of a file.
+        die_at: `(event, text)`: it gets SIGKILL at the first audit event of that name with the text in its
+            arguments, such as the renaming of a file.
         largest_file: The system kills it in the middle of writing a file beyond this many bytes.
     """
     log = output.with_name(f"{output.name}.log")
@@ -94,7 +94,7 @@ def _train_in_child(command, log, die_at, largest_file):
         event, text = die_at
 
         def hook(name, details):
-            if name == event and text in str(details[0]):
+            if name == event and text in str(details):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)

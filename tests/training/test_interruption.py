@@ -67,7 +67,7 @@ def test_killed_at_any_point_and_resumed_it_ends_with_the_weights_of_one_never_i
     assert [folder.name for folder in output.glob("checkpoint-*")] == ["checkpoint-4"]
 
     # While the outcome is written.
-    ended(*start(data, output, die_at=("open", ".training_arguments.json"), **resume), -signal.SIGKILL)
+    ended(*start(data, output, die_at=("os.rename", "training_arguments.json"), **resume), -signal.SIGKILL)
     (output / "unet" / WEIGHTS).write_bytes(b"half")
 
     assert run(data, output, **resume) == 0

@@ -25,6 +25,12 @@ def make_synthesizer(bank=None, **options):
     return AnomalySynthesizer(SimpleNamespace(bank=make_bank() if bank is None else bank), **options)
 
 
+def spoil(images, foreground=None, **options):
+    """An anomaly on every image, anywhere unless a foreground is given."""
+    make = make_synthesizer(make_bank(size=images.shape[-1]), anomaly_probability=1.0, **options)
+    return make(images, range(len(images)), 0, torch.ones_like(images[:, :1]) if foreground is None else foreground)
+
+
 @pytest.fixture(scope="module")
 def images():
     return torch.rand(40, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
@@ -421,8 +427,7 @@ def test_lines_are_of_many_widths():
 
 
 def test_corners_that_rotation_leaves_empty_are_no_lines():
-    make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, line_probability=1.0)
-    masks = make(torch.rand(60, 3, 64, 64), range(60), 0, torch.ones(60, 1, 64, 64)).masks
+    masks = spoil(torch.rand(60, 3, 64, 64), line_probability=1.0).masks
     nothing_else = -F.max_pool2d(-masks, 5, 1)  # 1 where all of 5 x 5 px are anomalous
     assert masks.any() and nothing_else.mean() < 1e-3
 
@@ -442,8 +447,7 @@ def moves(image, mask):
 
 def test_displaced_pieces_are_pixels_of_the_image_from_elsewhere():
     size = 64
-    make = make_synthesizer(make_bank(size=size), anomaly_probability=1.0, displaced_probability=1.0)
-    made = make(colours_that_tell_the_place(20, size), range(20), 0, torch.ones(20, 1, size, size))
+    made = spoil(colours_that_tell_the_place(20, size), displaced_probability=1.0)
     assert made.labels.sum() > 10
     for i in made.labels.nonzero()[:, 0]:
         down, right = moves(made.images[i], made.masks[i])
@@ -453,10 +457,8 @@ def test_displaced_pieces_are_pixels_of_the_image_from_elsewhere():
 
 
 def test_pieces_are_displaced_in_every_direction_however_rare_they_are():
-    size, images = 64, colours_that_tell_the_place(120, 64)
-    options = {"displaced_probability": 0.2, "self_augmentation_probability": 0.0}
-    make = make_synthesizer(make_bank(size=size), anomaly_probability=1.0, **options)
-    made = make(images, range(120), 0, torch.ones(120, 1, size, size))
+    size, options = 64, {"displaced_probability": 0.2, "self_augmentation_probability": 0.0}
+    made = spoil(colours_that_tell_the_place(120, size), **options)
     directions = set()
     for i in made.labels.nonzero()[:, 0]:
         if not made.images[i, 2].any():  # no texture, which all the others are made of
@@ -467,15 +469,13 @@ def test_pieces_are_displaced_in_every_direction_however_rare_they_are():
 
 def test_displaced_pieces_are_large_enough_for_a_feature_however_fine_the_other_anomalies(monkeypatch):
     monkeypatch.setattr(synthesis, "PERLIN_SCALES", (5, 6))
-    make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, displaced_probability=1.0)
-    made = make(torch.rand(20, 3, 64, 64), range(20), 0, torch.ones(20, 1, 64, 64))
+    made = spoil(torch.rand(20, 3, 64, 64), displaced_probability=1.0)
     assert made.masks.any() and np.median([ndimage.label(mask)[1] for mask in made.masks[:, 0].numpy()]) < 12
 
 
 def test_displaced_pieces_mark_only_what_shows():
     flat = torch.full((10, 3, 64, 64), 0.5)
-    make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, displaced_probability=1.0)
-    made = make(flat, range(10), 0, torch.ones(10, 1, 64, 64))
+    made = spoil(flat, displaced_probability=1.0)
     assert torch.equal(made.images, flat) and not made.masks.any() and not made.labels.any()
 
 
@@ -484,11 +484,10 @@ def test_features_that_stand_alone_vanish_without_a_seam(size):
     # Plates in slanting light, each with two holes, a dark one and a faint one: the only structure there is to erase.
     y, x = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
     plate = (0.5 + 0.2 * x + 0.1 * y).expand(3, size, size)
-    holes = [((y - row) ** 2 + (x - column) ** 2 <= 0.05**2) for row, column in ((0.3, 0.65), (0.7, 0.3))]
+    holes = [disc(size, 0.3, 0.65), disc(size, 0.7, 0.3)]
     drilled = torch.where(holes[0], 0.1, torch.where(holes[1], plate - 0.25, plate))
-    images = drilled.expand(30, 3, size, size)
-    make = make_synthesizer(make_bank(size=size), anomaly_probability=1.0, erased_probability=1.0)
-    made = make(images, range(30), 0, torch.ones(30, 1, size, size))
+    images = drilled.expand(2000 // size, 3, size, size)
+    made = spoil(images, erased_probability=1.0)
     assert made.labels.all()
     changed = (made.images != images).any(1, keepdim=True)
     assert torch.equal(changed, (made.masks > 0) & changed)
@@ -507,10 +506,9 @@ def test_features_that_stand_alone_vanish_without_a_seam(size):
 
 def test_erasing_where_nothing_stands_alone_or_may_be_touched():
     noise = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    make = make_synthesizer(make_bank(size=64), anomaly_probability=1.0, erased_probability=1.0)
-    made = make(noise, range(6), 0, torch.ones(6, 1, 64, 64))
+    made = spoil(noise, erased_probability=1.0)
     assert made.images.dtype == torch.float64 and made.labels.all()
-    untouchable = make(noise, range(6), 0, torch.zeros(6, 1, 64, 64))
+    untouchable = spoil(noise, torch.zeros(6, 1, 64, 64), erased_probability=1.0)
     assert torch.equal(untouchable.images, noise) and not untouchable.labels.any()
 
 
@@ -529,23 +527,18 @@ def disc(size, row, column, radius=0.05):
     return (y - row) ** 2 + (x - column) ** 2 <= radius**2
 
 
-def erase(images, foreground):
-    make = make_synthesizer(make_bank(size=images.shape[-1]), anomaly_probability=1.0, erased_probability=1.0)
-    return make(images, range(len(images)), 0, foreground)
-
-
 def test_only_features_of_the_product_are_erased():
     # Two alike, of which one lies beside the product: were that one erased, nothing would be marked.
     images = torch.where(disc(64, 0.5, 0.2) | disc(64, 0.5, 0.8), 0.1, 0.6).expand(12, 3, 64, 64)
     foreground = torch.zeros(12, 1, 64, 64)
     foreground[..., :32] = 1
-    assert erase(images, foreground).labels.all()
+    assert spoil(images, foreground, erased_probability=1.0).labels.all()
 
 
 def test_an_opening_of_the_product_is_no_feature_of_it():
     opening, hole = disc(64, 0.5, 0.25, 0.065), disc(64, 0.5, 0.75)
     images = torch.where(opening | hole, 0.1, 0.6).expand(30, 3, 64, 64)
-    made = erase(images, (~opening).float().expand(30, 1, 64, 64))
+    made = spoil(images, (~opening).float().expand(30, 1, 64, 64), erased_probability=1.0)
     assert (made.masks[:, 0, hole].mean(1) > 0.5).all()
 
 
@@ -555,7 +548,7 @@ def test_a_feature_is_covered_with_a_piece_of_the_product_however_plain_the_back
     foreground[..., 12:52, 12:52] = 1
     grain = 0.02 * torch.randn(12, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     images = torch.where(foreground > 0, torch.where(hole, 0.1, 0.6).expand(12, 3, 64, 64) + grain, 0.0)
-    filled = erase(images, foreground).images[:, :, hole]
+    filled = spoil(images, foreground, erased_probability=1.0).images[:, :, hole]
     assert filled.mean((1, 2)).median() == pytest.approx(0.6, abs=0.05)
 
 
@@ -563,6 +556,6 @@ def test_a_feature_is_covered_with_a_piece_of_the_product_however_plain_the_back
 def test_the_faint_edges_of_a_feature_vanish_with_it(size):
     y, x = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
     spot = 0.4 * torch.exp(-((y - 0.5) ** 2 + (x - 0.5) ** 2) / (2 * 0.02**2))
-    made = erase((0.6 - spot).expand(6, 3, size, size), torch.ones(6, 1, size, size))
+    made = spoil((0.6 - spot).expand(6, 3, size, size), erased_probability=1.0)
     left = (made.images - 0.6).abs().amax((1, 2, 3))
     assert made.labels.all() and left.median() < 0.04

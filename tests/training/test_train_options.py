@@ -118,12 +118,9 @@ def test_holdout_fraction_and_resolution(data):
     assert train_set[0, 0]["image"].shape == (3, 64, 64) and train_set[0, 0]["foreground"].shape == (1, 64, 64)
 
 
-def test_architecture(data):
-    assert (
-        built(architecture="small", resolution=64).unet.config.block_out_channels[0]
-        == PRESETS["small"]["base_channels"]
-    )
-    assert built(preset="tiny", resolution=64).unet.config.block_out_channels[0] == PRESETS["tiny"]["base_channels"]
+@pytest.mark.parametrize("name", ["small", "tiny"])
+def test_architecture(name):
+    assert built(preset=name, resolution=64).unet.config.block_out_channels[0] == PRESETS[name]["base_channels"]
 
 
 def test_init_from_starts_with_the_weights_of_another_model(data, two_steps, tmp_path, capsys):
@@ -139,12 +136,8 @@ def test_what_the_unet_predicts_is_the_architectures_own_unless_asked_for(two_st
     def predicted(**options):
         return built(resolution=64, **options).scheduler.config.prediction_type
 
-    assert [predicted(architecture=name) for name in ("paper", "small", "tiny", "light")] == [
-        "epsilon",
-        "sample",
-        "sample",
-        "sample",
-    ]
+    found = [predicted(architecture=name) for name in ("paper", "small", "tiny", "light")]
+    assert found == ["epsilon", "sample", "sample", "sample"]
     assert predicted(preset="tiny", prediction_type="epsilon") == "epsilon"
     assert predicted(preset="small", prediction_type="v_prediction") == "v_prediction"
     # Its weights would mean something else.
