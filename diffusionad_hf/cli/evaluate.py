@@ -1,15 +1,13 @@
 """`diffusionad evaluate` and `diffusionad convert`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from .options import add_command, add_pipeline_options, check_writable, load_pipeline
+from .options import add_command, add_pipeline_options, check_writable, load_pipeline, report_left_out
 
 
-def add_evaluate_command(commands: Any) -> None:
-    """Adds `diffusionad evaluate`."""
+def add_commands(commands: Any) -> None:
     parser = add_command(
         commands,
         "evaluate",
@@ -31,9 +29,6 @@ def add_evaluate_command(commands: Any) -> None:
         "--plots", metavar="DIR", type=Path, help="write the ROC curve, score histograms and the worst misses here"
     )
 
-
-def add_convert_command(commands: Any) -> None:
-    """Adds `diffusionad convert`."""
     parser = add_command(
         commands,
         "convert",
@@ -59,9 +54,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         result.save_json(args.json)
     if args.plots is not None:
         save_plots(result, test, args.plots)
-    for problem in problems:
-        print(f"  left out: {problem}", file=sys.stderr)
-    return 2 if problems else 0
+    return report_left_out(problems)
 
 
 def _format_metrics(metrics: dict) -> str:
@@ -75,10 +68,8 @@ def _format_metrics(metrics: dict) -> str:
             lines.append(f"{name:<24} {metrics[key]:.4f}{interval}")
     for key, name in {"false_alarm_rate": "false-alarm rate", "miss_rate": "miss rate"}.items():
         if key in metrics:
-            lines.append(
-                f"{name:<24} {metrics[key]:.1%}  at the threshold"
-                + (f" {metrics['threshold']:.4f}" if "threshold" in metrics else "")
-            )
+            at = f" {metrics['threshold']:.4f}" if "threshold" in metrics else ""
+            lines.append(f"{name:<24} {metrics[key]:.1%}  at the threshold{at}")
     lines.append(f"{'seconds per image':<24} {metrics['seconds_per_image']:.3f}")
     for kind, values in metrics.get("defect_types", {}).items():
         found = ", ".join(f"{METRIC_NAMES[k]} {values[k]:.4f}" for k in ("image_auroc", "aupro_30") if k in values)

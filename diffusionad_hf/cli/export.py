@@ -1,15 +1,13 @@
 """`diffusionad export`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from .options import add_command, add_model_option, load_pipeline
+from .options import add_command, add_model_option, load_pipeline, read_normal_images, report_left_out
 
 
-def add_export_command(commands: Any) -> None:
-    """Adds `diffusionad export`."""
+def add_commands(commands: Any) -> None:
     parser = add_command(
         commands,
         "export",
@@ -41,16 +39,11 @@ def add_export_command(commands: Any) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from ..export.exporting import ORIGINAL, export_pipeline
-    from ..inspection.inspection import find_images, read_small
-    from ..inspection.records import Failure
 
-    files, failures = find_images(args.calibration_images)
     pipe = load_pipeline(args, "cpu")
-    images = []
-    for image in read_small(files, pipe.config.image_size):
-        (failures if isinstance(image, Failure) else images).append(image)
-    if args.calibration_images and not images:
-        raise ValueError("--calibration-images: " + " ".join(failure.error for failure in failures))
+    images, failures = [], []
+    if args.calibration_images:
+        images, failures = read_normal_images(args.calibration_images, pipe.config.image_size)
     exported = export_pipeline(
         pipe, args.output_dir, format=args.format, precision=args.precision, calibration_images=images
     )
@@ -71,6 +64,4 @@ def _export(args: argparse.Namespace) -> int:
             print(
                 f"It was not calibrated on {record['precision']} scores: run `diffusionad calibrate` on this folder."
             )
-    for failure in failures:
-        print(f"  left out: {failure.error}", file=sys.stderr)
-    return 2 if failures else 0
+    return report_left_out(failures)

@@ -6,9 +6,10 @@ from typing import Any
 
 from .options import add_command, format_table
 
+_COLUMNS = ("category", "image AUROC", "size", "date", "model")
 
-def add_publish_command(commands: Any) -> None:
-    """Adds `diffusionad publish`."""
+
+def add_commands(commands: Any) -> None:
     parser = add_command(
         commands,
         "publish",
@@ -24,30 +25,16 @@ def add_publish_command(commands: Any) -> None:
     parser.add_argument("--collection", metavar="TITLE", help="add the repo to this collection of the same owner")
     parser.add_argument("--dataset", metavar="NAME", help='what it was trained on, such as "MVTec AD"')
     parser.add_argument("--category", help="which product of it; as recorded by the trainer")
+    parser.add_argument("--license", help="of the weights, such as mit; by default that of a known dataset")
+    parser.add_argument("--evaluation", help="result of `evaluate`; by default MODEL_DIR/evaluation.json")
     parser.add_argument(
-        "--license", metavar="ID", help="the weights' licence, such as mit; by default that of a known dataset"
-    )
-    parser.add_argument(
-        "--evaluation", metavar="FILE", help="result of `diffusionad evaluate`; MODEL_DIR/evaluation.json if there"
-    )
-    parser.add_argument(
-        "--examples",
-        nargs="+",
-        default=[],
-        metavar="IMAGE",
-        help="shown on the card with what the model makes of them",
+        "--examples", nargs="+", default=[], metavar="IMAGE", help="shown on the card with their results"
     )
 
-
-def add_list_command(commands: Any) -> None:
-    """Adds `diffusionad list`."""
     parser = add_command(commands, "list", "list the models on the Hub", _list)
     parser.add_argument("--org", help="only those of this organization or user")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-
-def add_deploy_space_command(commands: Any) -> None:
-    """Adds `diffusionad deploy-space`."""
     parser = add_command(
         commands,
         "deploy-space",
@@ -63,36 +50,27 @@ def add_deploy_space_command(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="ID",
-        help="models to offer: Hub ids, or organizations for all of theirs; the demo model without it",
+        help="Hub ids, or organizations for all of theirs; by default the demo model",
     )
     parser.add_argument("--private", action="store_true", help="create it private")
     parser.add_argument("--app-dir", metavar="DIR", help="the app's folder; by default that of this package")
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name != "run"}
+
+
 def _deploy_space(args: argparse.Namespace) -> int:
     from ..hub.spaces import deploy_space
 
-    print(deploy_space(args.repo_id, models=args.models, private=args.private, app_dir=args.app_dir))
+    print(deploy_space(**_options(args)))
     return 0
 
 
 def _publish(args: argparse.Namespace) -> int:
     from ..hub.publishing import publish_model
 
-    url = publish_model(
-        args.model_dir,
-        args.repo_id,
-        private=args.private,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        collection=args.collection,
-        dataset=args.dataset,
-        category=args.category,
-        license=args.license,
-        evaluation=args.evaluation,
-        examples=args.examples,
-    )
-    print(url)
+    print(publish_model(**_options(args)))
     return 0
 
 
@@ -102,21 +80,19 @@ def _list(args: argparse.Namespace) -> int:
     models = list_models(args.org)
     if args.json:
         print(json.dumps(models, indent=2))
-        return 0
-    if not models:
+    elif not models:
         print(f"No DiffusionAD models{f' of {args.org}' if args.org else ''} on the Hub that you may see.")
-        return 0
-    rows = [("category", "image AUROC", "size", "date", "model")]
-    for model in models:
-        auroc, size = model["image_auroc"], model["size"]
-        rows.append(
-            (
-                str(model["category"] or "-"),
-                f"{auroc:.3f}" if isinstance(auroc, float) else "-",
-                f"{size / 1e6:.0f} MB" if size else "-",
-                (model["last_modified"] or "-")[:10],
-                model["id"] + (" (private)" if model["private"] else ""),
-            )
-        )
-    print(format_table(rows))
+    else:
+        print(format_table([_COLUMNS, *map(_cells, models)]))
     return 0
+
+
+def _cells(model: dict[str, Any]) -> list[str]:
+    auroc, size = model["image_auroc"], model["size"]
+    return [
+        str(model["category"] or "-"),
+        f"{auroc:.3f}" if isinstance(auroc, float) else "-",
+        f"{size / 1e6:.0f} MB" if size else "-",
+        (model["last_modified"] or "-")[:10],
+        model["id"] + (" (private)" if model["private"] else ""),
+    ]

@@ -2,12 +2,12 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..pipeline_diffusionad import DiffusionADPipeline
+from tqdm import tqdm
 
 # Torch and diffusers take seconds to import: here and in all commands, whatever needs them is imported when a command
 # runs, so that --help answers at once.
@@ -41,31 +41,19 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
 
 
 def positive_integer(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return int(text)
 
 
 def rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must lie between 0 and 1, such as 0.05")
-    return value
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and 1, such as 0.05")
+    return float(text)
 
 
-def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs: Any) -> "DiffusionADPipeline":
-    """
-    Loads `--model`.
-
-    Args:
-        args: With the options of [`add_model_option`], and of [`add_pipeline_options`] if the command has them.
-        device: Where to compute; by default on the GPU, if there is one.
-        kwargs: Configuration values to replace.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
+def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs: Any) -> Any:
+    """Loads `--model` onto a device, or the GPU if there is one; `kwargs` replace values of its configuration."""
     import torch
     from diffusers.utils import logging
 
@@ -85,12 +73,7 @@ def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs:
 
 
 def check_writable(*folders: Path | None) -> None:
-    """
-    Makes folders; better now than after a day's work.
-
-    Raises:
-        OSError: If one cannot be made, or written to.
-    """
+    """Makes folders and tries to write to them; better now than after a day's work."""
     for folder in filter(None, folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +82,28 @@ def check_writable(*folders: Path | None) -> None:
             probe.unlink()
         except OSError as error:
             raise OSError(f"{folder}: cannot write there ({error.strerror}); choose another folder.") from error
+
+
+def read_normal_images(inputs: Sequence[str], size: int) -> tuple[list, list[str]]:
+    """The images that inputs name, at the model's resolution, and why others were left out."""
+    from ..inspection.inspection import find_images, read_small
+    from ..inspection.records import Failure
+
+    files, failures = find_images(inputs)
+    images = []
+    for image in tqdm(read_small(files, size), total=len(files), desc="reading", unit="image", file=sys.stderr):
+        (failures if isinstance(image, Failure) else images).append(image)
+    reasons = [failure.error for failure in failures]
+    if not images:
+        raise ValueError("none of the images could be read: " + " ".join(reasons))
+    return images, reasons
+
+
+def report_left_out(reasons: Sequence[str]) -> int:
+    """Says which images were left out, and why; returns the exit code."""
+    for reason in reasons:
+        print(f"  left out: {reason}", file=sys.stderr)
+    return 2 if reasons else 0
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -6,17 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..files import bundled, require
-from .inspect import add_inspect_command
+from . import inspect
 from .options import add_command
 
 
-def add_demo_command(commands: Any) -> None:
-    """Adds `diffusionad demo`."""
+def add_commands(commands: Any) -> None:
     parser = add_command(
-        commands,
-        "demo",
-        "inspect the bundled photos with the embedded model, without a network",
-        _demo,
+        commands, "demo", "inspect the bundled photos with the embedded model, without a network", _demo
     )
     parser.add_argument(
         "--output-dir",
@@ -25,9 +21,6 @@ def add_demo_command(commands: Any) -> None:
         help="write an overlay, a mask and the reconstruction of each photo here (default: %(default)s)",
     )
 
-
-def add_serve_command(commands: Any) -> None:
-    """Adds `diffusionad serve`."""
     parser = add_command(
         commands,
         "serve",
@@ -49,19 +42,14 @@ def add_serve_command(commands: Any) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     photos, model = bundled("space/examples"), bundled("space/checkpoints/demo-part")
-    for folder in (photos, model):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: is missing; install the package again.")
     if photos.is_relative_to(Path.cwd()):
         photos = photos.relative_to(Path.cwd())
     # Nothing is asked of the Hub.
     os.environ["HF_HUB_OFFLINE"] = "1"
     parser = argparse.ArgumentParser()
-    add_inspect_command(parser.add_subparsers())
-    inspect = parser.parse_args(
-        ["inspect", str(photos), "--model", str(model), "--output-dir", str(Path(args.output_dir))]
-    )
-    return inspect.run(inspect)
+    inspect.add_commands(parser.add_subparsers())
+    asked = parser.parse_args(["inspect", str(photos), "--model", str(model), "--output-dir", args.output_dir])
+    return asked.run(asked)
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -6,8 +6,7 @@ from typing import Any
 from .options import add_command
 
 
-def add_train_command(commands: Any) -> None:
-    """Adds `diffusionad train`, which hands on all its arguments."""
+def add_commands(commands: Any) -> None:
     add_command(commands, "train", "train a model on normal images of one product", _train)
 
 

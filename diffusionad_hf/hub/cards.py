@@ -129,8 +129,7 @@ def read_training(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        arguments = json.loads(path.read_text(encoding="utf-8"))
-        return dict(arguments)
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete it or train again.") from error
 
@@ -172,12 +171,8 @@ def build_card(
         # The Hub has no task of its own for anomaly detection; the output is a mask for each image.
         pipeline_tag="image-segmentation",
         license=license,
-        tags=[
-            "anomaly-detection",
-            "diffusionad",
-            *([data.slug] if data else []),
-            *([slug(category)] if category and slug(category) else []),
-        ],
+        tags=["anomaly-detection", "diffusionad"]
+        + [tag for tag in (data.slug if data else "", slug(category or "")) if tag],
         model_name=repo_id.split("/")[-1],
         eval_results=_eval_results(evaluation, data, category) if evaluation else None,
         # Of ours: what `diffusionad list` shows.
@@ -280,16 +275,16 @@ def _weights_sentence(folder: Path) -> str:
     """What the files of weights hold, by variant."""
     dtypes: dict[str, str] = {}
     for file in sorted((folder / "unet").glob("*.safetensors")):
-        variant = file.name.split(".")[1:-1]
+        variant = file.name.removesuffix(".safetensors").partition(".")[2]
         with safe_open(file, framework="np") as weights:
             dtype = weights.get_slice(next(iter(weights.keys()))).get_dtype()
-        dtypes.setdefault(variant[0] if variant else "", _DTYPES.get(dtype, dtype))
+        dtypes.setdefault(variant, _DTYPES.get(dtype, dtype))
     stored = dtypes.pop("", None)
     if stored is None:
         return ""
     sentence = f"The weights are {stored}" + ("" if stored == "float32" else " and compute in float32")
-    for variant, dtype in dtypes.items():
-        sentence += f'; `variant="{variant}"` loads them as {dtype}' if dtype != stored else ""
+    for name, dtype in dtypes.items():
+        sentence += f'; `variant="{name}"` loads them as {dtype}' if dtype != stored else ""
     return sentence + "."
 
 
@@ -298,11 +293,8 @@ def _speed(evaluation: dict[str, Any]) -> str:
         return ""
     seconds, provenance = evaluation["seconds_per_image"], evaluation.get("provenance", {})
     hardware = provenance.get("hardware") or provenance.get("device")
-    details = [
-        provenance.get("dtype"),
-        f"batches of {provenance['batch_size']}" if "batch_size" in provenance else None,
-    ]
-    details = ", ".join(detail for detail in details if detail)
+    batches = f"batches of {provenance['batch_size']}" if "batch_size" in provenance else None
+    details = ", ".join(filter(None, (provenance.get("dtype"), batches)))
     return f"{seconds:.3g} s an image" + (f" on {hardware}" if hardware else "") + (f" ({details})" if details else "")
 
 

@@ -26,7 +26,6 @@ PUBLISHED = (
     "TRAINING.md",
     "evaluation.json",
     "familiarity.json",
-    "images_diffusionad.py",
     "model_index.json",
     "pipeline_diffusionad.py",
     "images_diffusionad.py",
@@ -203,10 +202,7 @@ def _stage_previews(
 
 def _picture(path: str | Path) -> Image.Image:
     """An image file as 8-bit RGB pixels and nothing else."""
-    pixels = load_image(path)
-    if pixels.dtype != torch.uint8:
-        pixels = (pixels * 255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(to_uint8(load_image(path).permute(1, 2, 0).contiguous().numpy()))
 
 
 def _make_repo(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
@@ -238,16 +234,22 @@ def list_models(org: str | None = None, *, token: str | None = None) -> list[dic
     Raises:
         OSError: If the Hub cannot be reached or refuses.
     """
-    fields = ["cardData", "lastModified", "model-index", "private", "usedStorage"]
     with explained(org or "the list of models"):
-        found = list(HfApi(token=token).list_models(filter="diffusionad", author=org, expand=fields))
+        found = list(
+            HfApi(token=token).list_models(
+                filter="diffusionad",
+                author=org,
+                expand=["cardData", "lastModified", "model-index", "private", "usedStorage"],
+            )
+        )
     return sorted((_described(info) for info in found), key=lambda row: row["id"])
 
 
 def _described(info: ModelInfo) -> dict[str, Any]:
     card = info.card_data or ModelCardData()
     try:
-        results = model_index_to_eval_results(info.model_index)[1] if info.model_index else card.eval_results or []
+        index: Any = info.model_index
+        results = model_index_to_eval_results(index)[1] if index else card.eval_results or []
     except (KeyError, TypeError, IndexError):
         # Somebody else's card, with metadata of their own making.
         results = []

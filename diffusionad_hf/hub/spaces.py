@@ -129,7 +129,7 @@ def _requirements(app: Path) -> list[str]:
         block = re.search(
             r"^dependencies = \[\n(.*?)^\]", project.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
         )
-        needed = re.findall(r'"([^"]+)"', block[1])
+        needed = re.findall(r'"([^"]+)"', block[1] if block else "")
     else:
         needed = [line for line in metadata.requires("diffusionad-hf") or [] if "extra ==" not in line]
     return sorted({*others, *needed})

@@ -10,42 +10,53 @@ merged table is the same to the bit.
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from filelock import FileLock, Timeout
 
-from ..files import replace_file, replacing, require
+from ..files import replace_file, replacing
 from ..pipeline_diffusionad import DiffusionADPipeline
 from .inputs import Inputs
 from .inspection import batched, inspect_batches
-from .records import ANOMALOUS, Failure, Inspection
+from .records import Failure, Inspection
 
-# What a killed process loses is at most one block.
 _BATCHES_PER_BLOCK = 16
-# Tables are merged in row groups of about so many rows.
 _ROWS_PER_GROUP = 10_000
 _RUN_FILE = "run.json"
 _SETTINGS = ("image_size", "top_k", "seed", "calibration_scores", "false_alarm_rate")
+_REGION = {
+    "box": pa.list_(pa.int32()),
+    "area_px": pa.int64(),
+    "area_fraction": pa.float64(),
+    "peak": pa.float64(),
+    "peak_xy": pa.list_(pa.int32()),
+    "mean": pa.float64(),
+}
+_SCHEMA = pa.schema(
+    {
+        "file": pa.string(),
+        "score": pa.float64(),
+        "threshold": pa.float64(),
+        "verdict": pa.string(),
+        "p_value": pa.float64(),
+        "where": pa.list_(pa.string()),
+        "regions": pa.list_(pa.struct(_REGION)),
+        "error": pa.string(),
+    }
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """
-    What is to be done.
-
-    Args:
-        folder: Where the blocks are written.
-        num_images: Of all blocks.
-        batch_size: Images per pass.
-        block_size: Images per block, a multiple of the batch size.
-    """
+    """What is to be done; `block_size` is a multiple of the batch size."""
 
     folder: Path
     num_images: int
@@ -74,61 +85,34 @@ class Run:
         return [block for block in self.blocks if self.path(block).name not in there]
 
 
-@dataclass
-class Summary:
-    """What a merged table holds: numbers of images, and the first few errors."""
-
-    images: int = 0
-    anomalous: int = 0
-    failed: int = 0
-    errors: list[str] = field(default_factory=list)
-
-
-# ---- beginning and continuing ----
-
-
-def describe_model(pipe: DiffusionADPipeline) -> dict[str, Any]:
+def describe_model(pipe: DiffusionADPipeline) -> dict[str, str]:
     """All in a pipeline that the results depend on."""
-    digest = hashlib.sha256()
+    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    settings = [{name: pipe.config[name] for name in _SETTINGS}, scheduler]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for network in (pipe.unet, pipe.segmenter):
         for name, tensor in sorted(network.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    settings = {name: pipe.config[name] for name in _SETTINGS}
-    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    settings = json.dumps([settings, scheduler], sort_keys=True, default=str)
-    return {
-        "weights": digest.hexdigest()[:16],
-        "settings": hashlib.sha256(settings.encode()).hexdigest()[:16],
-        "threshold": str(pipe.threshold),
-    }
+    return {"model": digest.hexdigest()[:16], "threshold": str(pipe.threshold)}
 
 
 @contextmanager
-def open_run(folder: Path, inputs: Inputs, model: str, description: dict[str, Any], batch_size: int) -> Iterator[Run]:
+def open_run(folder: Path, inputs: Inputs, description: dict[str, str], batch_size: int) -> Iterator[Run]:
     """
     Begins a run in a folder, or continues the one that is there; for one process, which tells the others.
-
-    Args:
-        folder: Where the blocks are, or will be.
-        inputs: What is inspected.
-        model: What people call the model; it may have moved since.
-        description: As [`describe_model`] returns it.
-        batch_size: Images per pass.
 
     Raises:
         ValueError: If the folder holds another run; the message says how they differ.
         OSError: If the folder cannot be written, or a run is under way in it.
     """
-    block_size = batch_size * _BATCHES_PER_BLOCK
-    run = Run(folder, len(inputs), batch_size, block_size)
+    run = Run(folder, len(inputs), batch_size, batch_size * _BATCHES_PER_BLOCK)
     description = {
-        "model": model,
         **description,
         "inputs": inputs.description,
         "images": run.num_images,
         "batch size": batch_size,
-        "block size": block_size,
+        "block size": run.block_size,
     }
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -152,14 +136,11 @@ def _check_same_run(record: Path, description: dict[str, Any]) -> None:
         recorded = dict(json.loads(record.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{record}: damaged ({error}); delete its folder to start anew.") from error
-    differences = []
-    for name, value in description.items():
-        then, now = recorded.get(name), value
-        if name == "model" or then == now:
-            continue
-        if name in ("weights", "settings"):
-            then, now = f"{then} of {recorded.get('model')}", f"{now} of {description['model']}"
-        differences.append(f"{name} {then} there, {now} now")
+    differences = [
+        f"{name} {recorded.get(name)} there, {value} now"
+        for name, value in description.items()
+        if recorded.get(name) != value
+    ]
     if differences:
         raise ValueError(
             f"{record.parent}: holds the results of another run ({'; '.join(differences)}); go on as it was begun, "
@@ -167,24 +148,11 @@ def _check_same_run(record: Path, description: dict[str, Any]) -> None:
         )
 
 
-# ---- the work ----
-
-
 def inspect_blocks(
     pipe: DiffusionADPipeline, inputs: Inputs, run: Run, blocks: Sequence[int], output_dir: Path | None = None
 ) -> Iterator[int]:
     """
-    Inspects blocks one after another and writes each when it is done; images of the next are read meanwhile.
-
-    Args:
-        pipe: The pipeline.
-        inputs: What the run is over.
-        run: As [`open_run`] gave it.
-        blocks: Which ones, in ascending order.
-        output_dir: As for [`inspect_files`].
-
-    Yields:
-        `int`: Number of images, each time that some are done.
+    Inspects blocks and writes each when it is done; images of the next are read meanwhile. Yields 1 for every image.
 
     Raises:
         OSError: If a block or picture cannot be written, or an input cannot be reached.
@@ -210,89 +178,43 @@ def _row(result: Inspection | Failure) -> dict[str, Any]:
     return row
 
 
-def _schema() -> Any:
-    pa = require("pyarrow", "train")
-    region = {
-        "box": pa.list_(pa.int32()),
-        "area_px": pa.int64(),
-        "area_fraction": pa.float64(),
-        "peak": pa.float64(),
-        "peak_xy": pa.list_(pa.int32()),
-        "mean": pa.float64(),
-    }
-    return pa.schema(
-        {
-            "file": pa.string(),
-            "score": pa.float64(),
-            "threshold": pa.float64(),
-            "verdict": pa.string(),
-            "p_value": pa.float64(),
-            "where": pa.list_(pa.string()),
-            "regions": pa.list_(pa.struct(region)),
-            "error": pa.string(),
-        }
-    )
-
-
 def _write_block(run: Run, block: int, rows: list[dict[str, Any]]) -> None:
-    pa, parquet = require("pyarrow", "train"), require("pyarrow.parquet", "train")
     path, counted = run.path(block), run.count([block])
     if len(rows) != counted:
         raise ValueError(f"{path}: {len(rows)} images where {counted} were counted; the inputs have changed.")
-    # A name of its own: a worker that was given up may still be writing the same block.
-    partial = run.folder / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
-        with partial.open("wb") as file:
-            parquet.write_table(pa.Table.from_pylist(rows, schema=_schema()), file)
+        with replacing(path) as partial, partial.open("wb") as file:
+            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error}); finished blocks are kept: run the same again.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-# ---- merging ----
-
-
-def merge_blocks(run: Run, target: Path) -> Summary:
+def merge_blocks(run: Run, target: Path) -> pa.Table:
     """
-    Writes all rows to one Parquet file, in order and numbered (`row`).
+    Writes all rows to one Parquet file, in order and numbered (`row`), and returns them.
 
     Raises:
         ValueError: If a block is missing or cannot be read.
         OSError: If the file cannot be written.
     """
-    pa, parquet = require("pyarrow", "train"), require("pyarrow.parquet", "train")
-    summary = Summary()
-    schema = pa.schema([pa.field("row", pa.int64()), *_schema()])
+    table = pa.concat_tables([_SCHEMA.empty_table(), *(_read_block(run, block) for block in run.blocks)])
+    table = table.add_column(0, "row", pa.array(range(run.num_images), pa.int64()))
     try:
-        with replacing(target) as partial, parquet.ParquetWriter(partial, schema) as writer:
-            group = []
-            for block in run.blocks:
-                table = _read_block(run, block)
-                start, stop = run.span(block)
-                group.append(table.add_column(0, "row", pa.array(range(start, stop), pa.int64())))
-                if block == run.blocks[-1] or sum(map(len, group)) >= _ROWS_PER_GROUP:
-                    writer.write_table(pa.concat_tables(group))
-                    group = []
-                errors = table["error"].drop_null().to_pylist()
-                summary.images += len(table)
-                summary.anomalous += table["verdict"].to_pylist().count(ANOMALOUS)
-                summary.failed += len(errors)
-                summary.errors += errors[: 10 - len(summary.errors)]
+        with replacing(target) as partial:
+            pq.write_table(table, partial, row_group_size=_ROWS_PER_GROUP)
     except OSError as error:
         raise OSError(f"{target}: cannot be written ({error}); the blocks are kept: run the same again.") from error
-    return summary
+    return table
 
 
-def _read_block(run: Run, block: int) -> Any:
+def _read_block(run: Run, block: int) -> pa.Table:
     path = run.path(block)
     try:
         # Six times as fast as `read_table`, which looks for folders of files.
-        table = require("pyarrow.parquet", "train").ParquetFile(path).read()
-        if len(table) != run.count([block]) or table.schema != _schema():
+        table = pq.ParquetFile(path).read()
+        if len(table) != run.count([block]) or table.schema != _SCHEMA:
             raise ValueError(f"it holds {len(table)} rows of {', '.join(table.column_names)}")
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: damaged or missing ({error}); delete it and run the same again.") from error

@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -15,19 +15,12 @@ from ..pipeline_diffusionad import DiffusionADPipeline
 from .blocks import Run, describe_model, inspect_blocks
 from .inputs import Inputs
 
-T = TypeVar("T")
-
 # Loads the pipeline, onto a device or, with `None`, wherever is best.
 Load = Callable[[str | None], DiffusionADPipeline]
 
 
 class LocalEngine:
-    """
-    A loop in this process.
-
-    Args:
-        device: Where to compute; by default on the GPU, if there is one.
-    """
+    """A loop in this process, on the GPU if there is one and no other device is named."""
 
     is_main = True
     num_processes = 1
@@ -35,7 +28,7 @@ class LocalEngine:
     def __init__(self, device: str | None = None):
         self.device = device
 
-    def decide(self, work: Callable[[], T]) -> T:
+    def decide(self, work: Callable[[], Any]) -> Any:
         """What the main process finds, in every process."""
         return work()
 
@@ -45,11 +38,10 @@ class LocalEngine:
         return describe_model(self.pipe) if self.is_main else {}, self.pipe.default_batch_size
 
     def share(self, blocks: Sequence[int]) -> Sequence[int]:
-        """Those of the blocks that this process sees to."""
         return blocks
 
     def inspect(self, inputs: Inputs, run: Run, blocks: Sequence[int], output_dir: Path | None) -> Iterator[int]:
-        """Inspects its share of the blocks; yields numbers of images as they are done."""
+        """Yields numbers of images as they are done."""
         return inspect_blocks(self.pipe, inputs, run, blocks, output_dir)
 
     def wait(self) -> None:
@@ -58,17 +50,11 @@ class LocalEngine:
     def __enter__(self) -> "LocalEngine":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Leaves the other processes."""
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None: ...
 
 
 class AccelerateEngine(LocalEngine):
-    """
-    The processes of `accelerate launch`: each sees to an equal run of neighbouring blocks, which reads streams once.
-
-    Raises:
-        ValueError: If a GPU is asked for by name, though each process takes its own.
-    """
+    """The processes of `accelerate launch`: each sees to an equal run of neighbouring blocks."""
 
     def __init__(self, device: str | None = None):
         from accelerate import PartialState
@@ -83,8 +69,8 @@ class AccelerateEngine(LocalEngine):
             device = "cpu" if on_cpu else str(self._state.device)
         super().__init__(device)
 
-    def decide(self, work: Callable[[], T]) -> T:
-        """As in a single process; if it fails the main process says why, and the others leave in silence."""
+    def decide(self, work: Callable[[], Any]) -> Any:
+        """If it fails the main process says why, and the others leave in silence."""
         from accelerate.utils import broadcast_object_list
 
         decision: list[Any] = [None]
@@ -98,11 +84,8 @@ class AccelerateEngine(LocalEngine):
         return decision[0]
 
     def share(self, blocks: Sequence[int]) -> Sequence[int]:
-        first, last = (
-            len(blocks) * process // self.num_processes
-            for process in (self._state.process_index, self._state.process_index + 1)
-        )
-        return blocks[first:last]
+        index, count = self._state.process_index, len(blocks)
+        return blocks[count * index // self.num_processes : count * (index + 1) // self.num_processes]
 
     def wait(self) -> None:
         self._state.wait_for_everyone()
@@ -119,10 +102,6 @@ class RayEngine(LocalEngine):
 
     A worker per GPU, or per core if there is no GPU, loads the model once and takes one block after another. Ray
     restarts workers that die, and gives them their block again; a block at which three died ends the run.
-
-    Raises:
-        ImportError: If Ray is not installed.
-        ValueError: If a GPU is asked for by name, though Ray deals them out.
     """
 
     def __init__(self, device: str | None = None):
@@ -139,17 +118,15 @@ class RayEngine(LocalEngine):
     def load(self, load: Load) -> tuple[dict[str, Any], int]:
         there = self._ray.cluster_resources()
         gpus = 0 if self.device == "cpu" else int(there.get("GPU", 0))
-        self._num_workers = gpus or int(there.get("CPU", 1))
         # Restarted without end: machines may come and go for days.
         options = {"num_cpus": 1, "num_gpus": min(gpus, 1), "max_restarts": -1, "max_task_retries": 2}
-        self._new_worker = partial(self._ray.remote(**options)(_RayWorker).remote, load, self.device, os.getcwd())
-        self._workers = [self._new_worker()]
+        worker = self._ray.remote(**options)(_RayWorker)
+        count = gpus or int(there.get("CPU", 1))
+        self._workers = [worker.remote(load, self.device, os.getcwd()) for _ in range(count)]
         with self._explained():
             return self._ray.get(self._workers[0].describe.remote())
 
     def inspect(self, inputs: Inputs, run: Run, blocks: Sequence[int], output_dir: Path | None) -> Iterator[int]:
-        while len(self._workers) < min(self._num_workers, len(blocks)):
-            self._workers.append(self._new_worker())
         # A reference in a list stays one: each worker fetches what it stands for once.
         job = [self._ray.put((inputs, run, output_dir))]
         pool = require("ray.util", "ray").ActorPool(self._workers)

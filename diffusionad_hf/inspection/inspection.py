@@ -3,17 +3,17 @@
 import glob
 import io
 import os
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import fsspec
 import torch
 from PIL import Image
 
@@ -30,12 +30,8 @@ _BATCHES_AHEAD = 2
 
 class Item(NamedTuple):
     """
-    One image to inspect.
-
-    Args:
-        name: What it is called in the results.
-        source: The image file's path, its content, or its address (of any file system that `fsspec` reads).
-        picture: Path of its pictures in the output folder, without `_overlay.png` and the like.
+    One image to inspect: its name in the results; its path, content, or address (of any file system that `fsspec`
+    reads); and the path of its pictures in the output folder, without `_overlay.png` and the like.
     """
 
     name: str
@@ -45,10 +41,8 @@ class Item(NamedTuple):
 
 def find_images(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], list[Failure]]:
     """
-    The image files that files, folders (with all below them) and glob patterns name, in order and each once.
-
-    Returns:
-        `tuple[list[Path], list[Failure]]`: The files, and the inputs that name none.
+    The image files that files, folders (with all below them) and glob patterns name, in order and each once; and the
+    inputs that name none.
     """
     files: dict[Path, None] = {}
     failures = []
@@ -72,16 +66,7 @@ def find_images(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], list[F
 
 
 def read_list(path: Path) -> list[Path]:
-    """
-    The image files that a text file names, one a line, in order and each once; whether they exist shows when they
-    are read.
-
-    Raises:
-        OSError: If there is no such file.
-        ValueError: If it is no text, or names no file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a text file with the path of an image on each line.")
+    """The image files that a text file names, one a line, in order and each once."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -92,33 +77,17 @@ def read_list(path: Path) -> list[Path]:
     return files
 
 
-def read_images(files: Iterable[Path]) -> Iterator[torch.Tensor | Failure]:
-    """Decodes files ahead of whoever asks for them, in order; those that cannot be read come as a [`Failure`]."""
-    for _, (image,) in _read_ahead([Item(str(file), file)] for file in files):
-        yield image
-
-
 def read_small(files: Iterable[Path], size: int) -> Iterator[torch.Tensor | Failure]:
-    """As [`read_images`], 8-bit and at the model's resolution already, so that thousands of photos fit in memory."""
-    for image in read_images(files):
+    """Images, 8-bit and at the model's resolution already, so that thousands of photos fit in memory."""
+    for _, (image,) in _read_ahead([Item(str(file), file)] for file in files):
         yield image if isinstance(image, Failure) else to_uint8(resize_image(image, size))
 
 
 def inspect_files(
-    pipe: DiffusionADPipeline,
-    files: Sequence[Path],
-    output_dir: Path | None = None,
-    *,
-    batch_size: int | None = None,
+    pipe: DiffusionADPipeline, files: Sequence[Path], output_dir: Path | None = None, *, batch_size: int | None = None
 ) -> Iterator[Inspection | Failure]:
     """
-    Inspects files batch by batch and writes their pictures as it goes.
-
-    Args:
-        pipe: The pipeline.
-        files: Image files.
-        output_dir: Folder for the overlay, mask and reconstruction of every image; without it none are written.
-        batch_size: Images per pass; the pipeline's default if `None`.
+    Inspects files batch by batch and writes their pictures, if there is a folder for them, as it goes.
 
     Yields:
         [`Inspection`] or [`Failure`]: One per file, in order.
@@ -132,7 +101,6 @@ def inspect_files(
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Items in lists of `size`, the last one shorter."""
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch
@@ -141,20 +109,7 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def inspect_batches(
     pipe: DiffusionADPipeline, batches: Iterable[Sequence[Item]], output_dir: Path | None = None
 ) -> Iterator[Inspection | Failure]:
-    """
-    Inspects batches, each in one pass, while threads read the ones that follow.
-
-    Args:
-        pipe: The pipeline.
-        batches: What to inspect; iterated in another thread.
-        output_dir: As for [`inspect_files`].
-
-    Yields:
-        [`Inspection`] or [`Failure`]: One per item, in order.
-
-    Raises:
-        OSError: If a picture cannot be written, or an address cannot be read.
-    """
+    """Inspects batches as [`inspect_files`] does; they are iterated in another thread."""
     with closing(_read_ahead(batches)) as batches_with_images:
         for batch, images in batches_with_images:
             yield from _inspect_batch(pipe, batch, images, output_dir)
@@ -163,46 +118,28 @@ def inspect_batches(
 def _read_ahead(
     batches: Iterable[Sequence[Item]],
 ) -> Generator[tuple[Sequence[Item], list[torch.Tensor | Failure]], None, None]:
-    """Batches with their images. Reading runs ahead in threads, by a bounded number of batches."""
-    ready: queue.Queue = queue.Queue(maxsize=_BATCHES_AHEAD)
-    stopped = threading.Event()
+    """Batches with their images. Threads run ahead by a bounded number of batches: one takes them, others decode."""
+    batches = iter(batches)
+    source, readers = ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(_READERS, "read")
 
-    def put(entry: object) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
+    def take() -> tuple[Sequence[Item], list[Future]]:
+        batch = next(batches, ())
+        return batch, [readers.submit(_read, item) for item in batch]
 
-    def produce() -> None:
-        try:
-            for batch in batches:
-                put((batch, [pool.submit(_read, item) for item in batch]))
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # raised again in the consumer
-            put(error)
-
-    pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
-    threading.Thread(target=produce, name="read-ahead", daemon=True).start()
+    ahead = deque(source.submit(take) for _ in range(_BATCHES_AHEAD))
     try:
-        while (entry := ready.get()) is not None:
-            if isinstance(entry, BaseException):
-                raise entry
-            batch, images = entry
-            yield batch, [image.result() for image in images]
+        while (taken := ahead.popleft().result())[0]:
+            ahead.append(source.submit(take))
+            yield taken[0], [image.result() for image in taken[1]]
     finally:
-        stopped.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (source, readers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read(item: Item) -> torch.Tensor | Failure:
     """Decodes an image. An address that cannot be reached is no fault of the image, and raises."""
     source = item.source
     if isinstance(source, str):
-        import fsspec
-
         with fsspec.open(source, "rb") as file:
             source = file.read()
     try:
@@ -219,10 +156,7 @@ def _read(item: Item) -> torch.Tensor | Failure:
 
 
 def _inspect_batch(
-    pipe: DiffusionADPipeline,
-    batch: Sequence[Item],
-    images: Sequence[torch.Tensor | Failure],
-    output_dir: Path | None,
+    pipe: DiffusionADPipeline, batch: Sequence[Item], images: Sequence[torch.Tensor | Failure], output_dir: Path | None
 ) -> Iterator[Inspection | Failure]:
     good = [image for image in images if isinstance(image, torch.Tensor)]
     started = time.perf_counter()

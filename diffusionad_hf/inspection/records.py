@@ -1,7 +1,6 @@
 """What an inspection says of an image, as CSV or JSON for spreadsheets and other software."""
 
 import csv
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -66,35 +65,19 @@ def write_report(path: Path, model: str, results: Sequence[Inspection | Failure]
 
 
 def write_table(path: Path, results: Iterable[Inspection | Failure]) -> None:
-    """Writes a row per image as CSV; files that could not be read have their reason in the last column."""
-    write_csv(path, _COLUMNS, map(_cells, results))
-
-
-def write_csv(
-    path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, encoding: str = "utf-8"
-) -> None:
     """
-    Writes a table that is safe to open in a spreadsheet: every field is quoted, and text that would run as a formula
-    (file names come from anywhere) has an apostrophe before it.
-
-    Args:
-        path: The file; replaced whole or not at all.
-        columns: The header.
-        rows: Cells in the order of the columns. Numbers are written as they are, `None` as an empty field.
-        encoding: `"utf-8-sig"` makes Excel recognise UTF-8.
-
-    Raises:
-        OSError: If the file cannot be written.
+    Writes a row per image as CSV that is safe to open in a spreadsheet: every field is quoted, and text that would run
+    as a formula (file names come from anywhere) has an apostrophe before it.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        # Names of files need not be text.
-        with partial.open("w", newline="", encoding=encoding, errors="backslashreplace") as file:
-            writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-            writer.writerow(columns)
-            for row in rows:
-                writer.writerow([_FORMULA.sub(r"\1'\2", cell) if isinstance(cell, str) else cell for cell in row])
+    # Names of files need not be text.
+    options = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with replacing(path) as partial, partial.open("w", **options) as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        writer.writerow(_COLUMNS)
+        for result in results:
+            cells = _cells(result)
+            writer.writerow([_FORMULA.sub(r"\1'\2", cell) if isinstance(cell, str) else cell for cell in cells])
 
 
 def _cells(result: Inspection | Failure) -> list[Any]:

@@ -89,8 +89,3 @@ def test_demo_inspects_the_bundled_photos_and_asks_nothing_of_the_hub(tmp_path, 
     written = {file.name for file in (tmp_path / "outputs/demo").iterdir()}
     assert written == {f"{p.stem}_{kind}.png" for p in photos for kind in ("overlay", "mask", "reconstruction")}
     assert capsys.readouterr().out.count("  anomalous  ") == len([p for p in photos if "good" not in p.name])
-
-
-def test_demo_without_its_files_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(serve, "bundled", lambda path: tmp_path / path)
-    assert main(["demo"]) == 2 and "examples: is missing" in capsys.readouterr().err

@@ -116,9 +116,6 @@ def test_the_false_alarm_rate_chooses_the_threshold(photos, model_dir, tmp_path)
     assert thresholds[0] > thresholds[1]
 
 
-# ---- calibrate ------------------------------------------------------------------------------------------------------
-
-
 def test_calibrate_sets_the_threshold_of_a_folder(photos, photo, pipe, uncalibrated, capsys):
     bad = unusable("text", photo, photos)
     assert run("calibrate", photos, "--model", uncalibrated, "--false-alarm-rate", 0.4) == 2

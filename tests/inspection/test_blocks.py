@@ -6,11 +6,11 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -113,9 +113,6 @@ def written(target):
     return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in sorted(folder.glob("block-*"))}
 
 
-# ---- what is written ------------------------------------------------------------------------------------------------
-
-
 def test_rows_are_what_the_pipeline_finds_in_order(whole, photos, model_dir):
     pipe = DiffusionADPipeline.from_pretrained(model_dir)
     pipe.set_progress_bar_config(disable=True)
@@ -149,9 +146,6 @@ def test_a_name_that_is_no_text_is_escaped(photos, model_dir, tmp_path, target):
         pytest.skip("this file system takes no such names")
     assert run(tmp_path, "--model", model_dir, "--parquet", target) == 0
     assert pq.read_table(target)["file"].to_pylist() == [str(tmp_path / "odd-\\udce9.png")]
-
-
-# ---- interrupted and continued --------------------------------------------------------------------------------------
 
 
 def test_what_is_missing_is_done_and_what_is_there_is_not_done_again(
@@ -207,44 +201,36 @@ def test_finished_blocks_are_kept_whatever_ends_a_run(
     assert len(list(out.glob("*_overlay.png"))) == 18
 
 
-def test_two_launched_processes_one_of_them_killed_and_continued_by_one(
-    whole, photos, model_dir, tmp_path, target, capfd
-):
-    (tmp_path / "launched.py").write_text(LAUNCHED)
-    launch = (*("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),)
-    command = [sys.executable, *launch, "--main_process_port", "0", tmp_path / "launched.py", "inspect", photos]
-    command += ["--model", model_dir, "--parquet", target, "--batch-size", BATCH]
-    assert subprocess.run([str(part) for part in command], env={**os.environ, "KILLED": "1"}).returncode != 0
+def launch(folder, *arguments, **environment):
+    """Two processes, as `accelerate launch` starts them on GPUs or a CPU."""
+    (folder / "launched.py").write_text(LAUNCHED)
+    launcher = (
+        "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --main_process_port 0".split()
+    )
+    command = [sys.executable, *launcher, folder / "launched.py", "inspect", "--batch-size", BATCH, *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
+
+
+def test_two_launched_processes_one_of_them_killed_and_continued_by_one(whole, photos, model_dir, tmp_path, target):
+    arguments = (photos, "--model", model_dir, "--parquet", target)
+    assert launch(tmp_path, *arguments, KILLED="1").returncode != 0
     kept = written(target)
     # The second process has the last three blocks to do, and was killed in its second.
     assert BLOCKS[2] in kept and BLOCKS[3] not in kept and not target.exists()
-    assert run(photos, "--model", model_dir, "--parquet", target) == 0
+    assert run(*arguments) == 0
     assert written(target).items() >= kept.items(), "a block was inspected again"
     assert target.read_bytes() == whole.read_bytes()
 
 
-def test_two_launched_processes_stream_a_dataset_from_the_hub_at_one_commit(
-    hub, whole, data, model_dir, tmp_path, target
-):
-    files = {f"data/{file.name}": file.read_bytes() for file in data.iterdir()}
-    hub.add_repo("org/photos", files, repo_type="dataset")
-    out = tmp_path / "out"
-    arguments = f"--dataset org/photos --model {model_dir} --parquet {target} --batch-size {BATCH} --output-dir {out}"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    running = []
-    for rank in ("0", "1"):
-        # As launchers start them, and what a launcher on each of two machines would.
-        environment = {**hub.environment(tmp_path / "home"), **address, "RANK": rank, "LOCAL_RANK": rank}
-        command = [sys.executable, "-c", LAUNCHED, "inspect", *arguments.split()]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen(command, env={**environment, "WORLD_SIZE": "2"}, **pipes))
-    said = [process.communicate(timeout=400) for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
+def test_two_launched_processes_read_a_dataset_of_the_hub_at_one_commit(hub, whole, data, model_dir, tmp_path, target):
+    hub.add_repo("org/photos", {f"data/{f.name}": f.read_bytes() for f in data.iterdir()}, repo_type="dataset")
+    out, arguments = tmp_path / "out", ("--dataset", "org/photos", "--model", model_dir, "--parquet", target)
+    done = launch(tmp_path, *arguments, "--output-dir", out, **hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
     # The main process speaks, the other is silent.
-    assert "19 images" in said[0][0] and "inspecting (process 1 of 2)" in said[0][1]
-    assert said[1][0] == "" and "inspecting" not in said[1][1]
+    assert done.stdout.count("19 images") == 1 and "inspecting (process 1 of 2)" in done.stderr
+    assert "process 2" not in done.stderr
     found, columns = pq.read_table(target), ["row", "score", "threshold", "verdict", "p_value", "regions"]
     assert found.select(columns).equals(pq.read_table(whole).select(columns))
     assert found["file"].to_pylist() == [f"{i:02d}.png" for i in range(19)]
@@ -261,9 +247,6 @@ def test_every_block_falls_to_one_process(processes):
         engine.num_processes, engine._state = processes, SimpleNamespace(process_index=index)
     shares = [engine.share(missing) for engine in engines]
     assert sum(shares, []) == missing and max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-# ---- on a Ray cluster -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -294,35 +277,31 @@ def load_dying(args, device):
 _load_inspector = command._load_inspector
 
 
-def test_two_ray_workers_one_of_which_is_killed(cluster, whole, photos, model_dir, tmp_path, target, monkeypatch):
+def test_two_ray_workers_read_a_dataset_and_one_of_them_is_killed(
+    cluster, whole, data, model_dir, tmp_path, target, monkeypatch
+):
     monkeypatch.setattr(command, "_load_inspector", load_dying)
     monkeypatch.chdir(tmp_path)
     arguments = ("--engine", "ray", "--model", model_dir, "--output-dir", "out", "--parquet", target.name)
-    assert run(photos, *arguments) == 0
+    assert run("--dataset", data, *arguments) == 0
     assert (tmp_path / "out/killed").exists()
-    assert target.read_bytes() == whole.read_bytes() and list(written(target)) == BLOCKS
-    assert len(list(tmp_path.glob("out/*_overlay.png"))) == 18
+    assert pq.read_table(target).drop(["file", "error"]).equals(pq.read_table(whole).drop(["file", "error"]))
+    assert list(written(target)) == BLOCKS and len(list(tmp_path.glob("out/**/*_overlay.png"))) == 18
 
 
-def test_ray_reads_a_dataset_and_says_what_went_wrong_in_a_worker(cluster, whole, data, model_dir, target, capsys):
+def test_ray_says_what_went_wrong_in_a_worker(cluster, photos, model_dir, target, capsys):
     out = target.with_name("out")
-    (out / "00000/000000005_mask.png").mkdir(parents=True)
-    arguments = ("--dataset", data, "--engine", "ray", "--model", model_dir, "--output-dir", out, "--parquet", target)
+    (out / "01_mask.png").mkdir(parents=True)
+    arguments = (photos, "--engine", "ray", "--model", model_dir, "--output-dir", out, "--parquet", target)
     assert run(*arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("diffusionad: error: ") and "000000005_mask.png" in error and "Traceback" not in error
-    (out / "00000/000000005_mask.png").rmdir()
-    assert run(*arguments) == 0
-    assert pq.read_table(target)["score"].equals(pq.read_table(whole)["score"])
+    assert error.startswith("diffusionad: error: ") and "01_mask.png" in error and "Traceback" not in error
 
 
 def test_without_ray_the_extra_is_named(photos, model_dir, target, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert run(photos, "--model", model_dir, "--parquet", target, "--engine", "ray") == 2
     assert 'pip install "diffusionad-hf[ray]"' in capsys.readouterr().err
-
-
-# ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_list(photos, whole, model_dir, tmp_path, target, capsys):
@@ -346,19 +325,19 @@ def test_datasets_of_every_kind_are_read_from_any_position(kind, data, photos, t
     if kind in ("Parquet", "one file"):
         source = data / "train-0.parquet" if kind == "one file" else data
     elif kind == "images in a folder":
-        shutil.copytree(photos, source)
+        source = photos
     elif kind == "tar files":
         source.mkdir()
         for name, part in (("a", files[:12]), ("b", files[12:])):
             with tarfile.open(source / f"{name}.tar", "w") as tar:
                 for file in part:
                     tar.add(file, file.name)
-    elif kind == "saved to disk":
-        saved = datasets.load_dataset(str(data), split="train", cache_dir=str(tmp_path / "c"))
-        datasets.DatasetDict(train=saved).save_to_disk(source)
     else:
         rows = {"image": [str(file) for file in files]}
-        datasets.Dataset.from_dict(rows, features=datasets.Features(image=datasets.Image())).save_to_disk(source)
+        saved = datasets.Dataset.from_dict(rows, features=datasets.Features(image=datasets.Image()))
+        if kind == "saved to disk":
+            saved = datasets.DatasetDict(train=datasets.load_dataset(str(data), split="train"))
+        saved.save_to_disk(source)
     inputs, contents = DatasetInputs(str(source)), [file.read_bytes() for file in files]
     contents = contents[: 12 if kind == "one file" else None]
     assert len(inputs) == len(contents)
@@ -387,9 +366,6 @@ def test_inputs_with_fewer_images_than_counted_are_an_error(pipe, photos, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-# ---- refused --------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_is_not_continued_with_anything_else(photos, model_dir, tmp_path, target, capsys):
     few = [photos / f"{i:02d}.png" for i in range(4)]
     assert run(*few, "--model", model_dir, "--parquet", target, "--threshold", 0.25) == 0
@@ -401,7 +377,7 @@ def test_a_run_is_not_continued_with_anything_else(photos, model_dir, tmp_path, 
         (few, model_dir, 0.5, 2, "threshold 0.25 there", "0.5 now"),
         (few[:3], model_dir, 0.25, 2, "inputs 4 files", "3 files"),
         (few, model_dir, 0.25, 4, "batch size 2 there", "4 now"),
-        (few, tmp_path / "other", 0.25, 2, f"of {model_dir} there", f"of {tmp_path / 'other'} now"),
+        (few, tmp_path / "other", 0.25, 2, "model ", " now"),
     ]:
         capsys.readouterr()
         arguments = ("--parquet", target, "--threshold", threshold, "--batch-size", batch)
@@ -433,46 +409,44 @@ def test_whatever_changes_the_results_makes_it_another_model(what):
     assert describe_model(pipe) != before
 
 
-def test_a_damaged_block_is_named(photos, model_dir, target, capsys):
-    arguments = (photos / "00.png", photos / "01.png", "--model", model_dir, "--parquet", target)
-    run(*arguments)
+@pytest.fixture
+def two(photos, model_dir, target):
+    return photos / "00.png", photos / "01.png", "--model", model_dir, "--parquet", target
+
+
+def test_a_damaged_block_is_named(two, target, capsys):
+    run(*two)
     block = target.with_name("results.parquet.blocks") / BLOCKS[0]
     content = block.read_bytes()
     for damaged in (content[:-100], b""):
         block.write_bytes(damaged)
-        assert run(*arguments) == 2
+        assert run(*two) == 2
         assert f"{block}: damaged" in capsys.readouterr().err
     block.unlink()
-    assert run(*arguments) == 0 and block.read_bytes() == content
+    assert run(*two) == 0 and block.read_bytes() == content
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 @pytest.mark.parametrize("full", ["a block", "the table"])
-def test_a_full_disk_costs_nothing_that_is_done(full, photos, model_dir, target, monkeypatch, capsys):
-    arguments = (photos / "00.png", photos / "01.png", "--model", model_dir, "--parquet", target)
-    file = target if full == "the table" else target.with_name("results.parquet.blocks") / BLOCKS[0]
-    with monkeypatch.context() as patch:
-        if full == "the table":
-            file.with_name(f".{file.name}.partial").symlink_to("/dev/full")
-        else:
-            patch.setattr(pq, "write_table", no_space)
-        assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    assert f"{file}: cannot be written" in error and "No space left" in error and "run the same again" in error
+def test_a_full_disk_costs_nothing_that_is_done(full, two, target, monkeypatch, capsys):
+    if full == "the table":
+        run(*two)
+        target.unlink()
     kept = written(target)
-    assert len(kept) == (full == "the table") and not target.exists() and not list(file.parent.glob(".*.partial"))
-    assert run(*arguments) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        assert run(*two) == 2
+    error = capsys.readouterr().err
+    file = target if full == "the table" else target.with_name("results.parquet.blocks") / BLOCKS[0]
+    assert f"{file}: cannot be written" in error and "No space left" in error and "run the same again" in error
+    assert written(target) == kept and not target.exists() and not list(file.parent.glob(".*.partial"))
+    assert run(*two) == 0
     assert written(target).items() >= kept.items() and pq.read_metadata(target).num_rows == 2
 
 
-def no_space(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_run_that_is_under_way_is_left_alone(photos, model_dir, tmp_path, target, capsys):
+def test_a_run_that_is_under_way_is_left_alone(two, tmp_path, capsys):
     (tmp_path / "results.parquet.blocks").mkdir()
     with FileLock(tmp_path / "results.parquet.blocks/.lock"):
-        assert run(photos, "--model", model_dir, "--parquet", target) == 2
+        assert run(*two) == 2
     assert "a run is under way" in capsys.readouterr().err
 
 
@@ -480,7 +454,7 @@ REFUSED = {
     "no input": ([], "give either INPUTs, --file-list or --dataset"),
     "two inputs": (["{photos}", "--dataset", "org/x"], "give either INPUTs, --file-list or --dataset"),
     "an input that is not there": (["{photos}", "nowhere.png"], "nowhere.png: no such file"),
-    "a list that is not there": (["--file-list", "nowhere.txt"], "nowhere.txt: no such file"),
+    "a list that is not there": (["--file-list", "nowhere.txt"], "nowhere.txt"),
     "a list that is none": (["--file-list", "{photos}/00.png"], "00.png: not UTF-8 text"),
     "an empty list": (["--file-list", "empty.txt"], "empty.txt: names no file"),
     "no such dataset": (["--dataset", "./nowhere"], "./nowhere: no such dataset"),
@@ -505,13 +479,15 @@ def test_what_is_refused_in_one_line(case, photos, data, model_dir, tmp_path, mo
     assert not list(tmp_path.rglob("block-*"))
 
 
-def test_datasets_and_several_processes_need_parquet(photos, data, model_dir, target, monkeypatch, capsys):
-    assert run("--dataset", data, "--model", model_dir) == 2
-    assert "--dataset: give --parquet FILE" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for arguments, reason in (
-        ([], "only with --parquet FILE"),
-        (["--parquet", target, "--engine", "ray"], "leave out `accelerate launch`"),
-    ):
-        assert run(photos, "--model", model_dir, *arguments) == 2
-        assert reason in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "processes, arguments, reason",
+    [
+        ("1", ["--dataset", "d"], "--dataset: give --parquet FILE"),
+        ("2", ["{photos}"], "only with --parquet FILE"),
+        ("2", ["{photos}", "--parquet", "r", "--engine", "ray"], "leave out `accelerate launch`"),
+    ],
+)
+def test_datasets_and_several_processes_need_parquet(processes, arguments, reason, photos, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    assert run(*(argument.format(photos=photos) for argument in arguments), "--model", "m") == 2
+    assert reason in capsys.readouterr().err

@@ -21,9 +21,6 @@ def file(photo, tmp_path):
     return tmp_path / "a.png"
 
 
-# ---- which files ----------------------------------------------------------------------------------------------------
-
-
 def test_files_folders_and_patterns_each_once_and_inputs_that_name_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("photos/B.PNG", "photos/a.Jpg", "photos/deep/down/c.png", "photos/notes.txt", "empty/d.txt"):
@@ -46,9 +43,6 @@ def test_pictures_have_names_that_differ_and_stay_in_their_folder(tmp_path, monk
     }
     assert picture_names([Path(name) for name in names]) == {Path(k): os.path.normpath(v) for k, v in names.items()}
     assert list(picture_names([Path("p/a.b.png")]).values()) == ["a.b"] and picture_names([]) == {}
-
-
-# ---- what is found --------------------------------------------------------------------------------------------------
 
 
 def test_results_after_a_bad_file_are_those_of_their_own_images(pipe, photo, tmp_path):
@@ -106,9 +100,6 @@ def test_a_pass_takes_the_pipelines_default_number_of_images_unless_asked(pipe, 
     assert passes == [3, 2]
 
 
-# ---- reading ahead --------------------------------------------------------------------------------------------------
-
-
 def test_images_are_read_while_the_model_works_and_only_so_many():
     made, read = [], threading.Event()
 
@@ -133,7 +124,5 @@ def test_a_source_that_fails_stops_the_run_and_is_no_row():
         yield [Item("a", b"")]
         raise OSError("the connection broke")
 
-    reading = _read_ahead(batches())
-    next(reading)
     with pytest.raises(OSError, match="the connection broke"):
-        next(reading)
+        list(_read_ahead(batches()))

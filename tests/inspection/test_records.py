@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from diffusionad_hf.inspection.records import Failure, Inspection, write_csv, write_report, write_table
+from diffusionad_hf.inspection.records import Failure, Inspection, write_report, write_table
 
 
 def test_a_threshold_that_no_score_exceeds_is_null_in_json_and_odd_names_are_kept(tmp_path):
@@ -40,7 +40,10 @@ def test_the_table_counts_the_regions_and_shows_the_largest(tmp_path):
     ],
 )
 def test_no_text_is_a_formula_and_every_field_is_quoted(text, cell, tmp_path):
-    write_csv(tmp_path / "new" / "r.csv", ["file", "score"], [[text, -0.5], [None, 1]], encoding="utf-8-sig")
-    raw = (tmp_path / "new" / "r.csv").read_bytes().decode("utf-8-sig")
-    assert list(csv.reader(raw.splitlines(True))) == [["file", "score"], [cell, "-0.5"], ["", "1"]]
+    write_table(
+        tmp_path / "new" / "r.csv", [Failure(text, "damaged"), Inspection("a", -0.5, 1, None, None, 0, [], [])]
+    )
+    raw = (tmp_path / "new" / "r.csv").read_bytes().decode()
+    rows = list(csv.DictReader(raw.splitlines(True)))
+    assert [(row["file"], row["score"]) for row in rows] == [(cell, ""), ("a", "-0.5")]
     assert all(line.startswith('"') for line in raw.splitlines() if "\n" not in text and "\r" not in text)
