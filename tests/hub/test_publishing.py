@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusionad_hf import DiffusionADPipeline
-from diffusionad_hf.cli.hub import add_list_command, add_publish_command
+from diffusionad_hf.cli.hub import add_commands
 from diffusionad_hf.hub.publishing import list_models, publish_model
 from tests.loopback_hub import LoopbackHub
 
@@ -97,8 +97,7 @@ def run(command, *arguments):
     """A command's exit code, as the command line calls it."""
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers()
-    add_publish_command(commands)
-    add_list_command(commands)
+    add_commands(commands)
     args = parser.parse_args([command, *arguments])
     return args.run(args)
 
