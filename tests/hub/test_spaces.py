@@ -97,8 +97,9 @@ def test_what_goes_along_and_what_stays_at_home(hub, client, tmp_path):
         "diffusionad_hf/efficientnet_lite0.LICENSE.txt",
     }
     assert there <= set(found) and "diffusionad_hf/hub/model_card.md" in found
+    allowed = {"", *".py .pyi .typed .md .css .txt .png .json .safetensors".split()}
     for name, content in found.items():
-        assert Path(name).suffix in (".py", ".pyi", ".md", ".css", ".txt", ".png", ".json", ".safetensors", ""), name
+        assert Path(name).suffix in allowed, name
         assert not re.search(rb"hf_secret|" + str(tmp_path).encode() + rb"|" + str(ROOT).encode(), content), name
     asked = found["requirements.txt"].decode().splitlines()
     assert not any(line.startswith("diffusionad") for line in asked), "there is no such package on an index"
