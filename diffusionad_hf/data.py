@@ -314,7 +314,7 @@ def _recognise(source: str | Path, layout: str) -> tuple[str, dict[str, Path]]:
 def _choose(category: str | None, categories: Sequence[str], source: str | Path) -> str:
     if category is None and len(categories) == 1:
         return categories[0]
-    if category not in categories:
+    if category is None or category not in categories:
         problem = "name a category of" if category is None else f"unknown category {category!r} in"
         raise ValueError(f"{problem} {source}: it has {_shorten(categories, most=40)}.")
     return category
@@ -516,7 +516,7 @@ def _hub_defect_types(table: Any) -> np.ndarray:
     if columns == ["mask"]:
         masks = (row["mask"] for row in table.select_columns("mask"))
         defective = [mask is not None and binary_mask(mask).any() for mask in masks]
-        return np.where(defective, "defect", NORMAL).astype(object)
+        return np.where(np.array(defective), "defect", NORMAL).astype(object)
     columns = [name for name in columns if name != "mask"]
     labels, kinds = _hub_values(table, columns[0]), _hub_values(table, columns[-1])
     normal = np.array([_is_normal(label) or label.lower() in ("0", "false") for label in labels])

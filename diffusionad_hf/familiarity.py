@@ -60,12 +60,12 @@ class Familiarity:
         """Learns from the grids of normal images of one kind; None if there are too few of them to tell."""
         if len(grids) < FEWEST_IMAGES:
             return None
-        grids = np.stack(grids[:MOST_IMAGES])
-        between = np.stack([_distances(grid, grids) for grid in grids])
+        known = np.stack(grids[:MOST_IMAGES])
+        between = np.stack([_distances(grid, known) for grid in known])
         np.fill_diagonal(between, np.inf)
         # At least 4 of 255 levels: copies of one image are no reason to reject the next one for its sensor noise.
-        least = 4 / float(_spread(grids).mean())
-        return cls(grids, SLACK * max(float(between.min(axis=1).max()), least))
+        least = 4 / float(_spread(known).mean())
+        return cls(known, SLACK * max(float(between.min(axis=1).max()), least))
 
     def strangeness(self, image: torch.Tensor) -> float:
         """How far an image, (3, H, W), is from the closest normal one; above 1 it is unfamiliar."""

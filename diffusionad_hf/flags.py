@@ -3,13 +3,13 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from typing import Any
 
 
 class DashedParser(argparse.ArgumentParser):
     """A parser that also takes its flags with underscores, as they were once spelt: `--data_dir` for `--data-dir`."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([re.sub(r"^--\w[^=]*", _dashed, arg) for arg in args], namespace)
 

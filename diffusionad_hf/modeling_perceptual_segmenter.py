@@ -45,6 +45,9 @@ class _FrozenConv(nn.Module):
     clipping of gradients and no `requires_grad_` reaches. Padded as TensorFlow does: any input is taken.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor
+
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__()
         self.stride, self.groups = stride, groups
@@ -55,7 +58,7 @@ class _FrozenConv(nn.Module):
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         kernel = self.weight.shape[-1]
-        padding = []
+        padding: list[int] = []
         for size in (sample.shape[-1], sample.shape[-2]):
             total = max((-(-size // self.stride) - 1) * self.stride + kernel - size, 0)
             padding += [total // 2, total - total // 2]

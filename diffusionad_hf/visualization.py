@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -427,7 +428,7 @@ def _draw_frame(picture: Image.Image, box: tuple[int, int, int, int]) -> None:
 
 def _draw_tag(picture: Image.Image, text: str, box: tuple[int, int, int, int]) -> None:
     """Writes a region's number in place, light on dark, off the upper left corner of its box where there is room."""
-    font = ImageFont.load_default(max(7 * _line_width(picture.size), 11))
+    font: Any = ImageFont.load_default(max(7 * _line_width(picture.size), 11))
     if min(picture.size) < 6 * font.size:  # the tag would hide what it names
         return
     left, top, right, bottom = font.getbbox(text)

@@ -41,7 +41,8 @@ def _export(args: argparse.Namespace) -> int:
     from ..export.exporting import ORIGINAL, export_pipeline
 
     pipe = load_pipeline(args, "cpu")
-    images, failures = [], []
+    images: list = []
+    failures: list[str] = []
     if args.calibration_images:
         images, failures = read_normal_images(args.calibration_images, pipe.config.image_size)
     exported = export_pipeline(

@@ -90,7 +90,7 @@ def read_normal_images(inputs: Sequence[str], size: int) -> tuple[list, list[str
     from ..inspection.records import Failure
 
     files, failures = find_images(inputs)
-    images = []
+    images: list = []
     for image in tqdm(read_small(files, size), total=len(files), desc="reading", unit="image", file=sys.stderr):
         (failures if isinstance(image, Failure) else images).append(image)
     reasons = [failure.error for failure in failures]

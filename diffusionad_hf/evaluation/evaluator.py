@@ -204,7 +204,7 @@ def _count_tables(
             cumulative = np.r_[0.0, np.cumsum(weight)]
             tables[row, i, 1:-1] = cumulative[-1] - cumulative[below]
             tables[row, i, -1] = cumulative[-1]
-    return tuple(tables)
+    return tables[0], tables[1], tables[2]
 
 
 @dataclass
@@ -330,7 +330,8 @@ def describe_hardware(device: Any) -> str:
     try:
         # The only place where Linux gives the processor's name.
         cpu_info = Path("/proc/cpuinfo").read_text()
-        name = re.search(r"^model name\s*: (.+)$", cpu_info, re.MULTILINE).group(1)
-    except (OSError, AttributeError):
+        if found := re.search(r"^model name\s*: (.+)$", cpu_info, re.MULTILINE):
+            name = found[1]
+    except OSError:
         pass
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name

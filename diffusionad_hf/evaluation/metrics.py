@@ -79,7 +79,7 @@ def roc_vertices(
     return thresholds, fp, tp
 
 
-def image_metrics(scores: Sequence[float], labels: Sequence[int]) -> dict[str, float]:
+def image_metrics(scores: Sequence[float] | np.ndarray, labels: Sequence[int] | np.ndarray) -> dict[str, float]:
     """Image AUROC, AP and F1-max.
 
     Args:
@@ -89,11 +89,11 @@ def image_metrics(scores: Sequence[float], labels: Sequence[int]) -> dict[str, f
     Returns:
         `image_auroc`, `image_ap`, `image_f1_max`; empty if only one class is present.
     """
-    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
-    if labels.all() or not labels.any():
+    values, anomalous = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
+    if anomalous.all() or not anomalous.any():
         return {}
-    positives = np.sort(scores[labels])
-    _, fp, tp = roc_vertices(np.sort(scores[~labels]), positives, np.ones((1, len(positives))))
+    positives = np.sort(values[anomalous])
+    _, fp, tp = roc_vertices(np.sort(values[~anomalous]), positives, np.ones((1, len(positives))))
     return {f"image_{name}": float(value) for name, value in detection_metrics(fp, tp[0]).items()}
 
 

@@ -98,7 +98,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
 
     # ---- saving and loading -----------------------------------------------------------------------------------------
 
-    def save_config(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `exported_model.json`: the record of the export, and the settings as they are now."""
         settings = {name: self.config[name] for name in SETTINGS}
         # The size is the graph's, whatever was tried.
@@ -196,7 +196,7 @@ def _core_of(openvino: ModuleType) -> Any:
 def _load_openvino(file: Path, precision: str) -> tuple[Run, str]:
     """The computation, and the type it computes in apart from int8."""
     openvino = require("openvino", "openvino")
-    options = {
+    options: dict[str, Any] = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         # With pinning, several processes on one machine would all use the first cores.
         "ENABLE_CPU_PINNING": False,

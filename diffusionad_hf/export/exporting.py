@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -203,7 +203,7 @@ class _InspectionGraph(nn.Module):
         for block in [block for block in self.segmenter.modules() if isinstance(block, nn.Sequential)]:
             for i, norm in enumerate(block):
                 if isinstance(norm, nn.BatchNorm2d):
-                    block[i - 1], block[i] = fuse_conv_bn_eval(block[i - 1], norm), nn.Identity()
+                    block[i - 1], block[i] = fuse_conv_bn_eval(cast(nn.Conv2d, block[i - 1]), norm), nn.Identity()
         self.scheduler = copy.deepcopy(pipe.scheduler)
         self.top_k = min(pipe.config.top_k, pipe.config.image_size**2)
 

@@ -98,7 +98,7 @@ def describe_model(pipe: DiffusionADPipeline) -> dict[str, str]:
 
 
 @contextmanager
-def open_run(folder: Path, inputs: Inputs, description: dict[str, str], batch_size: int) -> Iterator[Run]:
+def open_run(folder: Path, inputs: Inputs, description: dict[str, Any], batch_size: int) -> Iterator[Run]:
     """
     Begins a run in a folder, or continues the one that is there; for one process, which tells the others.
 

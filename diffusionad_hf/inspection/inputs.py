@@ -69,7 +69,8 @@ class DatasetInputs:
         else:
             with explained(source):
                 # Named by its commit from here on: a run that is continued tomorrow reads the same rows.
-                revision = state = HfApi().dataset_info(source, revision=revision).sha
+                revision = HfApi().dataset_info(source, revision=revision).sha
+                state = str(revision)
         splits, parquet_files = _open(datasets, source, config, revision)
         self._split = _choose("split", "splits", split, list(splits), source)
         data = splits[self._split]
@@ -158,7 +159,7 @@ def _open(datasets: Any, source: str, config: str | None, revision: str | None) 
 def _choose(argument: str, what: str, asked: str | None, there: Sequence[str], source: str) -> str:
     if asked is None and len(there) == 1:
         return there[0]
-    if asked not in there:
+    if asked is None or asked not in there:
         problem = "choose one" if asked is None else f"there is no {asked}"
         raise ValueError(f"{argument}: {problem}; {source} has the {what} {', '.join(map(str, there)) or 'none'}.")
     return asked

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 import torch
@@ -160,7 +160,7 @@ def _inspect_batch(
 ) -> Iterator[Inspection | Failure]:
     good = [image for image in images if isinstance(image, torch.Tensor)]
     started = time.perf_counter()
-    output = pipe(good, batch_size=len(good)) if good else None
+    output: Any = pipe(good, batch_size=len(good)) if good else None
     seconds = (time.perf_counter() - started) / max(len(good), 1)
     threshold = pipe.threshold
     drawn = region_threshold(threshold)

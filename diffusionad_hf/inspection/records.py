@@ -76,8 +76,10 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]],
     (file names come from anywhere) has an apostrophe before it. `"utf-8-sig"` makes Excel recognise UTF-8.
     """
     # Names of files need not be text.
-    options = {"newline": "", "encoding": encoding, "errors": "backslashreplace"}
-    with replacing(path) as partial, partial.open("w", **options) as file:
+    with (
+        replacing(path) as partial,
+        partial.open("w", newline="", encoding=encoding, errors="backslashreplace") as file,
+    ):
         writer = csv.writer(file, quoting=csv.QUOTE_ALL)
         writer.writerow(columns)
         for row in rows:

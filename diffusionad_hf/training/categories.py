@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
@@ -29,14 +30,14 @@ def train_all(args: TrainingConfig, train: Callable[[TrainingConfig], int]) -> i
 
     Returns 0; 2 if a category failed; or the code of a `train` that was interrupted.
     """
-    categories = together(lambda: list_categories(args.data_dir), main_only=False)
+    categories = together(lambda: list_categories(args.data_dir))
     folders = {name: Path(args.output_dir) / _slug(name) for name in categories}
     if len(set(folders.values())) < len(folders):
         raise ValueError(f"`category` {ALL}: the names {', '.join(categories)} are not distinct as names of folders.")
     failed = {}
     for number, (name, folder) in enumerate(folders.items(), start=1):
         logger.info(f"Category {number} of {len(folders)}: {name}")
-        own = {"category": name, "output_dir": str(folder), "resume_from_checkpoint": "latest"}
+        own: dict[str, Any] = {"category": name, "output_dir": str(folder), "resume_from_checkpoint": "latest"}
         if args.foreground_dir is not None:
             own["foreground_dir"] = str(Path(args.foreground_dir) / name)
         try:

@@ -99,7 +99,7 @@ class StepSampler(Sampler):
     def __init__(self, length: int, batch_size: int, batches: range, seed: int, process: int = 0, processes: int = 1):
         self.length, self.batch_size, self.batches, self.seed = length, batch_size, batches, seed
         self.process, self.processes = process, processes
-        self._epoch, self._order = -1, None
+        self._epoch, self._order = -1, np.empty(0, int)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -32,7 +32,7 @@ def erase(images: Tensor, allowed: Tensor, u: np.ndarray) -> Tensor:
     down, right = (part * coarse for part in _plain_piece(small, product, cover, u[:, 1:]))
     patch = shift(images, down, right)
 
-    depth, plane = _ellipses(*(part * coarse for part in found), height, width)
+    depth, plane = _ellipses(*(part * coarse for part in found), height, width)  # type: ignore[call-arg]
     rim, difference = _rim(depth, size) * allowed, images - patch
     light = _fit_plane(difference, rim, plane[:, 0])
     # Again without what the first plane misses: a feature's edge that crosses the rim.

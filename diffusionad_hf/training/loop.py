@@ -41,7 +41,7 @@ from .memory import keep_freed_memory
 from .optimization import averaging, learning_rates
 from .outcome import Curve, Validation, finish, validate
 from .processes import together
-from .synthesis import AnomalySynthesizer
+from .synthesis import AnomalySynthesizer, Textures
 from .textures import FolderTextures, ProceduralTextures
 
 logger = logging.getLogger("training")
@@ -135,7 +135,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
         "prediction_type": pipe.scheduler.config.prediction_type,
     }
     launched = {"num_processes": accelerator.num_processes}
-    state = {"step": 0, "best": None, "losses": {}}
+    state: dict[str, Any] = {"step": 0, "best": None, "losses": {}}
     if found is not None:
         state = together(lambda: load_checkpoint(accelerator, found, arguments | launched))
         logger.info(f"Resumed from {found}.")
@@ -203,7 +203,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
             if last or state["step"] % args.validation_steps == 0:
                 source = averaged.module if averaged is not None else plain
                 metrics = together(partial(validate, source, validation, output_dir, state), main_only=True)
-                if accelerator.is_main_process:
+                if metrics is not None:
                     curve.write(state["step"], running, metrics)
                     accelerator.log(
                         {f"validation/{name}": value for name, value in metrics.items()}, step=state["step"]
@@ -246,6 +246,7 @@ def prepare_data(args: TrainingConfig) -> tuple[NormalImages, NormalImages, Anom
     logger.info(f"{len(train_set)} normal images to train on, {len(held_out)} held out, taken for images of {kind}s.")
     if len(train_set) < args.train_batch_size:
         logger.warning(f"`train_batch_size` {args.train_batch_size}: every batch holds some image more than once.")
+    textures: Textures
     if args.texture_dir is not None:
         textures = FolderTextures(args.texture_dir, args.resolution)
     else:
@@ -358,9 +359,10 @@ def broken_samples(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def refuse_broken(broken: torch.Tensor, train_set: NormalImages, step: int) -> None:
     """Raises `ValueError` that names the sample where [`broken_samples`] found one: no learning rate helps then."""
     for index in broken[broken >= 0].tolist():
-        row = train_set.images.indices[index]
+        subset: Any = train_set.images
+        row = subset.indices[index]
         raise ValueError(
-            f"training image {row} ({train_set.images.dataset.names[row]}) is not finite at step {step}, once its "
+            f"training image {row} ({subset.dataset.names[row]}) is not finite at step {step}, once its "
             "anomaly is made: a defect of the synthesis, please report it with this line and the options of the run."
         )
 

@@ -49,9 +49,9 @@ class Validation:
         The score is the mean of image AUROC, which saturates early, and pixel AP, which tells good from better.
         """
         output = pipe(self.images)
-        metrics = image_metrics(output.anomaly_score, self.labels.numpy())
+        metrics: dict[str, float] = image_metrics(output.anomaly_score, self.labels.numpy())
         metrics.update(pixel_metrics(output.anomaly_map, list(self.masks[:, 0].numpy())))
-        chosen = {
+        chosen: dict[str, float] = {
             name: metrics[name] for name in ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30") if name in metrics
         }
         # Held-out images on which not one defect could be synthesised leave nothing to choose by.
@@ -98,7 +98,7 @@ class Curve:
     def __init__(self, path: Path, step: int):
         self.path = path
         self.started = time.monotonic()
-        rows = []
+        rows: list[dict[str, Any]] = []
         if step and path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
@@ -107,7 +107,7 @@ class Curve:
 
     def write(self, step: int, losses: dict[str, float], metrics: dict[str, float]) -> None:
         """Adds a row."""
-        row = {"step": step, "seconds": round(self.before + time.monotonic() - self.started, 1)}
+        row: dict[str, Any] = {"step": step, "seconds": round(self.before + time.monotonic() - self.started, 1)}
         row |= {name: f"{value:.6f}" for name, value in losses.items()}
         row |= {f"validation_{name}": f"{value:.6f}" for name, value in metrics.items()}
         self.rows.append(row)

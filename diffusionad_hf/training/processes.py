@@ -1,7 +1,7 @@
 """Several processes that train together succeed or fail together."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar, overload
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -9,6 +9,10 @@ from accelerate.utils import gather_object
 T = TypeVar("T")
 
 
+@overload
+def together(work: Callable[[], T]) -> T: ...
+@overload
+def together(work: Callable[[], T], *, main_only: Literal[True]) -> T | None: ...
 def together(work: Callable[[], T], *, main_only: bool = False) -> T | None:
     """Runs `work` on every process, or on the main one alone; a failure is raised on all of them.
 

@@ -294,9 +294,10 @@ def shuffle_tiles(images: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tens
     height, width = images.shape[-2:]
     row, column = np.arange(height) // (height // TILES), np.arange(width) // (width // TILES)
     # All pixels of a strip share its number, so a stable sort of the pixels moves whole strips.
-    row_order = np.argsort(rows[:, row], axis=1, kind="stable")
-    column_order = np.argsort(columns[:, column] + column % 2, axis=1, kind="stable")
-    row_order, column_order = (torch.from_numpy(x).to(images.device) for x in (row_order, column_order))
+    orders = (rows[:, row], columns[:, column] + column % 2)
+    row_order, column_order = (
+        torch.from_numpy(np.argsort(order, axis=1, kind="stable")).to(images.device) for order in orders
+    )
     lines = torch.arange(images.shape[0] * 3, device=images.device).view(-1, 3, 1) * height + row_order[:, None]
     images = images.reshape(-1, width).index_select(0, lines.flatten()).view_as(images)
     return images.gather(3, column_order[:, None, None, :].expand_as(images))
