@@ -24,21 +24,16 @@ from .files import write_json
 from .images_diffusionad import IMAGE_SUFFIXES, load_image, to_uint8
 
 FILE_NAME = "familiarity.json"
-"""Where a model's folder keeps it."""
 CELLS = 16
 SLACK = 1.5
 FEWEST_IMAGES, MOST_IMAGES = 5, 100
 
 
 def describe(image: torch.Tensor) -> np.ndarray:
-    """The grid of one image.
+    """The grid of an image, (3, H, W) uint8 or float in [0, 1], as (16 * 16 * 5,) uint8.
 
-    Args:
-        image: (3, H, W), uint8 or float in [0, 1].
-
-    Returns:
-        (16 * 16 * 5,) uint8: mean red, green, blue, twice the luminance's standard deviation and eight times the mean
-        absolute value of its Laplacian, of each cell.
+    Of each cell: mean red, green, blue, twice the luminance's standard deviation and eight times the mean absolute
+    value of its Laplacian.
     """
     # Contrast and sharpness are measured at one size, so that a photo and its thumbnail look alike.
     scale = 255 if image.dtype == torch.uint8 else 1
@@ -81,20 +76,15 @@ class Familiarity:
 
     @classmethod
     def from_json(cls, data: dict) -> "Familiarity":
-        """Reads what `to_json` gave.
-
-        Raises:
-            ValueError: If it is something else.
-        """
+        """Reads what `to_json` gave; raises a ValueError if it is something else."""
         try:
-            grids = [np.frombuffer(base64.b64decode(grid, validate=True), np.uint8) for grid in data["grids"]]
-            limit = float(data["limit"])
+            decoded = [np.frombuffer(base64.b64decode(grid, validate=True), np.uint8) for grid in data["grids"]]
+            grids, limit = np.stack(decoded), float(data["limit"])
+            if grids.shape[1] != CELLS * CELLS * 5 or len(grids) > MOST_IMAGES or not 0 < limit < np.inf:
+                raise ValueError("out of range")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError("the description of normal images is damaged") from error
-        sizes = {len(grid) for grid in grids}
-        if sizes != {CELLS * CELLS * 5} or len(grids) > MOST_IMAGES or not 0 < limit < np.inf:
-            raise ValueError("the description of normal images is damaged")
-        return cls(np.stack(grids), limit)
+        return cls(grids, limit)
 
 
 def _spread(grids: np.ndarray) -> np.ndarray:
@@ -110,7 +100,6 @@ def _distances(grid: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the description of a model's normal images into its folder."""
     parser = argparse.ArgumentParser(description="Describe a model's normal images, so that others are noticed.")
     parser.add_argument("checkpoint", type=Path, help="folder of the model")
     parser.add_argument("images", type=Path, help="folder of normal images that it was not trained on")

@@ -65,21 +65,25 @@ def write_report(path: Path, model: str, results: Sequence[Inspection | Failure]
 
 
 def write_table(path: Path, results: Iterable[Inspection | Failure]) -> None:
-    """
-    Writes a row per image as CSV that is safe to open in a spreadsheet: every field is quoted, and text that would run
-    as a formula (file names come from anywhere) has an apostrophe before it.
-    """
+    """Writes a row per image as CSV; files that could not be read have their reason in the last column."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(path, _COLUMNS, map(_cells, results))
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, encoding: str = "utf-8") -> None:
+    """
+    Writes a table that is safe to open in a spreadsheet: every field is quoted, and text that would run as a formula
+    (file names come from anywhere) has an apostrophe before it. `"utf-8-sig"` makes Excel recognise UTF-8.
+    """
     # Names of files need not be text.
     with (
         replacing(path) as partial,
-        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        partial.open("w", newline="", encoding=encoding, errors="backslashreplace") as file,
     ):
         writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-        writer.writerow(_COLUMNS)
-        for result in results:
-            cells = _cells(result)
-            writer.writerow([_FORMULA.sub(r"\1'\2", cell) if isinstance(cell, str) else cell for cell in cells])
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([_FORMULA.sub(r"\1'\2", cell) if isinstance(cell, str) else cell for cell in row])
 
 
 def _cells(result: Inspection | Failure) -> list[Any]:

@@ -3,18 +3,17 @@
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..familiarity import Familiarity, describe
-from ..files import write_json
+from ..files import replace_file, write_json
 from ..visualization import anomaly_map_16bit
 from .intake import Refusal, Settings, Upload, collect
 from .models import Calibration, Model, ModelError, Raw
-from .reports import Row, report_page, result_json, sort_rows, write_archive, write_csv
+from .reports import Row, report_page, result_json, sort_rows, write_archive, write_table
 from .results import Results
 from .views import OPACITY, Drawing, Result, companions, full_size, load, store, view, view_photo
 
@@ -22,20 +21,10 @@ CHUNK = 8
 FEWEST_CALIBRATION_IMAGES = 10
 
 
-# ---- one image ----
-
-
 def inspect_one(
     results: Results, owner: str, model: Model, upload: Upload, calibration: Calibration, settings: Settings
 ) -> tuple[str, Path]:
-    """Runs the model on one image and keeps the result.
-
-    Returns:
-        The result's key and folder.
-
-    Raises:
-        Refusal: If the image or a setting cannot be used, or the model fails.
-    """
+    """Runs the model on one image and keeps the result; returns its key and folder."""
     image = upload.image()
     raw = model.run([image], settings)[0]
     key, folder = results.new(owner)
@@ -53,16 +42,13 @@ def download(folder: Path, kind: str, threshold: float, opacity: float) -> Path:
         write_json(path, result_json(result, threshold, shown.regions))
     else:
         path = folder / f"{result.file_stem}-report.html"
-        path.write_text(report_page(result, threshold, shown, *companions(folder)), encoding="utf-8")
+        replace_file(path, report_page(result, threshold, shown, *companions(folder)))
     return path
-
-
-# ---- many images ----
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A finished batch: its rows, sorted, the table and the archive."""
+    """A finished batch, its rows sorted."""
 
     rows: list[Row]
     threshold: float
@@ -76,22 +62,15 @@ class Batch:
 
 
 def inspect_many(
-    results: Results,
-    owner: str,
-    model: Model,
-    files: Sequence[Upload],
-    calibration: Calibration,
-    threshold: float,
+    results: Results, owner: str, model: Model, files: Sequence[Upload], calibration: Calibration, threshold: float
 ) -> Iterator[tuple[int, int] | Batch]:
     """Inspects files and archives, a few images at a time; yields (done, total) after each few and, last, the batch.
 
     A file that cannot be inspected is a row that says why; so is one on which the model fails.
-
-    Raises:
-        Refusal: If there is nothing in the upload, or too much, or the model cannot be loaded.
     """
     rows: list[Row] = []
-    with _unpacked(results, files) as uploads:
+    with tempfile.TemporaryDirectory(dir=results.folder) as unpacked:
+        uploads = collect(files, Path(unpacked))
         _, folder = results.new(owner)
         yield 0, len(uploads)
         for images, refused in _read(uploads):
@@ -107,16 +86,9 @@ def inspect_many(
             yield len(rows), len(uploads)
     rows = sort_rows(rows)
     table, archive = folder / "report.csv", folder / "inspection.zip"
-    write_csv(rows, threshold, table)
+    write_table(rows, threshold, table)
     write_archive(rows, table, archive)
     yield Batch(rows, threshold, table, archive)
-
-
-@contextmanager
-def _unpacked(results: Results, files: Sequence[Upload]) -> Iterator[list[Upload]]:
-    """The files of a batch, archives unpacked for the while."""
-    with tempfile.TemporaryDirectory(dir=results.folder) as folder:
-        yield collect(files, Path(folder))
 
 
 def _read(uploads: Sequence[Upload]) -> Iterator[tuple[list[tuple[Upload, torch.Tensor]], list[tuple[str, str]]]]:
@@ -149,9 +121,6 @@ def _drawn(folder: Path, result: Result, image: torch.Tensor, raw: Raw, threshol
     return Row(result_json(result, threshold, drawing.photo_regions), pictures)
 
 
-# ---- calibration ----
-
-
 @dataclass(frozen=True)
 class Calibrated:
     """A new calibration, what could not be used for it, and how many of its images the former threshold rejects."""
@@ -165,13 +134,10 @@ class Calibrated:
 def calibrate_on(
     results: Results, owner: str, model: Model, files: Sequence[Upload], false_alarm_rate: float
 ) -> Iterator[tuple[int, int] | Calibrated]:
-    """Calibrates a model on a visitor's normal images; yields (done, total) and, last, the calibration.
-
-    Raises:
-        Refusal: If there are too few usable images, or the model fails.
-    """
+    """Calibrates a model on a visitor's normal images; yields (done, total) and, last, the calibration."""
     scores, grids, unusable = [], [], []
-    with _unpacked(results, files) as uploads:
+    with tempfile.TemporaryDirectory(dir=results.folder) as unpacked:
+        uploads = collect(files, Path(unpacked))
         for images, refused in _read(uploads):
             unusable += [f"{name}: {reason}" for name, reason in refused]
             if images:
@@ -179,10 +145,8 @@ def calibrate_on(
                 grids += [describe(image) for _, image in images]
             yield len(scores) + len(unusable), len(uploads)
     if len(scores) < FEWEST_CALIBRATION_IMAGES:
-        reasons = f" Not usable: {'; '.join(unusable[:3])}" if unusable else ""
-        raise Refusal(
-            f"{len(scores)} usable images; a calibration takes {FEWEST_CALIBRATION_IMAGES} or more.{reasons}"
-        )
+        reason = f"{len(scores)} usable images; a calibration takes {FEWEST_CALIBRATION_IMAGES} or more."
+        raise Refusal(f"{reason} Not usable: {'; '.join(unusable[:3])}" if unusable else reason)
     calibration = Calibration(tuple(sorted(scores)), false_alarm_rate, None, Familiarity.of(grids), True)
     former = model.calibration.threshold
     rejected = None if former is None else sum(score > former for score in scores)

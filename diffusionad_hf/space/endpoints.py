@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import gradio as gr
 
 from .actions import calibrate_on, inspect_many, inspect_one
-from .intake import Refusal, Settings, calibration_json, number, owner_of, upload_of, uploads_of
+from .intake import Refusal, Settings, number, owner_of, upload_of, uploads_of
 from .models import Calibration, Models
 from .reports import result_json
 from .results import Results
@@ -100,5 +100,5 @@ class Endpoints:
         """The calibration and the threshold to inspect with."""
         calibration = self.models.get(category).calibration
         if file:
-            calibration = Calibration.from_json(calibration_json(upload_of(file)), category)
+            calibration = Calibration.read(upload_of(file), category)
         return calibration, calibration.shown_threshold if threshold is None else number(threshold, "threshold", 0, 1)

@@ -8,7 +8,8 @@ import gradio as gr
 
 from ..pipeline_diffusionad import conformal_threshold
 from .actions import Batch, Calibrated, calibrate_on, download, inspect_many, inspect_one
-from .intake import Refusal, Settings, calibration_json, number, owner_of, upload_of, uploads_of
+from .endpoints import one_line_errors
+from .intake import Refusal, Settings, number, owner_of, upload_of, uploads_of
 from .models import Calibration, Models, about
 from .reports import Row, verdict_words
 from .results import Results
@@ -17,9 +18,6 @@ from .views import View, companions, load, p_words, percent, promise_words, regi
 PICTURES_IN_GALLERY = 60
 NO_MODEL = "There is no model here. Put one into checkpoints/, or name some in DIFFUSIONAD_MODELS."
 MARKS = {"bad": "✕", "good": "✓", "error": "!", "note": "i"}
-
-
-# ---- what the page shows ----
 
 
 def card(kind: str, body: str) -> str:
@@ -46,10 +44,8 @@ def verdict_card(folder: Path, threshold: float) -> str:
         promise = "Other settings than it was calibrated with: nothing is known of false alarms."
     else:
         promise = "This model is not calibrated: nothing is known of false alarms."
-    body = (
-        f"<h2>{verdict_words(result, threshold)}</h2>"
-        f"<p>Score {result.score:.3f}, threshold {threshold:.3f}. {html.escape(promise)}</p>"
-    )
+    body = f"<h2>{verdict_words(result, threshold)}</h2><p>Score {result.score:.3f}, threshold {threshold:.3f}. "
+    body += f"{html.escape(promise)}</p>"
     if result.unfamiliar:
         body += (
             f'<p class="warning"><strong>Unlike any normal {html.escape(result.category)} image.</strong> '
@@ -66,13 +62,10 @@ def progress_card(done: int, total: int) -> str:
 
 
 def batch_card(batch: Batch) -> str:
+    verdicts = ("Defect", "defective", "bad"), ("Good", "good", "good"), ("Not inspected", "not inspected", "note")
     tiles = "".join(
         f'<div class="tile {kind}"><strong>{batch.counts[verdict]}</strong> {word}</div>'
-        for verdict, word, kind in (
-            ("Defect", "defective", "bad"),
-            ("Good", "good", "good"),
-            ("Not inspected", "not inspected", "note"),
-        )
+        for verdict, word, kind in verdicts
     )
     return f'<div class="tiles" role="status">{tiles}<p>Threshold {batch.threshold:.3f}</p></div>'
 
@@ -105,12 +98,6 @@ def threshold_update(calibration: Calibration) -> dict:
     return gr.update(value=round(threshold, 4), info=info)
 
 
-def region_choices(folder: Path, shown: View) -> dict:
-    size = load(folder).size
-    choices = [("All", -1), *((region_words(i, region, size), i - 1) for i, region in enumerate(shown.regions, 1))]
-    return gr.update(choices=choices, value=-1, visible=bool(shown.regions))
-
-
 def pictures_of(shown: View) -> tuple[str, str]:
     return str(shown.photo), str(shown.overlay)
 
@@ -135,33 +122,20 @@ class Handlers:
         """The visitor's calibration of a category, else the model's."""
         return own.get(category) or self.models.get(category).calibration
 
-    # ---- Inspect ----
-
-    def photo(
-        self, photo, category, threshold, opacity, own, seed, draws, small, big, resolution, request: gr.Request
-    ):
+    def photo(self, request: gr.Request, photo, category, threshold, opacity, own, *advanced):
         """Photo in, verdict and pictures out."""
         if not photo:
             return no_result(EMPTY)
         try:
             threshold, opacity = drawing(threshold, opacity)
             model, calibration = self.models.get(category), self.calibration(category, own)
-            upload, settings = upload_of(photo), Settings.read(seed, draws, small, big, resolution)
+            upload, settings = upload_of(photo), Settings.read(*advanced)
             key, folder = inspect_one(self.results, owner_of(request), model, upload, calibration, settings)
-            shown = view(folder, threshold, opacity)
-            normal, difference = companions(folder)
         except Refusal as error:
             return no_result(message(error))
-        return (
-            verdict_card(folder, threshold),
-            key,
-            gr.update(visible=True),
-            gr.update(visible=True),
-            pictures_of(shown),
-            str(normal),
-            str(difference),
-            region_choices(folder, shown),
-        )
+        verdict, drawn, regions = self._shown(folder, threshold, opacity)
+        visible = gr.update(visible=True)
+        return verdict, key, visible, visible, drawn, *map(str, companions(folder)), regions
 
     def threshold(self, key, threshold, opacity, request: gr.Request):
         """A new verdict and picture of a kept result; the model does not run."""
@@ -172,8 +146,13 @@ class Handlers:
             threshold, opacity = drawing(threshold, opacity)
         except Refusal as error:
             return message(error), gr.skip(), gr.skip()
-        shown = view(folder, threshold, opacity)
-        return verdict_card(folder, threshold), pictures_of(shown), region_choices(folder, shown)
+        return self._shown(folder, threshold, opacity)
+
+    def _shown(self, folder: Path, threshold: float, opacity: float) -> tuple:
+        shown, size = view(folder, threshold, opacity), load(folder).size
+        choices = [("All", -1), *((region_words(i, region, size), i - 1) for i, region in enumerate(shown.regions, 1))]
+        regions = gr.update(choices=choices, value=-1, visible=bool(shown.regions))
+        return verdict_card(folder, threshold), pictures_of(shown), regions
 
     def region(self, key, threshold, opacity, region, request: gr.Request):
         """The picture with one region framed (none for -1)."""
@@ -186,11 +165,9 @@ class Handlers:
 
     def download(self, kind: str) -> Callable:
         def prepare(key, threshold, opacity, request: gr.Request):
-            try:
+            with one_line_errors():
                 folder = self.results.open(key, owner_of(request))
                 return str(download(folder, kind, *drawing(threshold, opacity)))
-            except Refusal as error:
-                raise gr.Error(str(error), print_exception=False) from error
 
         return prepare
 
@@ -216,33 +193,24 @@ class Handlers:
             return gr.update(value=1, info=f"{len(calibration.scores)} normal images are too few for {percent(rate)}")
         return gr.update(value=round(threshold, 4), info=f"{percent(rate)} false alarms: {threshold:.3f}")
 
-    # ---- Batch ----
-
     def batch(self, files, category, threshold, own, request: gr.Request):
         """Files in; progress, then the table, the gallery and the downloads out."""
         nothing = gr.update(visible=False), None, None, None, None
         try:
             threshold = number(threshold, "The threshold", 0, 1)
             model, calibration = self.models.get(category), self.calibration(category, own)
-            for step in inspect_many(
-                self.results, owner_of(request), model, uploads_of(files), calibration, threshold
-            ):
+            uploads, owner = uploads_of(files), owner_of(request)
+            for step in inspect_many(self.results, owner, model, uploads, calibration, threshold):
                 if isinstance(step, tuple):
                     yield progress_card(*step), *nothing
         except Refusal as error:
             yield message(error), *nothing
             return
         shown = [row for row in step.rows if row.pictures][:PICTURES_IN_GALLERY]
-        yield (
-            batch_card(step),
-            gr.update(visible=True),
-            [row.cells for row in step.rows],
-            gr.update(value=[(str(row.pictures["overlay"]), caption(row)) for row in shown], visible=bool(shown)),
-            str(step.table),
-            str(step.archive),
-        )
-
-    # ---- Calibrate ----
+        gallery = [(str(row.pictures["overlay"]), caption(row)) for row in shown]
+        pictures = gr.update(value=gallery, visible=bool(shown))
+        cells = [row.cells for row in step.rows]
+        yield batch_card(step), gr.update(visible=True), cells, pictures, str(step.table), str(step.archive)
 
     def recalibrate(self, files, category, rate, own, request: gr.Request):
         """Normal images in; the new calibration for this visit out."""
@@ -256,12 +224,9 @@ class Handlers:
         except Refusal as error:
             yield message(error), *nothing
             return
-        yield (
-            calibration_card(step.calibration, category, calibrated_words(step)),
-            {**own, category: step.calibration},
-            gr.update(value=str(step.file), visible=True),
-            threshold_update(step.calibration),
-        )
+        state = calibration_card(step.calibration, category, calibrated_words(step))
+        own = {**own, category: step.calibration}
+        yield state, own, gr.update(value=str(step.file), visible=True), threshold_update(step.calibration)
 
     def calibration_file(self, file, category, own):
         """A calibration file in; the same outputs."""
@@ -269,7 +234,7 @@ class Handlers:
             return gr.skip(), gr.skip(), gr.skip()
         try:
             self.models.get(category)
-            calibration = Calibration.from_json(calibration_json(upload_of(file)), category)
+            calibration = Calibration.read(upload_of(file), category)
         except Refusal as error:
             return message(error), gr.skip(), gr.skip()
         return calibration_card(calibration, category), {**own, category: calibration}, threshold_update(calibration)
@@ -285,10 +250,8 @@ class Handlers:
         except Refusal as error:
             return message(error)
 
-    # ---- the visit ----
-
     def about(self, category):
-        return about(self.models.models[category]) if category in self.models.models else NO_MODEL
+        return about(self.models, category) if self.models.names else NO_MODEL
 
     def leave(self, request: gr.Request):
         """Forgets a visitor's results with the page."""

@@ -4,16 +4,16 @@ Names from outside are only ever shown, never used as paths: an unpacked file is
 such as `../../etc/passwd` in an archive can do nothing, and a link is refused rather than followed.
 """
 
-import json
 import re
 import secrets
+import shutil
 import stat
 import unicodedata
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -28,7 +28,7 @@ MB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a visitor may send or ask for."""
+    """How much a visitor may send."""
 
     upload_bytes: int = 250 * MB
     image_bytes: int = 50 * MB
@@ -47,9 +47,6 @@ _LITTER = re.compile(r"(^|/)(__MACOSX/|\.DS_Store$|Thumbs\.db$|desktop\.ini$|\._
 
 class Refusal(Exception):
     """Something that cannot be done; one line for the visitor that says why and what to do, without server paths."""
-
-
-# ---- requests and values ----
 
 
 def owner_of(request: "gr.Request") -> str:
@@ -83,36 +80,18 @@ class Settings:
     resolution: int | None = None
 
     @classmethod
-    def read(
-        cls,
-        seed: object = None,
-        draws: object = 1,
-        small: object = None,
-        big: object = None,
-        resolution: object = None,
-    ) -> "Settings":
-        """Checks what a visitor entered.
-
-        Raises:
-            Refusal: If a value is no whole number or out of range.
-        """
-        side = _whole(resolution, "The resolution", 64, 512)
-        if side is not None and side % 32:
-            raise Refusal("The resolution must be a multiple of 32.")
-        return cls(
-            seed=_whole(seed, "The seed", 0, 2**31),
-            num_noises=_whole(draws, "Noise draws", 1, 16) or 1,
-            small_timestep=_whole(small, "The small timestep", 0, 999),
-            big_timestep=_whole(big, "The big timestep", 0, 999),
-            resolution=side,
+    def read(cls, seed=None, draws=1, small=None, big=None, resolution=None) -> "Settings":
+        """Checks what a visitor entered: text, numbers, or nothing."""
+        settings = cls(
+            _whole(seed, "The seed", 0, 2**31),
+            _whole(draws, "Noise draws", 1, 16) or 1,
+            _whole(small, "The small timestep", 0, 999),
+            _whole(big, "The big timestep", 0, 999),
+            _whole(resolution, "The resolution", 64, 512),
         )
-
-    @property
-    def changed(self) -> bool:
-        return self != Settings()
-
-
-# ---- files ----
+        if (settings.resolution or 0) % 32:
+            raise Refusal("The resolution must be a multiple of 32.")
+        return settings
 
 
 @dataclass(frozen=True)
@@ -124,11 +103,7 @@ class Upload:
     error: str = ""
 
     def image(self) -> torch.Tensor:
-        """Decodes it as `load_image` does, after checking that it is not too large for that.
-
-        Raises:
-            Refusal: If it cannot be inspected; the message begins with its name.
-        """
+        """Decodes it, unless it is too large for that; a refusal begins with its name."""
         if self.error:
             raise Refusal(f"{self.name}: {self.error}")
         try:
@@ -136,15 +111,15 @@ class Upload:
                 raise Refusal(f"{self.name}: {_TOO_LARGE}")
             width, height = _image_size(self.path) or (0, 0)  # load_image says what is wrong with it
             if width * height > LIMITS.image_pixels:
-                limit = LIMITS.image_pixels // 1_000_000
-                raise Refusal(f"{self.name}: {width} x {height} pixels, more than {limit} million. Shrink it first.")
+                most = f"{LIMITS.image_pixels // 1_000_000} million"
+                raise Refusal(f"{self.name}: {width} x {height} pixels, more than {most}. Shrink it first.")
             return load_image(self.path)
         except (InvalidImageError, FileNotFoundError) as error:
             raise Refusal(str(error).replace(str(self.path), self.name)) from error
 
 
 def _image_size(path: Path) -> tuple[int, int] | None:
-    """Width and height as the file states them; None where it is no image."""
+    """Width and height as the file states them; None if it is no image."""
     try:
         with Image.open(path) as image:
             return image.size
@@ -153,11 +128,7 @@ def _image_size(path: Path) -> tuple[int, int] | None:
 
 
 def upload_of(value: dict | None) -> Upload:
-    """The file that a component of gradio's holds.
-
-    Raises:
-        Refusal: If there is none.
-    """
+    """The file that a component of gradio's holds."""
     if not value or not value.get("path"):
         raise Refusal("Choose an image first.")
     path = Path(value["path"])
@@ -168,20 +139,6 @@ def uploads_of(values: list[dict] | None) -> list[Upload]:
     return [upload_of(value) for value in values or []]
 
 
-def calibration_json(upload: Upload) -> Any:
-    """The content of a calibration file, which is still to be checked.
-
-    Raises:
-        Refusal: If it is too large or no JSON.
-    """
-    try:
-        if upload.path.stat().st_size <= LIMITS.calibration_bytes:
-            return json.loads(upload.path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        pass
-    raise Refusal("This is not a calibration file.")
-
-
 def shown_name(name: str) -> str:
     """A file name that is safe to show: no folders, no control or direction signs, at most 120 characters."""
     name = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
@@ -189,16 +146,10 @@ def shown_name(name: str) -> str:
     return name if len(name) <= 120 else f"{name[:80]}…{name[-39:]}"
 
 
-# ---- archives ----
-
-
 def collect(files: Sequence[Upload], folder: Path) -> list[Upload]:
     """Lists the images of a batch, archives unpacked into an empty folder, and equal names told apart by a number.
 
-    What cannot be used is an entry that says why.
-
-    Raises:
-        Refusal: If there is nothing in it, or too much.
+    What cannot be used is an entry that says why; only an empty batch, or one that is too large, is refused.
     """
     if not files:
         raise Refusal("Choose images or a zip archive first.")
@@ -243,12 +194,8 @@ def _extract(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> 
     if member.file_size > LIMITS.image_bytes:
         return Upload(name, error=_TOO_LARGE)
     try:
-        # Only so much is read, whatever size the archive declares.
         with bundle.open(member) as source, target.open("wb") as sink:
-            left = LIMITS.image_bytes
-            while left > 0 and (block := source.read(min(MB, left))):
-                sink.write(block)
-                left -= len(block)
+            shutil.copyfileobj(source, sink)  # zipfile stops at the declared size
     except Exception:  # zlib, lzma, zipfile and NotImplementedError all come up here, each with its own reasons
         target.unlink(missing_ok=True)
         return Upload(name, error="damaged inside the archive.")
@@ -259,14 +206,11 @@ def _extract(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> 
 
 
 def _told_apart(uploads: list[Upload]) -> list[Upload]:
-    seen: set[str] = set()
-    result = []
+    named: dict[str, Upload] = {}
     for upload in uploads:
-        path = Path(upload.name)
-        name, number = upload.name, 1
-        while name.lower() in seen:
-            number += 1
-            name = f"{path.stem} ({number}){path.suffix}"
-        seen.add(name.lower())
-        result.append(replace(upload, name=name))
-    return result
+        path, name, count = Path(upload.name), upload.name, 1
+        while name.lower() in named:
+            count += 1
+            name = f"{path.stem} ({count}){path.suffix}"
+        named[name.lower()] = replace(upload, name=name)
+    return list(named.values())

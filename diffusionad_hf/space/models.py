@@ -5,9 +5,7 @@ import logging
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,28 +20,22 @@ from ..hub.publishing import list_models
 from ..images_diffusionad import resize_image, to_uint8
 from ..loading import load_model
 from ..pipeline_diffusionad import DiffusionADPipeline, conformal_p_value, conformal_threshold
-from .intake import Refusal, Settings
+from .intake import LIMITS, Refusal, Settings, Upload
 
 try:
     from spaces import GPU
 except ImportError:  # not on Hugging Face's ZeroGPU
 
     def GPU(function):  # noqa: N802
-        """Stands in for the decorator that lends a GPU for a call."""
         return function
 
 
 logger = logging.getLogger("space")
-
-# Loaded models held at a time; the published size is 0.6 GB.
-MOST_LOADED = 3
+MOST_LOADED = 3  # at a time; the published size is 0.6 GB
 
 
 class ModelError(Refusal):
     """A model that cannot be used; the message names it and says what to do."""
-
-
-# ---- calibration ----
 
 
 @dataclass(frozen=True)
@@ -81,28 +73,24 @@ class Calibration:
         }
 
     @classmethod
-    def from_json(cls, data: object, category: str) -> "Calibration":
-        """Reads a calibration file's content.
-
-        Raises:
-            Refusal: If it is none, is damaged, or belongs to another category.
-        """
-        if not isinstance(data, dict) or data.get("format") != "diffusionad-calibration":
-            raise Refusal("This is not a calibration file. Choose one that was downloaded from this page.")
-        if data.get("category") != category:
-            raise Refusal(f"This file belongs to {str(data.get('category'))[:80]}. Choose that category first.")
-        scores, rate = data.get("scores"), data.get("false_alarm_rate")
-        numbers = isinstance(scores, list) and all(isinstance(s, (int, float)) and 0 <= s <= 1 for s in scores)
-        if not numbers or not 0 < len(scores) <= 100_000 or not isinstance(rate, (int, float)) or not 0 < rate < 1:
-            raise Refusal("This calibration file is damaged.")
+    def read(cls, file: Upload, category: str) -> "Calibration":
+        """Reads a calibration file, unless it is something else, damaged, or another category's."""
         try:
+            if file.path.stat().st_size > LIMITS.calibration_bytes:
+                raise ValueError("too large")
+            data = json.loads(file.path.read_text(encoding="utf-8"))
+            if data["format"] != "diffusionad-calibration":
+                raise ValueError("another format")
+            owner, rate = str(data["category"]), float(data["false_alarm_rate"])
+            scores = tuple(sorted(map(float, data["scores"])))
+            if not scores or not all(0 <= score <= 1 for score in scores) or not 0 < rate < 1:
+                raise ValueError("scores or rate out of range")
             familiarity = Familiarity.from_json(data["familiarity"]) if data.get("familiarity") else None
-        except ValueError as error:
-            raise Refusal("This calibration file is damaged.") from error
-        return cls(tuple(sorted(map(float, scores))), float(rate), None, familiarity, True)
-
-
-# ---- models ----
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise Refusal("This is not a calibration file of this page, or it is damaged.") from error
+        if owner != category:
+            raise Refusal(f"This file belongs to {owner[:80]}. Choose that category first.")
+        return cls(scores, rate, None, familiarity, True)
 
 
 @dataclass(frozen=True)
@@ -115,7 +103,7 @@ class Raw:
 
 
 class Model:
-    """One category's model: loaded when first used, one call at a time."""
+    """One category's model: loaded when first used; one call at a time."""
 
     def __init__(self, name: str, source: str):
         self.name = name
@@ -124,33 +112,23 @@ class Model:
         self.calibration = Calibration()
         self._lock = threading.RLock()
 
-    def load(self) -> "Model":
-        """Loads it unless it is.
-
-        Raises:
-            ModelError: If it cannot be loaded.
-        """
+    def load(self) -> DiffusionADPipeline:
+        """The pipeline; a ModelError if it cannot be loaded."""
         with self._lock:
-            if self.pipe is None:
-                began = time.perf_counter()
-                try:
-                    pipe = load_model(self.source)
-                    config = pipe.config
-                    self.calibration = Calibration(
-                        tuple(config.calibration_scores or ()),
-                        config.false_alarm_rate,
-                        config.threshold,
-                        self._familiarity(),
-                    )
-                except (OSError, ValueError, ImportError) as error:
-                    logger.warning("%s: %s", self.name, error)
-                    raise ModelError(
-                        f"{self.name}: this model could not be loaded. Choose another category."
-                    ) from error
-                pipe.set_progress_bar_config(disable=True)
-                self.pipe = pipe
-                logger.info("loaded %s in %.1f s", self.name, time.perf_counter() - began)
-        return self
+            if self.pipe is not None:
+                return self.pipe
+            try:
+                pipe = load_model(self.source)
+                config = pipe.config
+                scores = tuple(config.calibration_scores or ())
+                familiarity = self._familiarity()
+                self.calibration = Calibration(scores, config.false_alarm_rate, config.threshold, familiarity)
+            except (OSError, ValueError, ImportError) as error:
+                logger.warning("%s: %s", self.name, error)
+                raise ModelError(f"{self.name}: this model could not be loaded. Choose another category.") from error
+            pipe.set_progress_bar_config(disable=True)
+            self.pipe = pipe
+            return pipe
 
     def _familiarity(self) -> Familiarity | None:
         file = self.file(FAMILIARITY_FILE)
@@ -160,10 +138,6 @@ class Model:
             # The verdict does not depend on it; "About" says that it is missing.
             logger.warning("%s: %s: %s; write it again", self.name, FAMILIARITY_FILE, error)
             return None
-
-    def unload(self) -> None:
-        with self._lock:
-            self.pipe = None
 
     def file(self, name: str) -> Path | None:
         """A file that lies beside the weights, None if there is none."""
@@ -176,14 +150,9 @@ class Model:
             return None
 
     def run(self, images: Sequence[torch.Tensor], settings: Settings = Settings()) -> list[Raw]:  # noqa: B008
-        """Inspects images of any sizes, (3, H, W) each.
-
-        Raises:
-            ModelError: If the model fails; the page goes on.
-            Refusal: If a setting does not go with this model.
-        """
+        """Inspects images of any sizes, (3, H, W) each."""
         with self._lock:
-            pipe = self.load().pipe
+            pipe = self.load()
             began = time.perf_counter()
             usual = {"image_size": pipe.config.image_size, "seed": pipe.config.seed}
             _check(settings, pipe)
@@ -196,21 +165,14 @@ class Model:
                 output = _call(pipe, [resize_image(image, size) for image in images], settings)
             except Exception as error:
                 logger.exception("%s failed", self.name)
-                raise ModelError(
-                    f"{self.name}: the model failed on this image. Try another, or other settings."
-                ) from error
+                reason = "the model failed on this image. Try another, or other settings."
+                raise ModelError(f"{self.name}: {reason}") from error
             finally:
                 pipe.register_to_config(**usual)
-            # Read by those who want to know whether a click ran the model.
-            logger.info(
-                "ran %s on %d image(s) in %.0f ms", self.name, len(images), 1000 * (time.perf_counter() - began)
-            )
-        return [
-            Raw(float(score), anomaly_map, to_uint8(normal))
-            for score, anomaly_map, normal in zip(
-                output.anomaly_score, output.anomaly_map, output.reconstruction, strict=True
-            )
-        ]
+            took = 1000 * (time.perf_counter() - began)
+            logger.info("ran %s on %d image(s) in %.0f ms", self.name, len(images), took)
+        found = zip(output.anomaly_score, output.anomaly_map, output.reconstruction, strict=True)
+        return [Raw(float(score), anomaly_map, to_uint8(normal)) for score, anomaly_map, normal in found]
 
 
 def _check(settings: Settings, pipe: DiffusionADPipeline) -> None:
@@ -220,11 +182,9 @@ def _check(settings: Settings, pipe: DiffusionADPipeline) -> None:
     config = pipe.scheduler.config
     small = config.small_timestep if settings.small_timestep is None else settings.small_timestep
     big = config.big_timestep if settings.big_timestep is None else settings.big_timestep
-    if not small < big < config.num_train_timesteps:
-        raise Refusal(
-            f"Timesteps: the small one ({small}) must be below the big one ({big}), and that below "
-            f"{config.num_train_timesteps}."
-        )
+    end = config.num_train_timesteps
+    if not small < big < end:
+        raise Refusal(f"Timesteps: the small one ({small}) must be below the big one ({big}), and that below {end}.")
 
 
 @GPU
@@ -250,34 +210,21 @@ class Models:
             for found in _find(source):
                 name = Path(found).name if Path(found).is_dir() else found
                 self.models.setdefault(name, Model(name, found))
-        self._used: OrderedDict[str, None] = OrderedDict()
+        self.names = list(self.models)
+        self._used: list[str] = []  # those loaded, the last used one last
         self._lock = threading.Lock()
 
-    @property
-    def names(self) -> list[str]:
-        return list(self.models)
-
-    def warm_up(self) -> None:
-        """Loads the first model, so that the first photo does not wait for it."""
-        with suppress(ModelError):  # which is logged
-            for name in self.names[:1]:
-                self.get(name)
-
     def get(self, name: str | None) -> Model:
-        """A category's model, loaded.
-
-        Raises:
-            ModelError: If there is no such category or it cannot be loaded.
-        """
+        """A category's model, loaded; a ModelError if there is no such category or it cannot be loaded."""
         if name not in self.models:
             known = ", ".join(self.models) or "none"
             raise ModelError(f"There is no category {str(name)[:80]!r}. There are: {known}.")
-        model = self.models[name].load()
+        self.models[name].load()
         with self._lock:
-            self._used[name] = self._used.pop(name, None)
+            self._used = [*(used for used in self._used if used != name), name]
             while len(self._used) > MOST_LOADED:
-                self.models[self._used.popitem(last=False)[0]].unload()
-        return model
+                self.models[self._used.pop(0)].pipe = None  # a call that runs holds its own reference
+        return self.models[name]
 
 
 def _is_model(folder: Path) -> bool:
@@ -287,35 +234,30 @@ def _is_model(folder: Path) -> bool:
 
 
 def _find(source: str) -> list[str]:
-    if Path(source).is_dir():
-        folders = [Path(source)] if _is_model(Path(source)) else sorted(filter(_is_model, Path(source).iterdir()))
-        return [str(folder.resolve()) for folder in folders]
+    folder = Path(source)
+    if folder.is_dir():
+        folders = [folder] if _is_model(folder) else sorted(filter(_is_model, folder.iterdir()))
+        return [str(found.resolve()) for found in folders]
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return [source]
-    if "/" in source:
-        logger.warning("%s: no such folder", source)
-        return []
     try:
-        found = [model["id"] for model in list_models(source)]
+        ids = [] if "/" in source else [model["id"] for model in list_models(source)]
     except OSError as error:
         logger.warning("%s", error)
         return []
-    if not found:
-        logger.warning("%s: no models with the tag diffusionad on the Hub", source)
-    return found
+    if not ids:
+        logger.warning("%s: no such folder, and no models of that organisation on the Hub", source)
+    return ids
 
 
-# ---- what a model says of itself ----
-
-
-def about(model: Model) -> str:
+def about(models: Models, name: str) -> str:
     """Markdown on a model from its card: size and calibration, metrics, limits. Never fails."""
     try:
-        pipe = model.load().pipe
+        model = models.get(name)
     except ModelError as error:
-        return f"### {model.name}\n\n{error}"
-    calibration = model.calibration
-    known = f"Inspects at {pipe.config.image_size} × {pipe.config.image_size} px."
+        return f"### {name}\n\n{error}"
+    calibration, size = model.calibration, model.load().config.image_size
+    known = f"Inspects at {size} × {size} px."
     if calibration.scores:
         known += f" Calibrated on {len(calibration.scores)} normal images."
     else:
@@ -335,20 +277,7 @@ def about(model: Model) -> str:
         for result in card.data.eval_results:
             value = f"{result.metric_value:.3f}" if isinstance(result.metric_value, float) else result.metric_value
             lines.append(f"| {result.metric_name or result.metric_type} | {value} | {result.dataset_name} |")
-    if limits := _section(card.text, "limit"):
-        lines += ["", "#### Limits", "", limits]
+    limits = re.search(r"^#.*\blimit.*((?:\n(?!#).*)*)", card.text, re.IGNORECASE | re.MULTILINE)
+    if limits and limits[1].strip():
+        lines += ["", "#### Limits", "", limits[1].strip()]
     return "\n".join(lines)
-
-
-def _section(text: str, word: str) -> str:
-    """What follows the first heading with a word that begins like the given one."""
-    heading = re.compile(rf"#.*\b{word}", re.IGNORECASE)
-    lines = iter(text.splitlines())
-    if not any(heading.match(line) for line in lines):
-        return ""
-    rest = []
-    for line in lines:
-        if line.startswith("#"):
-            break
-        rest.append(line)
-    return "\n".join(rest).strip()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import threading
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -10,7 +11,7 @@ from .actions import FEWEST_CALIBRATION_IMAGES
 from .endpoints import Endpoints
 from .handlers import EMPTY, NO_MODEL, Handlers, message
 from .intake import LIMITS
-from .models import Models
+from .models import Models, about
 from .reports import COLUMNS
 from .results import Results
 from .views import OPACITY
@@ -25,6 +26,14 @@ INSPECTING = {"concurrency_limit": 2, "concurrency_id": "inspect"}
 BATCHES = {"concurrency_limit": 2, "concurrency_id": "batch"}
 SAVE = "(file) => Object.assign(document.createElement('a'), {href: file.url, download: file.orig_name}).click()"
 
+# gradio's colours that are too pale to be read by everyone.
+PALE = (
+    "body_text_color_subdued",
+    "block_info_text_color",
+    "block_label_text_color",
+    "block_title_text_color",
+    "input_placeholder_color",
+)
 THEME = gr.themes.Base(
     primary_hue="blue",
     neutral_hue="slate",
@@ -33,17 +42,8 @@ THEME = gr.themes.Base(
     font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
     font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "monospace"],
 ).set(
-    # The defaults are too pale to be read by everyone.
-    body_text_color_subdued="*neutral_600",
-    body_text_color_subdued_dark="*neutral_300",
-    block_info_text_color="*neutral_600",
-    block_info_text_color_dark="*neutral_300",
-    block_label_text_color="*neutral_700",
-    block_label_text_color_dark="*neutral_200",
-    block_title_text_color="*neutral_700",
-    block_title_text_color_dark="*neutral_200",
-    input_placeholder_color="*neutral_600",
-    input_placeholder_color_dark="*neutral_300",
+    **dict.fromkeys(PALE, "*neutral_600"),
+    **{f"{name}_dark": "*neutral_300" for name in PALE},
     slider_color="*primary_600",
     button_primary_background_fill="*primary_700",
     button_primary_background_fill_hover="*primary_800",
@@ -51,21 +51,18 @@ THEME = gr.themes.Base(
     button_primary_background_fill_hover_dark="*primary_600",
 )
 
+slider = partial(gr.Slider, buttons=[])
+upload = partial(gr.File, height=180)
+SHOWN = {"type": "filepath", "interactive": False}
+
 
 def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State, examples: Path) -> tuple:
     """The tab for one photo; returns its threshold slider and what draws the result again."""
     key = gr.Textbox(visible=False, elem_id="key")
     with gr.Row(elem_classes="stack"):
         with gr.Column(scale=4, min_width=280):
-            photo = gr.Image(
-                label="Photo",
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard", "webcam"],
-                height=400,
-                buttons=[],
-                elem_id="photo",
-            )
+            sources = ["upload", "clipboard", "webcam"]
+            photo = gr.Image(label="Photo", type="filepath", sources=sources, height=400, buttons=[], elem_id="photo")
             if files := sorted(str(file) for pattern in ("*.png", "*.jpg") for file in examples.glob(pattern)):
                 labels = [Path(file).stem.replace("-", " ") for file in files]
                 gr.Examples(
@@ -75,23 +72,15 @@ def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State, examples: Pa
             verdict = gr.HTML(EMPTY if on.models.names else message(NO_MODEL), elem_id="verdict")
             with gr.Column(visible=False, elem_id="result") as result:
                 pictures = gr.ImageSlider(
-                    label="Photo and anomaly map",
-                    type="filepath",
-                    interactive=False,
-                    max_height=460,
-                    slider_position=2,
-                    elem_id="pictures",
+                    label="Photo and anomaly map", max_height=460, slider_position=2, **SHOWN, elem_id="pictures"
                 )
-                threshold = gr.Slider(0, 1, 0.5, step=0.001, label="Threshold", buttons=[], elem_id="threshold")
+                threshold = slider(0, 1, 0.5, step=0.001, label="Threshold", elem_id="threshold")
                 regions = gr.Radio([], label="Regions", elem_id="regions")
     with gr.Column(visible=False, elem_id="details") as details:
         with gr.Row():
-            normal = gr.Image(
-                label="As it should look", interactive=False, height=340, buttons=["fullscreen"], elem_id="normal"
-            )
-            delta = gr.Image(
-                label="Difference", interactive=False, height=340, buttons=["fullscreen"], elem_id="difference"
-            )
+            picture = partial(gr.Image, height=340, buttons=["fullscreen"], **SHOWN)
+            normal = picture(label="As it should look", elem_id="normal")
+            delta = picture(label="Difference", elem_id="difference")
         kinds = {"overlay": "Overlay", "mask": "Mask", "map": "16-bit map", "json": "JSON", "report": "Report page"}
         with gr.Row(elem_id="downloads"):
             buttons = {
@@ -101,34 +90,24 @@ def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State, examples: Pa
         file = gr.File(visible=False)
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         with gr.Row():
-            rate = gr.Slider(0.1, 50, 5, step=0.1, label="False-alarm rate (%)", buttons=[], elem_id="rate")
-            opacity = gr.Slider(0, 1, OPACITY, step=0.05, label="Opacity", buttons=[], elem_id="opacity")
+            rate = slider(0.1, 50, 5, step=0.1, label="False-alarm rate (%)", elem_id="rate")
+            opacity = slider(0, 1, OPACITY, step=0.05, label="Opacity", elem_id="opacity")
         # No numbers: gradio's field for them shows 0, and sends it, where there is none.
-        unset = {"placeholder": "the model's", "max_lines": 1, "min_width": 120}
+        number = partial(gr.Textbox, placeholder="the model's", max_lines=1, min_width=120)
+        sides = [("the model's", ""), *((f"{side} px", side) for side in (64, 128, 192, 256, 384, 512))]
         with gr.Row():
             advanced = [
-                gr.Textbox(label="Seed", **unset, elem_id="seed"),
-                gr.Slider(1, 16, 1, step=1, label="Noise draws to average", buttons=[], elem_id="draws"),
-                gr.Textbox(label="Small timestep", **unset, elem_id="small-timestep"),
-                gr.Textbox(label="Big timestep", **unset, elem_id="big-timestep"),
-                gr.Dropdown(
-                    [("the model's", ""), *((f"{side} px", side) for side in (64, 128, 192, 256, 384, 512))],
-                    label="Resolution",
-                    value="",
-                    elem_id="resolution",
-                ),
+                number(label="Seed", elem_id="seed"),
+                slider(1, 16, 1, step=1, label="Noise draws to average", elem_id="draws"),
+                number(label="Small timestep", elem_id="small-timestep"),
+                number(label="Big timestep", elem_id="big-timestep"),
+                gr.Dropdown(sides, label="Resolution", value="", elem_id="resolution"),
             ]
         again = gr.Button("Inspect again", variant="primary", elem_id="again")
 
     outputs = [verdict, key, result, details, pictures, normal, delta, regions]
-    run = dict(
-        fn=on.photo,
-        inputs=[photo, category, threshold, opacity, own, *advanced],
-        outputs=outputs,
-        show_progress_on=[verdict],
-        **INSPECTING,
-        **RUN,
-    )
+    inputs = [photo, category, threshold, opacity, own, *advanced]
+    run = dict(fn=on.photo, inputs=inputs, outputs=outputs, show_progress_on=[verdict], **INSPECTING, **RUN)
     photo.change(**run)
     again.click(**run)
     redraw = dict(fn=on.threshold, inputs=[key, threshold, opacity], outputs=[verdict, pictures, regions], **LIVE)
@@ -138,16 +117,13 @@ def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State, examples: Pa
     rate.input(on.rate, [category, rate, own], threshold, **LIVE).then(**redraw)
     category.input(on.category, [category, own], [threshold, rate], **LIVE).then(**run)
     for kind, button in buttons.items():
-        button.click(
-            on.download(kind), [key, threshold, opacity], file, queue=False, api_visibility="private"
-        ).success(None, file, None, js=SAVE)
+        made = button.click(on.download(kind), [key, threshold, opacity], file, queue=False, api_visibility="private")
+        made.success(None, file, None, js=SAVE)
     return threshold, rate, redraw
 
 
 def batch_tab(on: Handlers, category: gr.Dropdown, own: gr.State, threshold: gr.Slider) -> None:
-    files = gr.File(
-        label=f"Photos or zip archives, up to {LIMITS.files}", file_count="multiple", height=180, elem_id="batch-files"
-    )
+    files = upload(label=f"Photos or zip archives, up to {LIMITS.files}", file_count="multiple", elem_id="batch-files")
     with gr.Row():
         start = gr.Button("Inspect all", variant="primary", elem_id="batch-start")
         stop = gr.Button("Stop", elem_id="batch-stop")
@@ -156,22 +132,14 @@ def batch_tab(on: Handlers, category: gr.Dropdown, own: gr.State, threshold: gr.
         with gr.Row():
             table_file = gr.DownloadButton("↓ CSV", size="sm", elem_id="batch-csv")
             archive = gr.DownloadButton("↓ Everything (zip)", size="sm", elem_id="batch-zip")
+        title = "Highest score first"
         table = gr.Dataframe(
-            headers=COLUMNS,
-            interactive=False,
-            wrap=True,
-            label="Highest score first",
-            buttons=[],
-            elem_id="batch-table",
+            headers=COLUMNS, interactive=False, wrap=True, label=title, buttons=[], elem_id="batch-table"
         )
         gallery = gr.Gallery(label="Overlays", columns=4, object_fit="contain", buttons=[], elem_id="batch-gallery")
+    outputs = [summary, result, table, gallery, table_file, archive]
     running = start.click(
-        on.batch,
-        [files, category, threshold, own],
-        [summary, result, table, gallery, table_file, archive],
-        show_progress="hidden",
-        **BATCHES,
-        **RUN,
+        on.batch, [files, category, threshold, own], outputs, show_progress="hidden", **BATCHES, **RUN
     )
     stop.click(lambda: message("Stopped.", "note"), None, summary, cancels=running, api_visibility="private")
 
@@ -182,30 +150,16 @@ def calibrate_tab(
     state = gr.HTML(elem_id="calibration")
     with gr.Row(elem_classes="stack"):
         with gr.Column(min_width=280):
-            files = gr.File(
-                label=f"Photos of normal parts, {FEWEST_CALIBRATION_IMAGES} or more",
-                file_count="multiple",
-                height=180,
-                elem_id="normal-files",
-            )
-            rate = gr.Slider(
-                0.1, 20, 5, step=0.1, label="False-alarm rate (%)", buttons=[], elem_id="calibration-rate"
-            )
+            wanted = f"Photos of normal parts, {FEWEST_CALIBRATION_IMAGES} or more"
+            files = upload(label=wanted, file_count="multiple", elem_id="normal-files")
+            rate = slider(0.1, 20, 5, step=0.1, label="False-alarm rate (%)", elem_id="calibration-rate")
             start = gr.Button("Calibrate", variant="primary", elem_id="calibrate-start")
         with gr.Column(min_width=280):
-            load_file = gr.File(
-                label="Or load a calibration file", file_types=[".json"], height=180, elem_id="calibration-file"
-            )
+            load_file = upload(label="Or load a calibration file", file_types=[".json"], elem_id="calibration-file")
             save = gr.DownloadButton("↓ Calibration file", visible=False, elem_id="calibration-save")
             forget = gr.Button("Back to the model's own", elem_id="calibration-forget")
-    start.click(
-        on.recalibrate,
-        [files, category, rate, own],
-        [state, own, save, threshold],
-        show_progress="hidden",
-        **BATCHES,
-        **RUN,
-    ).then(**redraw)
+    inputs, outputs = [files, category, rate, own], [state, own, save, threshold]
+    start.click(on.recalibrate, inputs, outputs, show_progress="hidden", **BATCHES, **RUN).then(**redraw)
     load_file.upload(on.calibration_file, [load_file, category, own], [state, own, threshold], **RUN).then(**redraw)
     forget.click(on.forget_calibration, [category, own], [state, own, threshold, save], **LIVE).then(**redraw)
     gr.on([page.load, category.change], on.show_calibration, [category, own], state, **LIVE)
@@ -240,9 +194,8 @@ def build(results: Results, models: Models, examples: Path) -> gr.Blocks:
         own = gr.State({})
         with gr.Row(elem_id="header"):
             gr.HTML("<h1>Inspection</h1>", elem_id="title")
-            category = gr.Dropdown(
-                names, value=names[0] if names else None, label="Category", elem_id="category", min_width=220
-            )
+            first = names[0] if names else None
+            category = gr.Dropdown(names, value=first, label="Category", elem_id="category", min_width=220)
         with gr.Tab("Inspect", elem_id="tab-inspect"):
             threshold, rate, redraw = inspect_tab(on, category, own, examples)
         with gr.Tab("Batch", elem_id="tab-batch"):
@@ -265,18 +218,13 @@ def build(results: Results, models: Models, examples: Path) -> gr.Blocks:
 
 
 def serve(folder: Path, sources: str, examples: Path) -> None:
-    """Serves the page until the process ends.
-
-    Args:
-        folder: gradio's temporary folder.
-        sources: The models to offer, as for `Models`.
-        examples: A folder of photos to try; it need not exist.
-    """
+    """Serves the page until the process ends, with gradio's temporary folder and a folder of photos to try."""
     results, models = Results(folder), Models(sources)
     page = build(results, models, examples)
     results.keep_what_is_there()
     results.sweep_forever()
-    threading.Thread(target=models.warm_up, daemon=True).start()
+    # Loads the first model, so that the first photo does not wait for it.
+    threading.Thread(target=about, args=(models, next(iter(models.names), "")), daemon=True).start()
     page.launch(
         theme=THEME,
         css_paths=STYLE,

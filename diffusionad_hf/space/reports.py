@@ -1,7 +1,6 @@
 """What visitors take away: JSON, one report page, and the table and archive of a batch."""
 
 import base64
-import csv
 import html
 import json
 import zipfile
@@ -11,11 +10,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..files import replacing
+from ..inspection.records import write_csv
 from ..version import __version__ as VERSION
 from ..visualization import Region, location_words
 from .views import Result, View, p_words, region_words
-
-UNFAMILIAR = "The photo does not look like the normal images of this category: the verdict may mean nothing."
 
 
 def verdict_words(result: Result, threshold: float) -> str:
@@ -67,7 +65,7 @@ def report_page(result: Result, threshold: float, view: View, normal: Path, diff
     )
     notes = [] if result.p_value is None else [p_words(result.p_value, result.calibration_images)]
     if result.unfamiliar:
-        notes.append(UNFAMILIAR)
+        notes.append("The photo does not look like the normal images of this category: the verdict may mean nothing.")
     if result.settings_changed:
         notes.append("Inspected with other settings than those the threshold was calibrated with.")
     rows = {
@@ -98,8 +96,6 @@ figure {{ margin: 0; break-inside: avoid }} img {{ width: 100% }} figcaption {{ 
 """
 
 
-# ---- batches ----
-
 COLUMNS = ["File", "Verdict", "Score", "p-value", "Regions", "Note"]
 
 
@@ -116,7 +112,6 @@ class Row:
 
     @property
     def cells(self) -> list[str]:
-        """The cells of the table."""
         record = self.record
         if "error" in record:
             return [record["name"], "Not inspected", "", "", "", record["error"]]
@@ -135,19 +130,14 @@ def sort_rows(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (-row.record.get("anomaly_score", -1), row.record["name"].lower()))
 
 
-def write_csv(rows: Sequence[Row], threshold: float, path: Path) -> None:
-    """Writes the table. Names that a spreadsheet would run as a formula are kept from it by a quote."""
-    with path.open("w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*COLUMNS, "Threshold"])
-        for row in rows:
-            cells = [f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t") else cell for cell in row.cells]
-            writer.writerow([*cells, f"{threshold:.6g}"])
+def write_table(rows: Sequence[Row], threshold: float, path: Path) -> None:
+    """Writes the rows as CSV, in the encoding that Excel recognises."""
+    write_csv(path, [*COLUMNS, "Threshold"], ([*row.cells, f"{threshold:.6g}"] for row in rows), encoding="utf-8-sig")
 
 
 def write_archive(rows: Sequence[Row], table: Path, path: Path) -> None:
     """Packs the table, the records and the pictures, named after their photos."""
-    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as bundle:
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w") as bundle:
         bundle.write(table, table.name, zipfile.ZIP_DEFLATED)
         records = json.dumps([row.record for row in rows], indent=2, ensure_ascii=False)
         bundle.writestr("results.json", records, zipfile.ZIP_DEFLATED)

@@ -5,27 +5,19 @@ a key that leaks opens nothing in another session. Everything in the server's te
 `keep_seconds` after its last use; results also when their visitor leaves.
 """
 
-import logging
 import os
 import re
 import secrets
 import shutil
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from .intake import Refusal
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _OWNER_FILE = ".owner"
-logger = logging.getLogger("space")
-
-
-class ResultGone(Refusal):
-    """The result does not exist (any more), or is another visitor's."""
-
-    def __init__(self):
-        super().__init__("This result is no longer kept. Inspect the image again.")
 
 
 class Results:
@@ -56,44 +48,33 @@ class Results:
         return key, folder
 
     def open(self, key: str, owner: str) -> Path:
-        """The folder of a key.
-
-        Raises:
-            ResultGone: If the key is malformed, unknown or another visitor's: from outside they all look the same.
-        """
-        if not isinstance(key, str) or not _KEY.fullmatch(key):
-            raise ResultGone
-        folder = self._results / key
-        try:
-            if not secrets.compare_digest((folder / _OWNER_FILE).read_text(encoding="utf-8"), owner):
-                raise ResultGone
-            os.utime(folder)
-        except OSError as error:
-            raise ResultGone from error
-        return folder
+        """The folder of a key; one that is malformed, unknown or another visitor's is refused in the same words."""
+        if isinstance(key, str) and _KEY.fullmatch(key):
+            folder = self._results / key
+            with suppress(OSError):
+                if secrets.compare_digest((folder / _OWNER_FILE).read_text(encoding="utf-8"), owner):
+                    os.utime(folder)
+                    return folder
+        raise Refusal("This result is no longer kept. Inspect the image again.")
 
     def forget(self, owner: str) -> None:
         """Removes everything of a visitor."""
         for folder in self._results.iterdir():
-            try:
+            with suppress(OSError):  # swept meanwhile
                 if (folder / _OWNER_FILE).read_text(encoding="utf-8") == owner:
                     shutil.rmtree(folder, ignore_errors=True)
-            except OSError:
-                continue
 
     def sweep(self) -> None:
         """Removes what has not been used for `keep_seconds`."""
         limit = time.time() - self.keep_seconds
         for entry in [*self._results.iterdir(), *(set(self.folder.iterdir()) - self._kept - {self._results})]:
-            try:
+            with suppress(OSError):  # removed by somebody else
                 if entry.stat().st_mtime > limit:
                     continue
-            except OSError:
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink()
 
     def sweep_forever(self, every_seconds: float = 300) -> None:
         """Sweeps in the background for as long as the process runs."""
@@ -101,9 +82,7 @@ class Results:
         def loop() -> None:
             while True:
                 time.sleep(every_seconds)
-                try:
+                with suppress(OSError):
                     self.sweep()
-                except OSError:
-                    logger.exception("could not clean up")
 
         threading.Thread(target=loop, daemon=True, name="sweep").start()

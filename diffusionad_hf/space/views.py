@@ -35,12 +35,7 @@ from .models import Calibration, Raw
 # The longest side of a picture on the page. Small photos are enlarged to the first, so that outlines stay thin.
 VIEW_SIDES = (768, 1280)
 MOST_REGIONS = 12
-OPACITY = 0.6
-"""Of the strongest heat, unless the visitor moves it."""
-_PICTURE = "view-{}.jpg"
-
-
-# ---- one image's result ----
+OPACITY = 0.6  # of the strongest heat, unless the visitor moves it
 
 
 @dataclass(frozen=True)
@@ -60,16 +55,16 @@ class Result:
     def of(
         cls, name: str, category: str, image: torch.Tensor, raw: Raw, calibration: Calibration, settings: Settings
     ) -> "Result":
-        familiarity = calibration.familiarity
+        familiarity, changed = calibration.familiarity, settings != Settings()
         return cls(
             name=name,
             category=category,
             score=raw.score,
             size=(image.shape[2], image.shape[1]),
-            p_value=None if settings.changed else calibration.p_value(raw.score),
+            p_value=None if changed else calibration.p_value(raw.score),
             calibration_images=len(calibration.scores),
             unfamiliar=familiarity.strangeness(image) > 1 if familiarity else None,
-            settings_changed=settings.changed,
+            settings_changed=changed,
         )
 
     def is_defective(self, threshold: float) -> bool:
@@ -98,11 +93,8 @@ def load(folder: Path) -> Result:
     return Result(**{**data, "size": tuple(data["size"])})
 
 
-# ---- drawing ----
-
-
 def _to_pil(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy())
 
 
 def view_photo(image: torch.Tensor) -> Image.Image:
@@ -134,26 +126,23 @@ class Drawing:
     @cached_property
     def values(self) -> np.ndarray:
         """The map at this size, enlarged as the pipeline does it."""
-        if self.anomaly_map.shape == self.size[::-1]:
-            return self.anomaly_map
         values = torch.from_numpy(self.anomaly_map)[None, None]
         return F.interpolate(values, size=self.size[::-1], mode="bilinear")[0, 0].numpy()
 
     @cached_property
     def regions(self) -> list[Region]:
-        """The strongest ones."""
         return find_regions(self.values, region_threshold(self.threshold))[:MOST_REGIONS] if self.defective else []
 
     @property
     def photo_regions(self) -> list[Region]:
         """The same in pixels of the photo, all but their peaks."""
-        x, y = (photo / drawn for photo, drawn in zip(self.result.size, self.size, strict=True))
+        width, height = self.result.size
+        x, y = width / self.size[0], height / self.size[1]
         scaled = []
         for region in self.regions:
             x0, y0, x1, y1 = region.box
             box = (math.floor(x0 * x), math.floor(y0 * y), math.ceil(x1 * x), math.ceil(y1 * y))
-            area = max(1, round(region.area_fraction * math.prod(self.result.size)))
-            scaled.append(replace(region, box=box, area_px=area))
+            scaled.append(replace(region, box=box, area_px=max(1, round(region.area_fraction * width * height))))
         return scaled
 
     def overlay(self, photo: Image.Image, opacity: float, *, tags: bool = True, framed: int = -1) -> Image.Image:
@@ -170,9 +159,8 @@ class Drawing:
 
     def mask(self) -> Image.Image:
         """The regions in white."""
-        if not self.defective:
-            return Image.new("L", self.size)
-        return mask_image(self.values, region_threshold(self.threshold))
+        threshold = region_threshold(self.threshold)
+        return mask_image(self.values, threshold) if self.defective else Image.new("L", self.size)
 
 
 @dataclass(frozen=True)
@@ -190,10 +178,9 @@ def view(folder: Path, threshold: float, opacity: float = OPACITY, framed: int =
     drawing = Drawing(load(folder), np.load(folder / "map.npy"), photo.size, threshold)
     picture = drawing.overlay(photo, opacity, framed=framed)
     # A new name each time, so that no browser shows the former picture; the last few stay for those still loading.
-    former = sorted(folder.glob(_PICTURE.format("*")), key=lambda p: p.stat().st_mtime)
-    for old in former[:-4]:
+    for old in sorted(folder.glob("view-*.jpg"))[:-4]:
         old.unlink(missing_ok=True)
-    path = folder / _PICTURE.format(time.time_ns())
+    path = folder / f"view-{time.time_ns()}.jpg"
     picture.save(path, quality=90, subsampling=0)
     return View(folder / "photo.jpg", path, drawing.photo_regions)
 
@@ -222,9 +209,6 @@ def full_size(folder: Path, kind: str, threshold: float, opacity: float) -> Path
     return save_image(picture, folder / f"{result.file_stem}-{kind}.png")
 
 
-# ---- words ----
-
-
 def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
@@ -232,8 +216,8 @@ def percent(share: float) -> str:
 def p_words(p_value: float, images: int) -> str:
     """The p-value for people: how often a normal part scores this high."""
     at_least = round(p_value * (images + 1)) - 1
-    share = "None" if at_least == 0 else str(at_least)
-    return f"{share} of the {images} normal images used for calibration scored this high (p = {p_value:.2g})."
+    share = f"{at_least or 'None'} of the {images} normal images"
+    return f"{share} used for calibration scored this high (p = {p_value:.2g})."
 
 
 def promise_words(calibration: Calibration) -> str:

@@ -16,7 +16,7 @@ from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.export.exporting import export_pipeline
 from diffusionad_hf.pipeline_diffusionad import conformal_threshold
 from diffusionad_hf.space.actions import calibrate_on, download, inspect_many, inspect_one
-from diffusionad_hf.space.intake import Refusal, Settings, Upload, calibration_json
+from diffusionad_hf.space.intake import Refusal, Settings, Upload
 from diffusionad_hf.space.models import Calibration, ModelError, Models, about
 from diffusionad_hf.space.views import load, p_words, promise_words, view
 
@@ -30,7 +30,7 @@ def inspected(results, model, path, name="photo.png", calibration=None, settings
 
 
 def read_calibration(file, category):
-    return Calibration.from_json(calibration_json(Upload(file.name, file)), category)
+    return Calibration.read(Upload(file.name, file), category)
 
 
 def test_score_p_value_and_threshold_are_the_pipeline_s_own(results, model, parts):
@@ -44,7 +44,7 @@ def test_score_p_value_and_threshold_are_the_pipeline_s_own(results, model, part
 
 def test_moving_the_threshold_redraws_without_the_model(results, model, parts):
     folder = inspected(results, model, parts[0])
-    model.unload()
+    model.pipe = None
     low, high = view(folder, 0.01), view(folder, 0.99)
     assert model.pipe is None
     assert low.overlay != high.overlay and low.overlay.read_bytes() != high.overlay.read_bytes()
@@ -157,7 +157,7 @@ def test_an_exported_model_serves_like_the_original(model, tmp_path, parts, resu
 
 
 def test_about_shows_metrics_and_limits_of_the_card(model):
-    text = about(model)
+    text = about(Models(model.source), "flange")
     assert "| image AUROC | 0.875 | flanges |" in text
     assert text.endswith("#### Limits\n\n- One light only.\n- Steel only.")
     assert "Calibrated on 12 normal images" in text
@@ -166,9 +166,11 @@ def test_about_shows_metrics_and_limits_of_the_card(model):
 def test_a_damaged_description_of_normal_images_costs_the_warning_not_the_model(checkpoints, tmp_path, parts, caplog):
     shutil.copytree(checkpoints / "flange", tmp_path / "flange")
     (tmp_path / "flange" / "familiarity.json").write_text('{"limit": 5, "grids": ["AAAA"]}')
-    model = Models(str(tmp_path)).get("flange")
+    models = Models(str(tmp_path))
+    model = models.get("flange")
     assert model.calibration.scores and model.calibration.familiarity is None
-    assert "It cannot tell photos of something else" in about(model) and "familiarity.json" in caplog.text
+    told = about(models, "flange")
+    assert "It cannot tell photos of something else" in told and "familiarity.json" in caplog.text
 
 
 # ---- batches ----
@@ -183,7 +185,7 @@ def test_a_batch_has_a_row_for_every_file_sorted_with_the_unusable_last(results,
     with zipfile.ZipFile(archive, "w") as bundle:
         bundle.write(parts[2], "deep/down/part.png")
         bundle.write(parts[3], "deep/down/part.jpg")
-    files = [Upload("=cmd()|a.png", parts[0]), *uploads(text, archive, white)]
+    files = [Upload("x;=cmd()|a.png", parts[0]), *uploads(text, archive, white)]
     *steps, batch = inspect_many(results, "anna", model, files, model.calibration, 0.4)
     assert steps == [(0, 5), (5, 5)]
     failure = batch.rows[-1].record
@@ -193,9 +195,10 @@ def test_a_batch_has_a_row_for_every_file_sorted_with_the_unusable_last(results,
     assert sum(batch.counts.values()) == 5 and batch.counts["Not inspected"] == 1
     assert {row.cells[0]: row.cells[-1] for row in batch.rows}["white.png"] == "Looks unlike this category"
 
-    with batch.table.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["File"] for row in rows} == {"'=cmd()|a.png", "part.png", "part.jpg", "notes.txt", "white.png"}
+    lines = batch.table.read_text(encoding="utf-8-sig").splitlines()
+    assert all(line[0] == line[-1] == '"' and line.count('","') == 6 for line in lines), "every field is quoted"
+    rows = list(csv.DictReader(lines))
+    assert {row["File"] for row in rows} == {"x;'=cmd()|a.png", "part.png", "part.jpg", "notes.txt", "white.png"}
     with zipfile.ZipFile(batch.archive) as bundle:
         assert bundle.testzip() is None
         names = bundle.namelist()

@@ -55,9 +55,9 @@ def test_its_card_is_told_under_about(organisation, monkeypatch, tmp_path):
 
     organisation.adopt_client(monkeypatch, tmp_path / "home", token=None)
     models = Models("org")
-    text = about(models.models["org/flange"])
+    text = about(models, "org/flange")
     assert "| image AUROC | 0.875 | flanges |" in text and "One light only." in text
-    assert about(Models("org/gone").models["org/gone"]).endswith("could not be loaded. Choose another category.")
+    assert about(Models("org/gone"), "org/gone").endswith("could not be loaded. Choose another category.")
 
 
 def test_without_a_hub_the_page_says_that_it_has_no_models(monkeypatch, tmp_path, organisation, caplog):

@@ -193,7 +193,7 @@ def test_settings_out_of_range_are_refused(entered, reason):
 
 
 def test_settings_that_are_left_empty_are_the_model_s():
-    assert not Settings.read("", 1.0, None, " ", "").changed
+    assert Settings.read("", 1.0, None, " ", "") == Settings()
     assert Settings.read("7", "2", "0", 999.0, "64") == Settings(7, 2, 0, 999, 64)
 
 

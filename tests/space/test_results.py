@@ -6,14 +6,15 @@ import time
 
 import pytest
 
-from diffusionad_hf.space.results import ResultGone, Results
+from diffusionad_hf.space.intake import Refusal
+from diffusionad_hf.space.results import Results
 
 
 def test_a_result_opens_for_its_owner_only(results):
     key, folder = results.new("anna")
     assert results.open(key, "anna") == folder
     for other in ("ben", ""):
-        with pytest.raises(ResultGone):
+        with pytest.raises(Refusal):
             results.open(key, other)
 
 
@@ -21,7 +22,7 @@ def test_a_result_opens_for_its_owner_only(results):
     "key", ["", "..", "../" + "a" * 29, "a" * 31, "A" * 32, "a" * 32, "g" * 32, None, 5, ["a" * 32]]
 )
 def test_every_other_key_is_refused_alike(results, key):
-    with pytest.raises(ResultGone, match="no longer kept"):
+    with pytest.raises(Refusal, match="no longer kept"):
         results.open(key, "anna")
 
 
@@ -38,7 +39,7 @@ def test_sweeping_removes_what_was_not_used_for_an_hour_and_nothing_else(results
     results.sweep()
     assert (results.folder / "example").exists() and not (results.folder / "upload").exists()
     results.open(new, "ben")
-    with pytest.raises(ResultGone):
+    with pytest.raises(Refusal):
         results.open(old, "anna")
 
 
@@ -54,7 +55,7 @@ def test_leaving_removes_one_visitor_s_results(results):
     mine, _ = results.new("anna")
     theirs, _ = results.new("ben")
     results.forget("anna")
-    with pytest.raises(ResultGone):
+    with pytest.raises(Refusal):
         results.open(mine, "anna")
     results.open(theirs, "ben")
 
