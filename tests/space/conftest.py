@@ -1,14 +1,14 @@
 """A small calibrated model that has learned nothing, photos of a part, and a server process with both."""
 
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Mapping
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,35 +16,78 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-
 pytest.importorskip("gradio", reason="the page needs gradio: pip install -e .[space]")
 
-from gradio_client import Client  # noqa: E402
+from gradio_client import Client, handle_file  # noqa: E402
 
 from demo_part.generate import render_part  # noqa: E402
+from diffusionad_hf import AnomalySegmenter, DiffusionADPipeline, build_pipeline  # noqa: E402
+from diffusionad_hf.calibration import calibrate  # noqa: E402
+from diffusionad_hf.familiarity import FILE_NAME, Familiarity, describe  # noqa: E402
+from diffusionad_hf.images_diffusionad import load_image  # noqa: E402
+from diffusionad_hf.space.models import Models  # noqa: E402
+from diffusionad_hf.space.results import Results  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+CARD = """---
+tags: [diffusionad]
+model-index:
+- name: flange
+  results:
+  - task: {type: image-classification}
+    dataset: {name: flanges, type: flanges}
+    metrics: [{type: image_auroc, value: 0.875, name: image AUROC}]
+---
+# Flange\n\n## Limits\n\n- One light only.\n- Steel only.\n\n## Licence\n\nMIT
+"""
+
+
+def png(side=32):
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def archive(path, members, **kwargs):
+    """Zips (name, content) pairs."""
+    with zipfile.ZipFile(path, "w", **kwargs) as bundle:
+        for name, data in members:
+            bundle.writestr(name, data)
+    return path
+
+
+def copies(path, photo, count):
+    """Zips one photo many times."""
+    return archive(path, [(f"{i}.png", photo.read_bytes()) for i in range(count)])
 
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """Twelve photos of normal parts, 96 px."""
     folder = tmp_path_factory.mktemp("parts")
-    files = []
-    for seed in range(12):
-        files.append(folder / f"part-{seed:02d}.png")
-        pixels = render_part(np.random.default_rng(seed), size=96)
-        Image.fromarray(pixels).save(files[-1])
+    files = [folder / f"part-{seed:02d}.png" for seed in range(12)]
+    for seed, file in enumerate(files):
+        Image.fromarray(render_part(np.random.default_rng(seed), size=96)).save(file)
     return files
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """A file that is no image."""
+    (tmp_path / "notes.txt").write_text("hello")
+    return tmp_path / "notes.txt"
+
+
+@pytest.fixture
+def white(tmp_path):
+    """A photo of nothing."""
+    Image.new("RGB", (96, 96), "white").save(tmp_path / "white.png")
+    return tmp_path / "white.png"
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory, parts):
     """A folder with one model, `flange`, which knows its normal parts."""
-    from diffusionad_hf import build_pipeline
-    from diffusionad_hf.calibration import calibrate
-    from diffusionad_hf.familiarity import FILE_NAME, Familiarity, describe
-    from diffusionad_hf.images_diffusionad import load_image
-
     folder = tmp_path_factory.mktemp("checkpoints") / "flange"
     torch.manual_seed(0)
     pipe = build_pipeline("tiny", 64)
@@ -53,21 +96,13 @@ def checkpoints(tmp_path_factory, parts):
     pipe.save_pretrained(folder)
     familiarity = Familiarity.of([describe(load_image(part)) for part in parts])
     (folder / FILE_NAME).write_text(json.dumps(familiarity.to_json()), encoding="utf-8")
-    (folder / "README.md").write_text(
-        "---\nlicense: mit\ntags: [diffusionad]\nmodel-index:\n- name: flange\n  results:\n"
-        "  - task: {type: image-classification}\n    dataset: {name: flanges, type: flanges}\n    metrics:\n"
-        "    - {type: image_auroc, value: 0.875, name: image AUROC}\n---\n"
-        "# Flange\n\n## Limits\n\n- One light only.\n- Steel only.\n\n## Licence\n\nMIT\n",
-        encoding="utf-8",
-    )
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
     return folder.parent
 
 
 @pytest.fixture(scope="session")
 def fragile(tmp_path_factory, checkpoints):
     """A model that can be loaded, and fails on every image: its segmenter takes other inputs than it is given."""
-    from diffusionad_hf import AnomalySegmenter, DiffusionADPipeline
-
     folder = tmp_path_factory.mktemp("fragile") / "fragile"
     pipe = DiffusionADPipeline.from_pretrained(checkpoints / "flange")
     segmenter = AnomalySegmenter(in_channels=5, base_channels=pipe.segmenter.config.base_channels)
@@ -78,25 +113,20 @@ def fragile(tmp_path_factory, checkpoints):
 
 @pytest.fixture
 def model(checkpoints):
-    from diffusionad_hf.space.models import Models
-
     return Models(str(checkpoints)).get("flange")
 
 
 @pytest.fixture
 def results(tmp_path):
-    from diffusionad_hf.space.results import Results
-
     return Results(tmp_path / "server")
 
 
 class Server:
     """A process of the page; `runs` counts how often it ran a model, `log` is what it printed."""
 
-    def __init__(self, folder: Path, models: str, environment: Mapping[str, str] = os.environ):
-        self.temporary = folder / "tmp"
+    def __init__(self, folder, models, environment=os.environ):
+        self.temporary, self._log = folder / "tmp", folder / "log.txt"
         self.temporary.mkdir()
-        self._log = folder / "log.txt"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -111,37 +141,44 @@ class Server:
         }
         with self._log.open("wb") as log:
             # Elsewhere than in the repository, as on a Space.
-            self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "space" / "app.py")],
-                env=environment,
-                cwd=folder,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+            start = [sys.executable, str(ROOT / "space" / "app.py")]
+            self.process = subprocess.Popen(start, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         for _ in range(600):
             try:
                 urllib.request.urlopen(self.url, timeout=5).close()
                 return
-            except (urllib.error.URLError, OSError):
+            except OSError:
                 assert self.process.poll() is None, self.log
                 time.sleep(0.2)
         raise AssertionError(f"the server did not start:\n{self.log}")
 
     @property
-    def log(self) -> str:
+    def log(self):
         return self._log.read_text(encoding="utf-8")
 
     @property
-    def runs(self) -> int:
+    def runs(self):
         return self.log.count("INFO space: ran ")
 
-    def client(self) -> Client:
+    def client(self):
         # Without certificates, which http has none of: reading the machine's store takes 0.15 s, for every request.
         return Client(self.url, verbose=False, ssl_verify=False)
 
-    def stop(self) -> None:
+    def post(self, path, body):
+        """The answer of a plain HTTP call."""
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}gradio_api/{path}", json.dumps(body).encode(), kind)
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    def stop(self):
         self.process.terminate()
         self.process.wait(timeout=30)
+
+
+def inspect(client, photo, **arguments):
+    """The record and the overlay; arguments that are not given are left out."""
+    return client.predict(image=handle_file(str(photo)), **arguments, api_name="/inspect")
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,12 @@ from PIL import Image
 from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.export.exporting import export_pipeline
 from diffusionad_hf.pipeline_diffusionad import conformal_threshold
+from diffusionad_hf.space import models
 from diffusionad_hf.space.actions import calibrate_on, download, inspect_many, inspect_one
 from diffusionad_hf.space.intake import Refusal, Settings, Upload
 from diffusionad_hf.space.models import Calibration, ModelError, Models, about
 from diffusionad_hf.space.views import load, p_words, promise_words, view
+from tests.space.conftest import archive
 
 
 def uploads(*paths):
@@ -29,17 +31,21 @@ def inspected(results, model, path, name="photo.png", calibration=None, settings
     return inspect_one(results, "anna", model, Upload(name, path), calibration or model.calibration, settings)[1]
 
 
+def batch_of(results, model, files, threshold=0.4):
+    """The steps of a batch, the last of which is the batch."""
+    return inspect_many(results, "anna", model, files, model.calibration, threshold)
+
+
+def record(folder, threshold):
+    return json.loads(download(folder, "json", threshold, 0.5).read_text(encoding="utf-8"))
+
+
+def picture(folder, kind, threshold, opacity=0.5):
+    return Image.open(download(folder, kind, threshold, opacity))
+
+
 def read_calibration(file, category):
     return Calibration.read(Upload(file.name, file), category)
-
-
-def test_score_p_value_and_threshold_are_the_pipeline_s_own(results, model, parts):
-    result = load(inspected(results, model, parts[0]))
-    expected = model.pipe(parts[0])
-    assert result.score == pytest.approx(float(expected.anomaly_score[0]), abs=1e-6)
-    assert result.p_value == float(expected.p_value[0])
-    assert model.calibration.shown_threshold == model.pipe.threshold
-    assert result.size == (96, 96) and not result.unfamiliar and not result.settings_changed
 
 
 def test_moving_the_threshold_redraws_without_the_model(results, model, parts):
@@ -50,8 +56,7 @@ def test_moving_the_threshold_redraws_without_the_model(results, model, parts):
     assert low.overlay != high.overlay and low.overlay.read_bytes() != high.overlay.read_bytes()
     assert low.regions and not high.regions
     assert low.regions[0].box == (0, 0, 96, 96), "regions are in pixels of the photo, not of the page"
-    anomalous = [json.loads(download(folder, "json", t, 0.5).read_text())["is_anomalous"] for t in (0.01, 0.99)]
-    assert anomalous == [True, False]
+    assert [record(folder, threshold)["is_anomalous"] for threshold in (0.01, 0.99)] == [True, False]
     for step in range(10):
         view(folder, step / 20)
     assert len(list(folder.glob("view-*.jpg"))) <= 5, "old views do not pile up"
@@ -59,16 +64,13 @@ def test_moving_the_threshold_redraws_without_the_model(results, model, parts):
 
 def test_no_defect_means_no_regions_no_outlines_and_an_empty_mask(results, model, parts):
     folder = inspected(results, model, parts[0])
-    highest = float(np.load(folder / "map.npy").max())
-    score = load(folder).score
+    score, highest = load(folder).score, float(np.load(folder / "map.npy").max())
     between = (score + highest) / 2
     assert score < between < highest, "single pixels lie above this threshold, the image does not"
-    assert view(folder, between).regions == []
-    assert json.loads(download(folder, "json", between, 0.5).read_text())["regions"] == []
-    assert not np.any(Image.open(download(folder, "mask", between, 0.5)))
-    overlay = np.asarray(Image.open(download(folder, "overlay", between, 0.0)))
-    np.testing.assert_array_equal(overlay, np.asarray(Image.open(parts[0]).convert("RGB")), "nothing but the photo")
-    *_, batch = inspect_many(results, "anna", model, uploads(parts[0]), model.calibration, between)
+    assert view(folder, between).regions == record(folder, between)["regions"] == []
+    assert not np.any(picture(folder, "mask", between))
+    np.testing.assert_array_equal(picture(folder, "overlay", between, 0.0), Image.open(parts[0]), "only the photo")
+    *_, batch = batch_of(results, model, uploads(parts[0]), between)
     assert batch.rows[0].cells[1:5:3] == ["Good", "0"]
 
 
@@ -78,14 +80,12 @@ def test_downloads_have_the_photo_s_size_and_agree_with_the_record(results, mode
     Image.open(parts[0]).resize(size).save(photo)
     folder = inspected(results, model, photo, '<b>"x".png')
     threshold = float(np.median(np.load(folder / "map.npy")))
-    assert Image.open(download(folder, "overlay", threshold, 0.5)).size == size
-    mask = Image.open(download(folder, "mask", threshold, 0.5))
-    assert mask.size == size and set(np.unique(mask)) <= {0, 255}
-    depth = Image.open(download(folder, "map", threshold, 0.5))
-    assert depth.size == size and depth.mode == "I;16"
-    record = json.loads(download(folder, "json", threshold, 0.5).read_text(encoding="utf-8"))
-    assert (record["width"], record["height"]) == size and record["threshold"] == threshold
-    for region in record["regions"]:
+    mask, depth = (picture(folder, kind, threshold) for kind in ("mask", "map"))
+    assert picture(folder, "overlay", threshold).size == mask.size == depth.size == size
+    assert set(np.unique(mask)) <= {0, 255} and depth.mode == "I;16"
+    found = record(folder, threshold)
+    assert (found["width"], found["height"]) == size and found["threshold"] == threshold
+    for region in found["regions"]:
         x0, y0, x1, y1 = region["box"]
         assert 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
     if min(size) > 50:
@@ -94,11 +94,8 @@ def test_downloads_have_the_photo_s_size_and_agree_with_the_record(results, mode
         assert abs(share - (np.asarray(mask) > 0).mean()) < 0.02
 
 
-def test_the_report_is_one_page_escapes_names_and_warns_of_a_photo_unlike_the_normal_ones(
-    results, model, parts, tmp_path
-):
-    name, white = "<script>alert(1)</script>.png", tmp_path / "white.png"
-    Image.new("RGB", (96, 96), "white").save(white)
+def test_the_report_is_one_page_escapes_names_and_warns_of_unfamiliar_photos(results, model, parts, white):
+    name = "<script>alert(1)</script>.png"
     unknown = replace(model.calibration, familiarity=None)
     for photo, calibration, warned in ((white, None, True), (parts[0], None, False), (white, unknown, False)):
         folder = inspected(results, model, photo, name, calibration)
@@ -110,34 +107,23 @@ def test_the_report_is_one_page_escapes_names_and_warns_of_a_photo_unlike_the_no
 
 
 def test_other_settings_change_the_score_drop_the_p_value_and_leave_the_model_as_it_was(results, model, parts):
-    usual = load(inspected(results, model, parts[0]))
-    other = load(inspected(results, model, parts[0], settings=Settings(seed=5, num_noises=2, resolution=96)))
-    again = load(inspected(results, model, parts[0]))
+    changed = Settings(seed=5, num_noises=2, resolution=96)
+    usual, other, again = (
+        load(inspected(results, model, parts[0], settings=settings)) for settings in (Settings(), changed, Settings())
+    )
     assert other.score != usual.score and other.p_value is None and other.settings_changed
     assert again.score == usual.score
-
-
-@pytest.mark.parametrize("settings", [Settings(small_timestep=500), Settings(big_timestep=1000)])
-def test_timesteps_that_the_model_does_not_have_are_refused(results, model, parts, settings):
-    with pytest.raises(Refusal, match="Timesteps"):
-        inspected(results, model, parts[0], settings=settings)
-
-
-def test_a_model_that_fails_says_so_and_works_again(results, model, parts):
-    broken, model.pipe.segmenter = model.pipe.segmenter, None
-    with pytest.raises(ModelError, match="flange: the model failed") as caught:
-        inspected(results, model, parts[0])
-    assert str(parts[0].parent) not in str(caught.value)
-    model.pipe.segmenter = broken
-    inspected(results, model, parts[0])
+    for unknown in (Settings(small_timestep=500), Settings(big_timestep=1000)):
+        with pytest.raises(Refusal, match="Timesteps"):
+            inspected(results, model, parts[0], settings=unknown)
 
 
 def test_models_are_found_in_folders_and_missing_ones_are_named(checkpoints, tmp_path):
-    models = Models(f" {checkpoints} , {tmp_path / 'nothing'},{tmp_path}")
-    assert models.names == ["flange"]
+    found = Models(f" {checkpoints} , {tmp_path / 'nothing'},{tmp_path}")
+    assert found.names == ["flange"]
     for name in ("other", "", None, "../flange"):
         with pytest.raises(ModelError, match="There are: flange"):
-            models.get(name)
+            found.get(name)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model_index.json").write_text("{}")
     with pytest.raises(ModelError, match="broken: this model could not be loaded") as caught:
@@ -156,37 +142,21 @@ def test_an_exported_model_serves_like_the_original(model, tmp_path, parts, resu
         inspected(results, exported, parts[0], settings=Settings(resolution=128))
 
 
-def test_about_shows_metrics_and_limits_of_the_card(model):
-    text = about(Models(model.source), "flange")
-    assert "| image AUROC | 0.875 | flanges |" in text
-    assert text.endswith("#### Limits\n\n- One light only.\n- Steel only.")
-    assert "Calibrated on 12 normal images" in text
-
-
 def test_a_damaged_description_of_normal_images_costs_the_warning_not_the_model(checkpoints, tmp_path, parts, caplog):
     shutil.copytree(checkpoints / "flange", tmp_path / "flange")
     (tmp_path / "flange" / "familiarity.json").write_text('{"limit": 5, "grids": ["AAAA"]}')
-    models = Models(str(tmp_path))
-    model = models.get("flange")
-    assert model.calibration.scores and model.calibration.familiarity is None
-    told = about(models, "flange")
+    damaged = Models(str(tmp_path))
+    calibration = damaged.get("flange").calibration
+    assert calibration.scores and calibration.familiarity is None
+    told = about(damaged, "flange")
     assert "It cannot tell photos of something else" in told and "familiarity.json" in caplog.text
 
 
-# ---- batches ----
-
-
-def test_a_batch_has_a_row_for_every_file_sorted_with_the_unusable_last(results, model, parts, tmp_path):
-    text = tmp_path / "notes.txt"
-    text.write_text("hello")
-    white = tmp_path / "white.png"
-    Image.new("RGB", (64, 64), "white").save(white)
-    archive = tmp_path / "more.zip"
-    with zipfile.ZipFile(archive, "w") as bundle:
-        bundle.write(parts[2], "deep/down/part.png")
-        bundle.write(parts[3], "deep/down/part.jpg")
-    files = [Upload("x;=cmd()|a.png", parts[0]), *uploads(text, archive, white)]
-    *steps, batch = inspect_many(results, "anna", model, files, model.calibration, 0.4)
+def test_a_batch_has_a_row_for_every_file_sorted_with_the_unusable_last(results, model, parts, tmp_path, notes, white):
+    packed = [("deep/down/part.png", parts[2].read_bytes()), ("deep/down/part.jpg", parts[3].read_bytes())]
+    more = archive(tmp_path / "more.zip", packed)
+    files = [Upload("x;=cmd()|a.png", parts[0]), *uploads(notes, more, white)]
+    *steps, batch = batch_of(results, model, files)
     assert steps == [(0, 5), (5, 5)]
     failure = batch.rows[-1].record
     assert failure["name"] == "notes.txt" and "Not an image" in failure["error"]
@@ -205,45 +175,32 @@ def test_a_batch_has_a_row_for_every_file_sorted_with_the_unusable_last(results,
         records = json.loads(bundle.read("results.json"))
     assert len(names) == len(set(names)) == 2 + 4 * 3, "`part.png` and `part.jpg` do not share their pictures"
     assert {"report.csv", "results.json", "overlays/part-overlay.jpg", "masks/white-mask.png"} <= set(names)
-    single = load(inspected(results, model, parts[2]))
-    (record,) = (record for record in records if record["name"] == "part.png")
-    assert record["anomaly_score"] == pytest.approx(single.score, abs=1e-5)
+    score = load(inspected(results, model, parts[2])).score
+    assert {r["name"]: r.get("anomaly_score") for r in records}["part.png"] == pytest.approx(score, abs=1e-5)
 
 
 def test_unpacked_files_do_not_outlive_the_batch(results, model, parts, tmp_path):
-    archive = tmp_path / "a.zip"
-    with zipfile.ZipFile(archive, "w") as bundle:
-        bundle.write(parts[0], "a.png")
-    steps = inspect_many(results, "anna", model, uploads(archive), model.calibration, 0.4)
+    steps = batch_of(results, model, uploads(archive(tmp_path / "a.zip", [("a.png", parts[0].read_bytes())])))
     next(steps)
     assert len(list(results.folder.iterdir())) == 2
     steps.close()  # the visitor has left
     assert [entry.name for entry in results.folder.iterdir()] == ["results"]
 
 
-def test_one_image_that_breaks_the_model_is_one_row(results, model, parts, tmp_path, monkeypatch):
-    run = model.run
+def test_an_image_that_breaks_the_model_is_one_row_and_it_works_again(results, model, parts, white, monkeypatch):
+    def fragile(pipe, images, settings):
+        if any(image.min() == image.max() for image in images):
+            raise RuntimeError("broken")
+        return call(pipe, images, settings)
 
-    def fragile(images, settings=Settings()):  # noqa: B008
-        if any(image.shape[2] == 50 for image in images):
-            raise ModelError("flange: the model failed")
-        return run(images, settings)
-
-    bad = tmp_path / "bad.png"
-    Image.new("RGB", (50, 50)).save(bad)
-    monkeypatch.setattr(model, "run", fragile)
-    files = uploads(parts[0], bad, parts[1])
-    *_, batch = inspect_many(results, "anna", model, files, model.calibration, 0.4)
-    assert [row.record["name"] for row in batch.rows if not row.pictures] == ["bad.png"] and len(batch.rows) == 3
+    call = models._call
+    monkeypatch.setattr(models, "_call", fragile)
+    *_, batch = batch_of(results, model, uploads(parts[0], white, parts[1]))
+    assert [row.record["name"] for row in batch.rows if not row.pictures] == ["white.png"] and len(batch.rows) == 3
 
 
-# ---- calibration ----
-
-
-def test_calibration_is_split_conformal_on_the_given_images_and_travels_as_a_file(results, model, parts, tmp_path):
-    text = tmp_path / "notes.txt"
-    text.write_text("hello")
-    *steps, done = calibrate_on(results, "anna", model, uploads(*parts, text), 0.1)
+def test_calibration_is_split_conformal_on_the_given_images_and_travels_as_a_file(results, model, parts, notes):
+    *steps, done = calibrate_on(results, "anna", model, uploads(*parts, notes), 0.1)
     assert steps == [(8, 13), (13, 13)]
     scores = sorted(float(s) for s in model.pipe(parts).anomaly_score)
     np.testing.assert_allclose(done.calibration.scores, scores, atol=1e-5)
@@ -272,24 +229,15 @@ def test_too_few_images_are_refused_and_too_low_a_rate_promises_nothing(results,
 DAMAGED = '{{"format": "diffusionad-calibration", "category": "flange", "false_alarm_rate": {}, "scores": {}}}'
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[1, 2]",
-        "\udcff\udcfe",
-        "[" * 100_000,
-        '"' + 6_000_000 * "x" + '"',
-        *(DAMAGED.format(*values) for values in [(0.1, "[]"), (0.1, "[NaN]"), (0.1, '["x"]'), (7, "[0.5]")]),
-        DAMAGED.format(0.1, '[0.5], "familiarity": {"limit": 0}'),
-    ],
-    ids=lambda content: content[:8],
-)
-def test_other_files_are_not_taken_for_a_calibration(tmp_path, content):
-    path = tmp_path / "c.json"
-    path.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(Refusal, match="calibration file"):
-        read_calibration(path, "flange")
+def test_other_files_are_not_taken_for_a_calibration(tmp_path):
+    path, unfamiliar = tmp_path / "c.json", '[0.5], "familiarity": {"limit": 0}'
+    wrong = [(0.1, "[]"), (0.1, "[NaN]"), (0.1, '["x"]'), (0.1, "5"), (7, "[0.5]"), (0.1, unfamiliar)]
+    large = DAMAGED.format(0.1, "[0.5" + ", 0.5" * 1_200_000 + "]")
+    nothing = ["", "[1, 2]", "{}", "\udcff\udcfe", "[" * 100_000, large]
+    for content in (*nothing, *(DAMAGED.format(*values) for values in wrong)):
+        path.write_bytes(content.encode(errors="surrogateescape"))
+        with pytest.raises(Refusal, match="calibration file"):
+            read_calibration(path, "flange")
 
 
 def test_words_for_p_values_count_the_images():

@@ -10,40 +10,49 @@ import zipfile
 import pytest
 from PIL import Image
 
+from tests.space.conftest import archive, copies
+
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs the browser chromium")
 
-ARGUMENTS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-
 
 @pytest.fixture(scope="module")
 def browser():
+    quiet = "--no-sandbox --disable-gpu --disable-quic --disable-background-networking --disable-component-update"
     with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--headless=new", *quiet.split()])
         yield running
         running.close()
 
 
 @pytest.fixture
-def page(browser, server):
-    """A fresh visitor, who must not leave this machine nor see an error in the console."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
-    page = context.new_page()
-    page.set_default_timeout(90_000)
-    strangers, errors = [], []
-    page.on("request", lambda r: None if r.url.startswith((server.url, "data:", "blob:")) else strangers.append(r.url))
-    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(server.url)
-    page.wait_for_selector("#verdict .card")
-    yield page
-    context.close()
+def visit(browser, server):
+    """Opens the page for fresh visitors, who must not leave this machine nor see an error in the console."""
+    contexts, strangers, errors = [], [], []
+
+    def visit(**options):
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(90_000)
+        own = (server.url, "data:", "blob:")
+        page.on("request", lambda r: None if r.url.startswith(own) else strangers.append(r.url))
+        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server.url)
+        page.wait_for_selector("#verdict .card")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
     assert not strangers, "a request left this machine"
     assert not errors
+
+
+@pytest.fixture
+def page(visit):
+    return visit(viewport={"width": 1280, "height": 900})
 
 
 def upload(page, path):
@@ -53,6 +62,18 @@ def upload(page, path):
 def inspect(page, path):
     upload(page, path)
     expect(page, "#verdict h2", "efect found")
+
+
+def give(page, field, *files):
+    """Puts files into the field of another tab and waits until they are uploaded."""
+    page.set_input_files(f"#{field} input[type=file]", [str(file) for file in files])
+    page.wait_for_selector(f"#{field} :text('{files[-1].stem}')", state="attached")
+
+
+def drop(page):
+    """Takes the photo away."""
+    page.locator("#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']").first.click()
+    expect(page, "#verdict .note", "Add a photo")
 
 
 def choose(page, category):
@@ -82,8 +103,8 @@ def until(condition, complaint):
     raise AssertionError(complaint)
 
 
-def unpacked(server):
-    return [*server.temporary.glob("diffusionad-space-*/tmp*")]
+def wait_until_nothing_is_unpacked(server):
+    until(lambda: not [*server.temporary.glob("diffusionad-space-*/tmp*")], "what was unpacked is left on the disk")
 
 
 def owners(server):
@@ -96,38 +117,24 @@ def saved(page, button):
     return download.value.suggested_filename, download.value.path()
 
 
-def test_photo_to_verdict_then_the_threshold_without_the_model(page, server, parts):
+def test_photo_to_verdict_then_regions_the_threshold_and_the_false_alarm_rate_without_the_model(page, server, parts):
     inspect(page, parts[0])
     page.wait_for_selector("#pictures img")
     assert "Score 0." in page.inner_text("#verdict") and "of the 12 normal images" in page.inner_text("#verdict")
-    runs = server.runs
-    move(page, "threshold", 0)
+    runs, picture = server.runs, page.locator("#pictures img").last
+    move(page, "threshold", 0.01)
     expect(page, "#verdict h2", "Defect found")
-    expect(page, "#verdict", "threshold 0.000")
-    before = page.locator("#pictures img").last.get_attribute("src")
+    expect(page, "#verdict", "threshold 0.010")
+    page.wait_for_selector("#regions :text('1 · most of the image, 96 × 96 px')")
+    before = picture.get_attribute("src")
+    page.locator("#regions input[type=radio]").nth(1).check()
+    playwright.expect(picture).not_to_have_attribute("src", before, timeout=90_000)
+    before = picture.get_attribute("src")
     move(page, "threshold", 0.99)
     expect(page, "#verdict h2", "No defect found")
     expect(page, "#verdict", "threshold 0.990")
-    page.wait_for_function("src => [...document.querySelectorAll('#pictures img')].at(-1).src !== src", arg=before)
-    assert server.runs == runs
-
-
-def test_a_region_that_is_picked_is_framed_and_there_are_none_without_a_defect(page, server, parts):
-    inspect(page, parts[0])
-    move(page, "threshold", 0.01)
-    page.wait_for_selector("#regions :text('1 · most of the image, 96 × 96 px')")
-    before, runs = page.locator("#pictures img").last.get_attribute("src"), server.runs
-    page.locator("#regions input[type=radio]").nth(1).check()
-    page.wait_for_function("src => [...document.querySelectorAll('#pictures img')].at(-1).src !== src", arg=before)
-    move(page, "threshold", 0.99)
-    expect(page, "#verdict h2", "No defect found")
+    playwright.expect(picture).not_to_have_attribute("src", before, timeout=90_000)
     page.wait_for_selector("#regions", state="hidden")
-    assert server.runs == runs
-
-
-def test_a_false_alarm_rate_moves_the_threshold(page, server, parts):
-    inspect(page, parts[0])
-    runs = server.runs
     page.click("#advanced button")
     move(page, "rate", 30)
     expect(page, "#threshold", "30 % false alarms")
@@ -142,19 +149,15 @@ def test_opening_the_advanced_settings_changes_nothing_and_they_work(page, serve
     page.wait_for_selector("#seed input, #seed textarea")
     upload(page, parts[0])
     expect(page, "#verdict", "of the 12 normal images")
-    box = page.locator("#small-timestep input, #small-timestep textarea")
-    box.fill("900")
-    page.click("#again")
-    expect(page, "#verdict .error", "the small one (900) must be below the big one")
-    box.fill("many")
-    page.click("#again")
-    expect(page, "#verdict .error", "The small timestep must be a whole number")
-    box.fill("100")
-    page.click("#again")
-    expect(page, "#verdict", "Other settings than it was calibrated with")
-    box.fill("")
-    page.click("#again")
-    expect(page, "#verdict", "of the 12 normal images")
+    for entered, answer in (
+        ("900", "the small one (900) must be below the big one"),
+        ("many", "The small timestep must be a whole number"),
+        ("100", "Other settings than it was calibrated with"),
+        ("", "of the 12 normal images"),
+    ):
+        page.locator("#small-timestep input, #small-timestep textarea").fill(entered)
+        page.click("#again")
+        expect(page, "#verdict", answer)
 
 
 def test_the_keyboard_is_enough(page, server, parts):
@@ -177,7 +180,7 @@ def test_the_keyboard_is_enough(page, server, parts):
 def test_downloads_hold_what_they_say(page, parts):
     inspect(page, parts[2])
     move(page, "threshold", 0.01)
-    expect(page, "#verdict h2", "Defect found")
+    expect(page, "#verdict", "threshold 0.010")
     for kind, mode in {"overlay": "RGB", "mask": "L", "map": "I;16"}.items():
         name, path = saved(page, f"#download-{kind}")
         assert name == f"part-02-{kind}.png"
@@ -190,37 +193,30 @@ def test_downloads_hold_what_they_say(page, parts):
     assert name == "part-02-report.html" and "Defect found" in path.read_text(encoding="utf-8")
 
 
-def test_an_example_is_inspected_at_a_click_and_a_blank_photo_comes_with_a_warning(page, tmp_path):
+def test_an_example_is_inspected_at_a_click_and_a_blank_photo_comes_with_a_warning(page, white):
     page.locator("#examples button", has_text="good").first.click()
     expect(page, "#verdict h2", "efect found")
-    page.locator("#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']").first.click()
-    expect(page, "#verdict .note", "Add a photo")
-    Image.new("RGB", (200, 200), "white").save(tmp_path / "blank.png")
-    upload(page, tmp_path / "blank.png")
+    drop(page)
+    upload(page, white)
     expect(page, "#verdict .warning", "Unlike any normal flange image")
 
 
-@pytest.mark.parametrize("content", [b"GIF89a", b"\x89PNG\r\n\x1a\n broken", b"just text"])
-def test_a_broken_image_is_a_message_and_the_next_one_a_verdict(page, server, parts, tmp_path, content):
-    (tmp_path / "broken.png").write_bytes(content)
-    upload(page, tmp_path / "broken.png")
-    expect(page, "#verdict .error", "broken.png")
-    assert str(server.temporary) not in page.inner_text("body")
-    page.locator("#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']").first.click()
-    expect(page, "#verdict .note", "Add a photo")
+def test_a_broken_image_is_a_message_and_the_next_one_a_verdict(page, server, parts, tmp_path):
+    for content in (b"GIF89a", b"\x89PNG\r\n\x1a\n broken", b"just text"):
+        (tmp_path / "broken.png").write_bytes(content)
+        upload(page, tmp_path / "broken.png")
+        expect(page, "#verdict .error", "broken.png")
+        assert str(server.temporary) not in page.inner_text("body")
+        drop(page)
     inspect(page, parts[0])
 
 
-def test_a_batch_with_a_bad_file_and_its_downloads(page, parts, tmp_path):
-    (tmp_path / "notes.txt").write_text("hello")
-    with zipfile.ZipFile(tmp_path / "more.zip", "w") as bundle:
-        bundle.write(parts[5], "in/zip.png")
+def test_a_batch_with_a_bad_file_and_its_downloads(page, parts, notes, tmp_path):
+    more = archive(tmp_path / "more.zip", [("in/zip.png", parts[5].read_bytes())])
     tab(page, "Batch")
     page.click("#batch-start")
     expect(page, "#batch-summary .error", "Choose images or a zip archive first")
-    files = [str(path) for path in (*parts[:3], tmp_path / "notes.txt", tmp_path / "more.zip")]
-    page.set_input_files("#batch-files input[type=file]", files)
-    page.wait_for_selector("#batch-files :text('more')")
+    give(page, "batch-files", *parts[:3], notes, more)
     page.click("#batch-start")
     expect(page, "#batch-summary .tile", "1 not inspected")
     expect(page, "#batch-table", "Not an image")
@@ -234,22 +230,17 @@ def test_a_batch_with_a_bad_file_and_its_downloads(page, parts, tmp_path):
 
 
 def test_a_batch_can_be_stopped(page, server, parts, tmp_path):
-    with zipfile.ZipFile(tmp_path / "many.zip", "w") as bundle:
-        for i in range(200):
-            bundle.write(parts[0], f"{i}.png")
     tab(page, "Batch")
-    page.set_input_files("#batch-files input[type=file]", str(tmp_path / "many.zip"))
-    page.wait_for_selector("#batch-files :text('many')")
+    give(page, "batch-files", copies(tmp_path / "many.zip", parts[0], 200))
     runs = server.runs
     page.click("#batch-start")
     expect(page, "#batch-summary", "of 200 images")
     page.click("#batch-stop")
     expect(page, "#batch-summary .note", "Stopped.")
-    until(lambda: not unpacked(server), "what was unpacked is left on the disk")
+    wait_until_nothing_is_unpacked(server)
     assert server.runs - runs < 30, "it ran on"
     page.locator("#batch-files button[aria-label='Clear']").click()
-    page.set_input_files("#batch-files input[type=file]", str(parts[1]))
-    page.wait_for_selector("#batch-files :text('part-01')")
+    give(page, "batch-files", parts[1])
     page.click("#batch-start")
     page.wait_for_selector("#batch-summary .tile")
 
@@ -257,13 +248,11 @@ def test_a_batch_can_be_stopped(page, server, parts, tmp_path):
 def test_calibrating_changes_the_threshold_of_the_other_tabs_and_can_be_saved_loaded_and_undone(page, parts, tmp_path):
     inspect(page, parts[0])
     tab(page, "Calibrate")
-    page.set_input_files("#normal-files input[type=file]", [str(path) for path in parts[:3]])
-    page.wait_for_selector("#normal-files :text('part-02')")
+    give(page, "normal-files", *parts[:3])
     page.click("#calibrate-start")
     expect(page, "#calibration .error", "3 usable images; a calibration takes 10")
     page.locator("#normal-files button[aria-label='Clear']").click()
-    page.set_input_files("#normal-files input[type=file]", [str(path) for path in parts[:11]])
-    page.wait_for_selector("#normal-files :text('part-10')", state="attached")
+    give(page, "normal-files", *parts[:11])
     move(page, "calibration-rate", 20)
     page.click("#calibrate-start")
     expect(page, "#calibration", "11 images of yours")
@@ -276,21 +265,15 @@ def test_calibrating_changes_the_threshold_of_the_other_tabs_and_can_be_saved_lo
     tab(page, "Calibrate")
     page.click("#calibration-forget")
     expect(page, "#calibration", "12 normal images")
-    shutil.copy(path, tmp_path / "c.json")
-    page.set_input_files("#calibration-file input[type=file]", str(tmp_path / "c.json"))
+    page.set_input_files("#calibration-file input[type=file]", shutil.copy(path, tmp_path / "c.json"))
     expect(page, "#calibration", "11 images of yours")
 
 
-def test_two_tabs_keep_to_themselves_and_leaving_one_midway_hurts_no_one(page, browser, server, parts):
-    other = browser.new_page()
-    visits = set()
-    session = re.compile(rb'"session_hash":"(\w+)"')
+def test_two_tabs_keep_to_themselves_and_leaving_one_midway_hurts_no_one(page, visit, server, parts):
+    other, visits, session = visit(), set(), re.compile(rb'"session_hash":"(\w+)"')
     other.on("request", lambda r: visits.update(m.decode() for m in session.findall(r.post_data_buffer or b"")))
-    other.goto(server.url)
-    other.wait_for_selector("#verdict .card")
     tab(other, "Batch")
-    other.set_input_files("#batch-files input[type=file]", [str(part) for part in parts])
-    other.wait_for_selector("#batch-files :text('part-11')", state="attached")
+    give(other, "batch-files", *parts)
     other.click("#batch-start")
     expect(other, "#batch-summary", "of 12 images")
     upload(page, parts[0])
@@ -299,7 +282,7 @@ def test_two_tabs_keep_to_themselves_and_leaving_one_midway_hurts_no_one(page, b
     expect(page, "#verdict h2", "efect found")
     page.wait_for_selector("#pictures img")
     assert server.process.poll() is None
-    until(lambda: not unpacked(server), "what was unpacked is left on the disk")
+    wait_until_nothing_is_unpacked(server)
     until(lambda: not visits & owners(server), "a closed tab's results are left on the disk")
     move(page, "threshold", 0.99)
     expect(page, "#verdict", "threshold 0.990")
@@ -309,12 +292,6 @@ def test_models_that_fail_or_cannot_be_loaded_are_messages_and_the_other_goes_on
     choose(page, "fragile")
     upload(page, parts[0])
     expect(page, "#verdict .error", "fragile: the model failed on this image")
-    tab(page, "Batch")
-    page.set_input_files("#batch-files input[type=file]", str(parts[0]))
-    page.wait_for_selector("#batch-files :text('part-00')")
-    page.click("#batch-start")
-    expect(page, "#batch-table", "The model failed on this image")
-    tab(page, "Inspect")
     choose(page, "no-one/no-such-model")
     expect(page, "#verdict .error", "could not be loaded")
     choose(page, "flange")
@@ -340,19 +317,15 @@ PALE = """() => {
         if (text.length < 2 || !e.offsetParent || ['SCRIPT', 'STYLE'].includes(e.tagName)
             || !e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
         const [a, b] = [light(rgba(style.color)), light(ground(e))].sort((x, y) => y - x);
-        const big = parseFloat(style.fontSize) >= 24 || parseFloat(style.fontSize) >= 18.6 && style.fontWeight >= 700;
-        if ((a + .05) / (b + .05) < (big ? 3 : 4.5)) pale[text.slice(0, 40)] = (a + .05) / (b + .05);
+        if ((a + .05) / (b + .05) < 4.5) pale[text.slice(0, 40)] = (a + .05) / (b + .05);
     }
     return pale;
 }"""
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
-def test_every_text_can_be_read_in_light_and_dark(browser, server, parts, mode):
-    context = browser.new_context(color_scheme=mode)
-    page = context.new_page()
-    page.goto(f"{server.url}?__theme={mode}")
-    page.wait_for_selector("#verdict .card")
+def test_every_text_can_be_read_in_light_and_dark(visit, parts, mode):
+    page = visit(color_scheme=mode)
     inspect(page, parts[0])
     page.click("#advanced button")
     ground = page.evaluate("getComputedStyle(document.querySelector('.card')).backgroundColor")
@@ -367,24 +340,17 @@ def test_every_text_can_be_read_in_light_and_dark(browser, server, parts, mode):
             page.click(button)
             page.wait_for_selector(".card.error:visible")
         assert page.evaluate(PALE) == {}, name
-    context.close()
 
 
-def test_it_fits_a_phone_and_every_control_has_a_name(browser, server, parts):
-    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
-    page = context.new_page()
-    page.goto(server.url)
-    page.wait_for_selector("#verdict .card")
+def test_it_fits_a_phone_and_every_control_has_a_name(visit, parts):
+    page = visit(viewport={"width": 390, "height": 844}, has_touch=True)
     inspect(page, parts[0])
     page.wait_for_selector("#pictures img")
     for name in ("Inspect", "Batch", "Calibrate", "About"):
         tab(page, name)
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
-    unnamed = page.evaluate(
-        """() => [...document.querySelectorAll('button, input:not([type=file]):not([type=hidden]), img')].filter(e =>
-            e.offsetParent && !(e.innerText || e.ariaLabel || e.title || e.alt || e.labels?.length
-                || e.getAttribute('aria-labelledby') || e.closest('label'))).map(e => e.outerHTML.slice(0, 120))"""
-    )
-    context.close()
-    assert not unnamed
+    unnamed = """() => [...document.querySelectorAll('button, input:not([type=file]):not([type=hidden]), img')]
+        .filter(e => e.offsetParent && !(e.innerText || e.ariaLabel || e.title || e.alt || e.labels?.length
+            || e.getAttribute('aria-labelledby') || e.closest('label'))).map(e => e.outerHTML.slice(0, 120))"""
+    assert page.evaluate(unnamed) == []
