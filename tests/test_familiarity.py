@@ -19,7 +19,6 @@ def render(seed, size=96):
 
 @pytest.fixture(scope="module")
 def parts():
-    """Twelve normal parts."""
     return [render(seed) for seed in range(12)]
 
 

@@ -57,7 +57,6 @@ def archive(path, members, **kwargs):
 
 
 def copies(path, photo, count):
-    """Zips one photo many times."""
     return archive(path, [(f"{i}.png", photo.read_bytes()) for i in range(count)])
 
 
@@ -73,14 +72,12 @@ def parts(tmp_path_factory):
 
 @pytest.fixture
 def notes(tmp_path):
-    """A file that is no image."""
     (tmp_path / "notes.txt").write_text("hello")
     return tmp_path / "notes.txt"
 
 
 @pytest.fixture
 def white(tmp_path):
-    """A photo of nothing."""
     Image.new("RGB", (96, 96), "white").save(tmp_path / "white.png")
     return tmp_path / "white.png"
 

@@ -131,6 +131,13 @@ def test_models_are_found_in_folders_and_missing_ones_are_named(checkpoints, tmp
     assert str(tmp_path) not in str(caught.value)
 
 
+def test_only_the_models_used_last_stay_loaded(checkpoints, fragile, monkeypatch):
+    monkeypatch.setattr(models, "MOST_LOADED", 1)
+    both = Models(f"{checkpoints},{fragile}")
+    for first, second in (("flange", "fragile"), ("fragile", "flange")):
+        assert both.get(first).pipe and both.get(second).pipe and both.models[first].pipe is None
+
+
 def test_an_exported_model_serves_like_the_original(model, tmp_path, parts, results):
     pytest.importorskip("openvino")
     export_pipeline(DiffusionADPipeline.from_pretrained(model.source), tmp_path / "fast")
@@ -143,13 +150,14 @@ def test_an_exported_model_serves_like_the_original(model, tmp_path, parts, resu
 
 
 def test_a_damaged_description_of_normal_images_costs_the_warning_not_the_model(checkpoints, tmp_path, parts, caplog):
-    shutil.copytree(checkpoints / "flange", tmp_path / "flange")
+    shutil.copytree(checkpoints / "flange", tmp_path / "flange", ignore=shutil.ignore_patterns("README.md"))
     (tmp_path / "flange" / "familiarity.json").write_text('{"limit": 5, "grids": ["AAAA"]}')
     damaged = Models(str(tmp_path))
     calibration = damaged.get("flange").calibration
     assert calibration.scores and calibration.familiarity is None
     told = about(damaged, "flange")
     assert "It cannot tell photos of something else" in told and "familiarity.json" in caplog.text
+    assert told.endswith("nothing is known of its accuracy.")
 
 
 def test_a_batch_has_a_row_for_every_file_sorted_with_the_unusable_last(results, model, parts, tmp_path, notes, white):
@@ -164,7 +172,6 @@ def test_a_batch_has_a_row_for_every_file_sorted_with_the_unusable_last(results,
     assert scores == sorted(scores, reverse=True)
     assert sum(batch.counts.values()) == 5 and batch.counts["Not inspected"] == 1
     assert {row.cells[0]: row.cells[-1] for row in batch.rows}["white.png"] == "Looks unlike this category"
-
     lines = batch.table.read_text(encoding="utf-8-sig").splitlines()
     assert all(line[0] == line[-1] == '"' and line.count('","') == 6 for line in lines), "every field is quoted"
     rows = list(csv.DictReader(lines))
@@ -233,7 +240,7 @@ def test_other_files_are_not_taken_for_a_calibration(tmp_path):
     path, unfamiliar = tmp_path / "c.json", '[0.5], "familiarity": {"limit": 0}'
     wrong = [(0.1, "[]"), (0.1, "[NaN]"), (0.1, '["x"]'), (0.1, "5"), (7, "[0.5]"), (0.1, unfamiliar)]
     large = DAMAGED.format(0.1, "[0.5" + ", 0.5" * 1_200_000 + "]")
-    nothing = ["", "[1, 2]", "{}", "\udcff\udcfe", "[" * 100_000, large]
+    nothing = ["", "[1, 2]", "{}", '{"format": "x"}', "\udcff\udcfe", "[" * 100_000, large]
     for content in (*nothing, *(DAMAGED.format(*values) for values in wrong)):
         path.write_bytes(content.encode(errors="surrogateescape"))
         with pytest.raises(Refusal, match="calibration file"):

@@ -70,8 +70,7 @@ def give(page, field, *files):
     page.wait_for_selector(f"#{field} :text('{files[-1].stem}')", state="attached")
 
 
-def drop(page):
-    """Takes the photo away."""
+def remove_photo(page):
     page.locator("#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']").first.click()
     expect(page, "#verdict .note", "Add a photo")
 
@@ -196,7 +195,7 @@ def test_downloads_hold_what_they_say(page, parts):
 def test_an_example_is_inspected_at_a_click_and_a_blank_photo_comes_with_a_warning(page, white):
     page.locator("#examples button", has_text="good").first.click()
     expect(page, "#verdict h2", "efect found")
-    drop(page)
+    remove_photo(page)
     upload(page, white)
     expect(page, "#verdict .warning", "Unlike any normal flange image")
 
@@ -207,7 +206,7 @@ def test_a_broken_image_is_a_message_and_the_next_one_a_verdict(page, server, pa
         upload(page, tmp_path / "broken.png")
         expect(page, "#verdict .error", "broken.png")
         assert str(server.temporary) not in page.inner_text("body")
-        drop(page)
+        remove_photo(page)
     inspect(page, parts[0])
 
 

@@ -63,7 +63,6 @@ def test_without_a_hub_the_page_says_that_it_has_no_models(monkeypatch, tmp_path
 
 
 def test_a_full_queue_refuses_politely_and_recovers(hub_server, tmp_path, parts):
-    """Two batches run, sixty callers wait, and the next one is told so."""
     client = hub_server.client()
     many = [handle_file(str(copies(tmp_path / "many.zip", parts[0], 32)))]
     batches = [client.submit(many, "org/flange", None, None, api_name="/inspect_batch") for _ in range(2)]
