@@ -13,8 +13,12 @@ demo: $(VENV)/.core  ## Inspect the bundled examples with the embedded model.
 test: $(VENV)/.all  ## Run all tests.
 	$(BIN)/python -m pytest
 
+# OpenVINO asks the processor itself, beside its limited oneDNN, and then finds no kernels for float16 and int8: that is of
+# the imitation, not of such processors.
 test-any-cpu: $(VENV)/.all  ## Run all tests as on a processor without AVX-512.
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest \
+		--deselect 'tests/export/test_exporting.py::test_a_unet_of_patches_that_predicts_images[openvino-fp16-0.005]' \
+		--deselect 'tests/export/test_exporting.py::test_int8_is_close_and_spares_the_segmenter[openvino]'
 
 style: $(VENV)/.all  ## Format the code.
 	$(BIN)/ruff check --fix .

@@ -26,7 +26,7 @@ def limit(megabytes):
 images = torch.rand(48, 3, 64, 64)
 pipe, too_large = make_pipeline(64), make_pipeline(512)
 expected = pipe(images[:3], batch_size=1).anomaly_score.tolist()
-limit(450)
+limit(300)
 output = pipe(images, batch_size=48)
 result = {"expected": expected, "found": output.anomaly_score.tolist(), "maps": len(output.anomaly_map)}
 limit(240)
