@@ -4,26 +4,25 @@ import argparse
 import importlib
 import sys
 
-# Every measurement imports torch and more: only the one that is asked for is imported.
+# Only the measurement that is asked for is imported, as all of them import torch.
 MEASUREMENTS = {
-    "inference": "images a second against the paper's way of computing; share of the device's matmul peak",
+    "inference": "images a second, against the paper's way of computing",
     "training": "images a second (and GPU memory) of a training step, synthesis included",
     "synthesis": "synthetic anomalies a second",
     "metrics": "time and memory of the evaluation's metrics",
-    "blocks": "bookkeeping of an inspection of 300,000 files in blocks",
+    "blocks": "bookkeeping of an inspection of 300,000 files",
     "real": "real products: trained and evaluated from nothing, category by category",
     "runtimes": "exported models: OpenVINO and ONNX against PyTorch",
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a measurement with the rest of the arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measures speed and memory; results and how they were taken are in benchmarks/README.md.",
         epilog="measurements:\n"
         + "\n".join(f"  {name:<10} {what}" for name, what in MEASUREMENTS.items())
-        + "\n\n`python -m benchmarks NAME --help` tells a measurement's options.",
+        + "\n\n`python -m benchmarks NAME --help` lists a measurement's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=MEASUREMENTS, metavar="NAME", help="one of those below")

@@ -1,37 +1,41 @@
-"""What the measurements share: the machine, its matmul peak, the clock, and how results are written."""
+"""What the measurements share: the machine, its matmul peak, the clock, and how results are reported."""
 
 import argparse
 import gc
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusionad_hf.evaluation.evaluator import describe_hardware
+from diffusionad_hf.flags import DashedParser
 
 SLOW = 4
 """A type this many times slower than float32 is not computed by the processor itself, and can take hours."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU = torch.device("cpu")
 
 
-def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """The options of every measurement."""
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ...; the GPU, if there is one, by default")
-    parser.add_argument("--repeats", type=_positive, default=repeats, metavar="N", help=f"default: {repeats}")
+def make_parser(description: str, repeats: int | None = None, device: bool = False) -> DashedParser:
+    """A parser with `--json`, and with `--repeats` and `--device` if the measurement has them."""
+    parser = DashedParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
-    parser.add_argument(
-        "--slow-types",
-        action="store_true",
-        help=f"also measure types that a small matrix product shows to be {SLOW} times slower than float32 here",
-    )
+    if repeats:
+        parser.add_argument("--repeats", type=_positive, default=repeats, metavar="N", help="default: %(default)s")
+    if device:
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", type=find_device, default=best, metavar="D", help="default: %(default)s")
+    return parser
 
 
 def _positive(text: str) -> int:
@@ -40,24 +44,15 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def find_device(name: str | None) -> torch.device:
-    """
-    The device of that name, or the best one there is.
-
-    Raises:
-        SystemExit: If it is not there.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise SystemExit(f"--device {name}: not available on this machine; leave it out, or give cpu.") from None
+        raise argparse.ArgumentTypeError(f"{name}: not available on this machine; leave it out, or use cpu") from None
 
 
 def describe(device: torch.device) -> dict[str, str]:
     """The machine and the software that a measurement was taken with."""
-    from importlib.metadata import version
-
     return {
         "hardware": describe_hardware(device),
         "system": platform.platform(),
@@ -68,32 +63,23 @@ def describe(device: torch.device) -> dict[str, str]:
     }
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, all that it started on the device included."""
-    synchronize(device)
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, including all it started on the device."""
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    wait()
     began = time.perf_counter()
     function()
-    synchronize(device)
+    wait()
     return time.perf_counter() - began
 
 
-def take_turns(device: torch.device) -> bool:
-    """Whether all that is compared can be held at once, to be measured in turns: in main memory, not in a GPU's."""
-    return device.type == "cpu"
-
-
 def measure_in_turns(
-    functions: dict[str, Callable[[], Any]], device: torch.device, repeats: int, warmup: int = 1
+    functions: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int = 1
 ) -> dict[str, list[float]]:
     """
-    Seconds of every function, `repeats` each.
+    Seconds of `repeats` calls of every function, after a warm-up.
 
-    They take turns, so that a machine that slows down or has other work for a while does so for all of them.
+    They take turns, so that a machine that slows down for a while does so for all of them.
     """
     for function in functions.values():
         for _ in range(warmup):
@@ -106,38 +92,29 @@ def measure_in_turns(
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, repeats: int = 5) -> float:
+@cache
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """
-    FLOP/s of the best of several square matrix products: what the device can do in that type, as measured.
+    FLOP/s of the best of five square matrix products: what the device can do in that type, as measured.
 
-    On a GPU, float32 products use TF32 where the convolutions do.
+    On a GPU, float32 products use TF32 if the convolutions do.
     """
     size = size or (2048 if device.type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     try:
-        seconds = measure_in_turns({"matmul": lambda: a @ b}, device, repeats, warmup=2)["matmul"]
+        seconds = measure_in_turns({"matmul": lambda: a @ b}, device, repeats=5, warmup=2)["matmul"]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * size**3 / min(seconds)
 
 
-def find_slow_types(device: torch.device, names: list[str], slow_types: bool = False) -> dict[str, str]:
-    """
-    The types among `names` that this device lacks, judged by a small matrix product, each with what to say of it.
-
-    Args:
-        device: Where to compute.
-        names: Of `DTYPES`.
-        slow_types: Measure them all the same: nothing is found.
-    """
-    if slow_types:
-        return {}
+def find_slow_types(device: torch.device, names: list[str]) -> dict[str, str]:
+    """The types among `names` that this device lacks, judged by a small matrix product, and what to say about each."""
 
     def seconds(name: str) -> float:
         a = torch.ones(256, 256, device=device, dtype=DTYPES[name])
@@ -145,45 +122,17 @@ def find_slow_types(device: torch.device, names: list[str], slow_types: bool = F
 
     ratios = {name: seconds(name) / seconds("float32") for name in names if name != "float32"}
     return {
-        name: f"{name}: {ratio:.0f} times slower than float32 here, not measured (--slow-types measures it)"
+        name: f"{name}: {ratio:.0f} times slower than float32 here, not measured"
         for name, ratio in ratios.items()
         if ratio > SLOW
     }
 
 
-def count_flops(function: Callable[[], Any]) -> int:
+def count_flops(function: Callable[[], object]) -> int:
     """Floating-point operations of the convolutions and matrix products of one call; a product and a sum are two."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
-
-
-class PeakMemory:
-    """
-    A context that holds, afterwards, by how much the GPU's memory in use rose at most, as `bytes`.
-
-    `None` in main memory: there freed memory is kept and used again, so that only a process of its own tells.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.bytes: int | None = None
-
-    def __enter__(self) -> "PeakMemory":
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        self.restart()
-        return self
-
-    def restart(self) -> None:
-        """Forgets the peak so far, but not what was in use at first."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
 
 
 def compile_everything() -> None:
@@ -197,23 +146,68 @@ def compile_everything() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-def set_free(device: torch.device) -> None:
-    """Gives a GPU back what nothing holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def measure_rows(
+    rows: list[dict[str, Any]],
+    prepare: Callable[[dict[str, Any]], Callable[[], object]],
+    flops_per_image: float,
+    device: torch.device,
+    repeats: int,
+) -> None:
+    """
+    Adds its measurements to each row, or the reason why there are none.
+
+    On a CPU the rows take turns. On a GPU, which may not have the memory for all, they are measured one after another.
+
+    Args:
+        rows: The settings, each with a `dtype` and a `batch_size`.
+        prepare: Returns the call to measure for a row.
+        flops_per_image: As counted by `count_flops`.
+        device: Where everything is computed.
+        repeats: Timed calls of each row.
+    """
+    too_slow = find_slow_types(device, list({row["dtype"] for row in rows}))
+    calls, seconds, on_gpu = {}, {}, device.type == "cuda"
+    for number, row in enumerate(rows):
+        if row["dtype"] in too_slow:
+            row["error"] = too_slow[row["dtype"]]
+            continue
+        call = None
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated(device)
+        try:
+            call = prepare(row)
+            # Compiling happens here. It does not count for the peak memory, but what the call keeps does.
+            row["first_call_s"] = timed(call, device)
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(device)
+                call()
+                row["memory_gb"] = (torch.cuda.max_memory_allocated(device) - before) / 1e9
+                seconds |= measure_in_turns({str(number): call}, device, repeats)
+            else:
+                calls[str(number)] = call
+        except (RuntimeError, MemoryError) as error:
+            row["error"] = " ".join(str(error).split())[:200]
+    seconds |= measure_in_turns(calls, device, repeats)
+    for number, taken in seconds.items():
+        row = rows[int(number)]
+        row |= {f"{name}_s": value for name, value in spread(taken).items()}
+        row["images_per_s"] = row["batch_size"] / row["median_s"]
+        row["share_of_peak"] = flops_per_image * row["images_per_s"] / matmul_peak(device, DTYPES[row["dtype"]])
 
 
 def save(result: dict[str, Any], file: Path | None) -> None:
-    """Writes the result as JSON where asked for; called as it grows, for measurements take long and may be cut off."""
+    """Writes the result as JSON if a file is given; long measurements call it as they go, as they may be cut off."""
     if file is not None:
         file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def report(result: dict[str, Any], table: str, file: Path | None) -> None:
-    """Prints the machine and the table, and writes all of it as JSON where asked for."""
-    machine = ", ".join(result["machine"].values())
-    print(f"{machine}\n\n{table}")
-    if file is not None:
-        save(result, file)
-        print(f"\nAll of it in {file}.", file=sys.stderr)
+def report(result: dict[str, Any], file: Path | None, table: list[dict[str, Any]] | None = None) -> None:
+    """Prints the machine, the other settings and the table, by default `result["rows"]`; saves the whole result."""
+    print(", ".join(result["machine"].values()))
+    for name in [name for name in result if name not in ("machine", "rows")]:
+        print(f"{name}: {result[name]}")
+    frame = pandas.DataFrame(table or result["rows"])
+    print(frame.to_string(index=False, na_rep="", float_format="{:.4g}".format))
+    save(result, file)

@@ -5,10 +5,10 @@
     python -m benchmarks real --data DIR --categories mvtec_ad/bottle cookie --seeds 0 1 2
 
 Categories lie below DIR in the layout of MVTec AD, at any depth. Everything is trained with the preset's own values:
-the same for every category. Test images are read once the training is over.
+the same for every category. Test images are read once the training is over. Textures are those of DIR/dtd/images if
+it is there. The table has the mean of the seeds and half the distance between their extremes.
 """
 
-import resource
 import statistics
 import sys
 import tempfile
@@ -18,40 +18,35 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe, matmul_peak, report, save
-from diffusionad_hf.flags import DashedParser
+from benchmarks.machine import CPU, describe, make_parser, matmul_peak, report, save
 
-METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP", "aupro_30": "AUPRO"}
+COLUMNS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30", "processor_seconds", "seconds_per_image")
 _QUICK = ["--max-train-steps", "40", "--validation-steps", "40"]
 _QUICK_TEST_IMAGES = 40
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the measurement."""
-    parser = DashedParser(prog="python -m benchmarks real", description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the categories")
     parser.add_argument("--categories", nargs="+", metavar="C", help="paths below DIR; all of them by default")
-    parser.add_argument("--texture-dir", metavar="DIR", help="DIR/dtd/images where it is there, else procedural ones")
     parser.add_argument("--preset", default="perceptual")
     parser.add_argument("--resolution", type=int, help="the preset's by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="one training each")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="whether it runs, not how well")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="keep the pipelines here")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     categories = args.categories or find_categories(args.data)
     if not categories:
         raise SystemExit(f"{args.data}: no folder below it holds train/good and test.")
-    textures = args.texture_dir or (args.data / "dtd/images" if (args.data / "dtd/images").is_dir() else None)
     options = ["--preset", args.preset, "--report-to", "none", *(_QUICK if args.quick else [])]
-    options += ["--texture-dir", str(textures)] if textures else []
+    if (textures := args.data / "dtd/images").is_dir():
+        options += ["--texture-dir", str(textures)]
     options += ["--resolution", str(args.resolution)] if args.resolution else []
 
-    device = torch.device("cpu")
-    result: dict[str, Any] = {"machine": describe(device), "threads": args.threads, "options": options, "rows": []}
-    result["machine"]["matmul"] = f"{matmul_peak(device, torch.float32) / 1e9:.0f} GFLOP/s on {args.threads} threads"
+    result: dict[str, Any] = {"machine": describe(CPU), "threads": args.threads, "options": options, "rows": []}
+    result["machine"]["matmul"] = f"{matmul_peak(CPU, torch.float32) / 1e9:.0f} GFLOP/s on {args.threads} threads"
     with tempfile.TemporaryDirectory() as scratch:
         for category in categories:
             for seed in args.seeds:
@@ -59,9 +54,19 @@ def main(argv: list[str] | None = None) -> None:
                 row = run(args.data / category, output, [*options, "--seed", str(seed)], args.quick)
                 result["rows"].append({"category": category, "seed": seed, **row})
                 save(result, args.json)
-                print(_line(result["rows"][-1:]), file=sys.stderr, flush=True)
-    by_category = [[row for row in result["rows"] if row["category"] == category] for category in categories]
-    report(result, "\n".join([_HEAD, *(_line(rows) for rows in by_category)]), args.json)
+                print(_summary(result["rows"][-1:]), file=sys.stderr, flush=True)
+    table = [_summary([row for row in result["rows"] if row["category"] == category]) for category in categories]
+    report(result, args.json, table)
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    summary = {"category": rows[0]["category"]}
+    for name in COLUMNS:
+        # Metrics that need masks are absent without them.
+        if values := [row[name] for row in rows if name in row]:
+            half_range = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+            summary[name] = f"{statistics.mean(values):.3f}{half_range}"
+    return summary
 
 
 def find_categories(data: Path) -> list[str]:
@@ -83,35 +88,15 @@ def run(folder: Path, output: Path, options: list[str], quick: bool = False) -> 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     where = ["--data-dir", str(folder.parent), "--category", folder.name, "--output-dir", str(output)]
-    wall, processor = time.perf_counter(), _processor_seconds()
+    wall, processor = time.perf_counter(), time.process_time()
     if loop.main([*where, *options]):
         raise SystemExit(f"{folder}: the training failed.")
-    spent = {"wall_seconds": time.perf_counter() - wall, "processor_seconds": _processor_seconds() - processor}
+    spent = {"wall_seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - processor}
     pipe = DiffusionADPipeline.from_pretrained(output)
     pipe.set_progress_bar_config(disable=True)
     test = load_category(str(folder.parent), folder.name)["test"]
     limit = _QUICK_TEST_IMAGES if quick else None
-    metrics = evaluate_pipeline(pipe, test, limit=limit, progress=False).metrics
-    return {**spent, **metrics}
-
-
-def _processor_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-_HEAD = f"{'':<24}" + "".join(f"{name:>18}" for name in METRICS.values()) + f"{'CPU s':>8}{'ms/image':>10}"
-
-
-def _line(rows: list[dict[str, Any]]) -> str:
-    """The mean of the seeds, and how far they lie apart."""
-    cells = [f"{rows[0]['category']:<24}"]
-    for name in METRICS:
-        values = [row[name] for row in rows if name in row]
-        spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-        cells.append(f"{f'{statistics.mean(values):.3f}{spread}' if values else '-':>18}")
-    seconds, each = (statistics.mean(row[name] for row in rows) for name in ("processor_seconds", "seconds_per_image"))
-    return "".join(cells) + f"{seconds:>8.0f}{1000 * each:>10.0f}"
+    return {**spent, **evaluate_pipeline(pipe, test, limit=limit, progress=False).metrics}
 
 
 if __name__ == "__main__":

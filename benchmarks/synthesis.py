@@ -2,13 +2,12 @@
 
     python -m benchmarks synthesis [--device cuda] [--texture-dir DTD/images] [--json FILE]
 
-Counts every image, also the half that stays normal: this is the rate at which training batches come out. The images
+Counts every image, also the half that stays normal: this is the rate at which training batches are made. The images
 are smooth noise with a foreground over a seventh of them, as large as the screws of MVTec AD with their surroundings.
 On a CPU the clock is the processor time of the one thread, so that other programs do not count. The reference's own
 loader makes 80 images a second on a core.
 """
 
-import argparse
 import time
 from itertools import count
 from pathlib import Path
@@ -16,21 +15,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.machine import add_options, describe, find_device, report, spread, timed
-from diffusionad_hf.flags import DashedParser
+from benchmarks.machine import describe, make_parser, report, spread, timed
 from diffusionad_hf.training.synthesis import AnomalySynthesizer
 from diffusionad_hf.training.textures import FolderTextures, ProceduralTextures
 
+_CALLS = 20  # in each timing
+
 
 def main(argv: list[str] | None = None) -> None:
-    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, repeats=5, device=True)
     parser.add_argument("--size", type=int, default=256, help="side of the images in px (default: 256)")
     parser.add_argument("--batch", type=int, default=16, help="images a call (default: 16)")
-    parser.add_argument("--calls", type=int, default=20, help="calls in each timing (default: 20)")
     parser.add_argument("--texture-dir", type=Path, help="folder of textures; procedural ones without it")
-    add_options(parser, repeats=5)
     args = parser.parse_args(argv)
-    device, size = find_device(args.device), args.size
+    device, size = args.device, args.size
     if device.type == "cpu":
         torch.set_num_threads(1)
     textures = FolderTextures(args.texture_dir, size, 200) if args.texture_dir else ProceduralTextures(size, 60)
@@ -40,20 +38,19 @@ def main(argv: list[str] | None = None) -> None:
     foreground[:, :, 2 * size // 5 : 3 * size // 5, size // 8 : 7 * size // 8] = 1
     synthesizer, epochs = AnomalySynthesizer(textures), count()
 
-    def seconds() -> float:
-        def calls() -> None:
-            for _ in range(args.calls):
-                synthesizer(images, range(args.batch), next(epochs), foreground)
+    def calls() -> None:
+        for _ in range(_CALLS):
+            synthesizer(images, range(args.batch), next(epochs), foreground)
 
+    def rate() -> float:
         began = time.process_time()
         elapsed = timed(calls, device)
-        return time.process_time() - began if device.type == "cpu" else elapsed
+        return args.batch * _CALLS / (time.process_time() - began if device.type == "cpu" else elapsed)
 
-    seconds()  # warm-up
-    rates = spread([args.batch * args.calls / seconds() for _ in range(args.repeats)])
-    settings = {"size": size, "batch": args.batch, "textures": "folder" if args.texture_dir else "procedural"}
-    result = {"machine": describe(device), **settings, "images_per_second": rates}
-    report(result, ", ".join(f"{name} {value:.1f} images/s" for name, value in rates.items()), args.json)
+    rate()  # warm-up
+    row = {"px": size, "batch_size": args.batch, "textures": "folder" if args.texture_dir else "procedural"}
+    row |= {f"{name}_images_per_s": value for name, value in spread([rate() for _ in range(args.repeats)]).items()}
+    report({"machine": describe(device), "rows": [row]}, args.json)
 
 
 if __name__ == "__main__":

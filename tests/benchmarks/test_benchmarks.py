@@ -12,25 +12,23 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import inference, machine, runtimes, synthesis, training
-from benchmarks.machine import count_flops, find_device, find_slow_types, matmul_peak, measure_in_turns, spread
+from benchmarks import blocks, inference, machine, metrics, runtimes, synthesis, training
+from benchmarks.machine import count_flops, find_slow_types, matmul_peak, measure_in_turns, spread
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
 from tests.dataset_factory import make_mvtec
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW_TYPES = find_slow_types(torch.device("cpu"), ["bfloat16"])
+SLOW_TYPES = find_slow_types(machine.CPU, ["bfloat16"])
 
 
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch):
     """The peak of small matrix products takes less time than that of large ones, and is as good here."""
-    for measurement in (inference, training):
-        monkeypatch.setattr(measurement, "matmul_peak", partial(machine.matmul_peak, size=128))
-    monkeypatch.setattr(inference, "_PHOTO_SIZE", 64)
+    monkeypatch.setattr(machine, "matmul_peak", partial(machine.matmul_peak, size=128))
 
 
-def is_spread(values):
-    return 0 < values["lowest"] <= values["median"] <= values["highest"]
+def is_spread(row, name):
+    return 0 < row[f"lowest_{name}"] <= row[f"median_{name}"] <= row[f"highest_{name}"]
 
 
 def run(main, tmp_path, *options):
@@ -71,9 +69,10 @@ def test_an_unknown_measurement_names_those_there_are(capsys):
     assert "inference" in capsys.readouterr().err
 
 
-def test_a_gpu_that_is_not_there_is_named():
-    with pytest.raises(SystemExit, match="--device cuda:97: not available"):
-        find_device("cuda:97")
+def test_a_gpu_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit):
+        synthesis.main(["--device", "cuda:97"])
+    assert "--device: cuda:97: not available" in capsys.readouterr().err
 
 
 # ---- the instruments ------------------------------------------------------------------------------------------------
@@ -98,16 +97,15 @@ def test_spread_and_peak_are_plausible():
     assert 1e8 < matmul_peak(torch.device("cpu"), torch.float32, size=128) < 1e13
 
 
-@pytest.mark.parametrize("asked, ratio, found", [(False, 48, True), (False, 3, False), (True, 48, False)])
-def test_a_type_that_the_processor_lacks_is_measured_only_when_asked_for(asked, ratio, found, monkeypatch):
+@pytest.mark.parametrize("ratio, found", [(48, True), (3, False)])
+def test_a_type_that_the_processor_lacks_is_not_measured_and_said_to_be_slow(ratio, found, monkeypatch):
     def pretend(functions, device, repeats):
         a = functions["probe"]()
         return {"probe": [1e-4 * (ratio if a.dtype == torch.bfloat16 else 1)]}
 
     monkeypatch.setattr(machine, "measure_in_turns", pretend)
-    slow = find_slow_types(torch.device("cpu"), ["float32", "bfloat16"], asked)
-    assert slow.keys() == ({"bfloat16"} if found else set())
-    assert not found or "bfloat16: 48 times slower than float32 here, not measured" in slow["bfloat16"]
+    slow = find_slow_types(machine.CPU, ["float32", "bfloat16"])
+    assert slow == ({"bfloat16": "bfloat16: 48 times slower than float32 here, not measured"} if found else {})
 
 
 def test_one_image_of_the_paper_sized_model_takes_1200_gflop():
@@ -122,28 +120,21 @@ def test_one_image_of_the_paper_sized_model_takes_1200_gflop():
 
 
 def test_inference(tmp_path, capsys):
-    options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "1", "2", "--files", "2", "--profile"]
-    result = run(inference.main, tmp_path, *options, "--dtypes", "float32", "bfloat16", "--device", "cpu")
-    measured = {"float32", "bfloat16"} - SLOW_TYPES.keys()
-    assert result["matmul_peak_flops"].keys() == measured
-    ways = [(row["way"], row["dtype"], row["batch_size"]) for row in result["rows"]]
-    assert ways == [
+    options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "1", "2"]
+    rows = run(inference.main, tmp_path, *options, "--dtypes", "float32", "bfloat16", "--device", "cpu")["rows"]
+    assert [(row["way"], row["dtype"], row["batch_size"]) for row in rows] == [
         ("paper's way", "float32", 1),
         ("paper's way, no autograd", "float32", 1),
         *(("pipeline", dtype, batch) for dtype in ("float32", "bfloat16") for batch in (1, 2)),
-        *((f"files: {what}", "float32", 2) for what in ("decoding alone", "decoded before", "pipeline")),
     ]
-    for row in result["rows"]:
-        if row["dtype"] not in measured:
+    for row in rows:
+        if row["dtype"] in SLOW_TYPES:
             assert "times slower than float32 here, not measured" in row["error"]
             continue
-        assert is_spread(row["seconds_per_image"]) and row["images_per_second"] > 0
-        if not row["way"].startswith("files"):
-            assert row["share_of_peak"] > 0
-            assert row["score_difference"] < (1e-5 if row["dtype"] == "float32" else 0.05)
-    assert sum(operation["share"] for operation in result["profiles"]["light"]) <= 1
+        assert is_spread(row, "s") and row["images_per_s"] > 0 and row["share_of_peak"] > 0
+        assert row["score_difference"] < (1e-5 if row["dtype"] == "float32" else 0.05)
     printed = capsys.readouterr().out
-    assert "paper's way, no autograd" in printed and "GFLOP an image" in printed and "convolution" in printed
+    assert "paper's way, no autograd" in printed and "gflop_per_image" in printed
 
 
 def test_the_first_call_is_the_one_that_compiles(tmp_path, monkeypatch):
@@ -161,13 +152,10 @@ def test_the_first_call_is_the_one_that_compiles(tmp_path, monkeypatch):
     options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "1", "--no-baseline", "--device", "cpu"]
     plain, slow = run(inference.main, tmp_path, *options, "--compile", "default")["rows"]
     assert slow["way"] == "pipeline, compiled (default)" and slow["score_difference"] < 1e-5
-    assert plain["first_call_seconds"] < 1 < slow["first_call_seconds"]
+    assert plain["first_call_s"] < 1 < slow["first_call_s"]
 
 
-def test_one_after_another_as_on_a_gpu_and_what_does_not_fit_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "take_turns", lambda device: False)
-    memory = property(lambda self: 1_230_000_000, lambda self, value: None)
-    monkeypatch.setattr(machine.PeakMemory, "bytes", memory, raising=False)
+def test_what_does_not_fit_says_so(tmp_path, monkeypatch, capsys):
     compute = DiffusionADPipeline._inspect
 
     def limited(self, pixels, *arguments):
@@ -178,27 +166,30 @@ def test_one_after_another_as_on_a_gpu_and_what_does_not_fit_says_so(tmp_path, m
     monkeypatch.setattr(DiffusionADPipeline, "_inspect", limited)
     options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "1", "2", "--no-baseline"]
     fits, too_large = run(inference.main, tmp_path, *options, "--device", "cpu")["rows"]
-    assert is_spread(fits["seconds_per_image"]) and "error" not in fits
+    assert is_spread(fits, "s") and "error" not in fits
     assert too_large["batch_size"] == 2 and "2 images at once do not fit" in too_large["error"]
-    assert "seconds_per_image" not in too_large
-    assert "2 images at once do not fit" in (said := capsys.readouterr().out) and "1.23 GB" in said
+    assert "median_s" not in too_large and "2 images at once do not fit" in capsys.readouterr().out
 
 
-def test_training_one_after_another_as_on_a_gpu_and_what_does_not_fit_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "take_turns", lambda device: False)
-    objective = training.DiffusionADObjective
-    step = objective.forward
+def test_on_a_gpu_rows_are_measured_one_after_another_with_their_memory(monkeypatch):
+    """With the functions of `torch.cuda` faked, as most machines have no GPU."""
+    used = iter([1e9, 4e9])
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(used))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 6.5e9)
+    monkeypatch.setattr(machine, "matmul_peak", lambda *_: 1e9)
+    order = []
 
-    def limited(self, images, **inputs):
-        if len(images) > 2:
+    def prepare(row):
+        if row["name"] == "b":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return step(self, images, **inputs)
+        return lambda: order.append(row["name"])
 
-    monkeypatch.setattr(objective, "forward", limited)
-    options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "3", "2", "--layouts", "contiguous"]
-    too_large, fits = run(training.main, tmp_path, *options, "--device", "cpu")["rows"]
-    assert "out of memory" in too_large["error"] and "out of memory" in capsys.readouterr().out
-    assert is_spread(fits["seconds_per_step"])
+    rows = [{"name": name, "dtype": "float32", "batch_size": 2} for name in "ab"]
+    machine.measure_rows(rows, prepare, 1e3, torch.device("cuda"), repeats=2)
+    assert order == ["a"] * 5 and rows[0]["memory_gb"] == 5.5 and is_spread(rows[0], "s")
+    assert "out of memory" in rows[1]["error"] and "median_s" not in rows[1]
 
 
 def test_inference_of_a_model_of_ones_own(tmp_path, model_dir):
@@ -206,20 +197,20 @@ def test_inference_of_a_model_of_ones_own(tmp_path, model_dir):
         inference.main, tmp_path, "--model", model_dir, "--no-baseline", "--batch_sizes", "1", "--device", "cpu"
     )
     assert [row["way"] for row in result["rows"]] == ["pipeline"]
-    assert result["rows"][0]["image_size"] == 32
+    assert result["rows"][0]["px"] == 32
 
 
 def test_the_benchmarks_random_model_tells_images_apart():
-    pipe = inference._load(None, "tiny", 32)
-    photos = inference._photos(2, 32)
+    pipe = inference.load_or_build(None, "tiny", 32)
+    photos = inference.make_photos(2, 32)
     first, second = pipe(photos).anomaly_score
     assert abs(first - second) > 1e-3
 
 
 @pytest.mark.parametrize("preset", ["tiny", "light"])
 def test_the_papers_way_gives_the_pipelines_score(preset):
-    pipe = inference._load(None, preset, 64)
-    (photo,) = inference._photos(1, 64)
+    pipe = inference.load_or_build(None, preset, 64)
+    (photo,) = inference.make_photos(1, 64)
     pixels = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
     _, score = inference.papers_way(pipe, pixels, pipe._seeded_noise(1)[0][:, None], autograd=False)
     assert score == pytest.approx(float(pipe(photo).anomaly_score[0]), abs=1e-5)
@@ -228,26 +219,46 @@ def test_the_papers_way_gives_the_pipelines_score(preset):
 def test_training(tmp_path):
     options = ["--presets", "light", "--resolution", "32", "--batch_sizes", "2", "--gradient-checkpointing"]
     result = run(training.main, tmp_path, *options, "--dtypes", "bfloat16", "--device", "cpu")
-    assert [row["gradient_checkpointing"] for row in result["rows"]] == [False, True]
+    assert [row["checkpointing"] for row in result["rows"]] == [False, True]
     for row in result["rows"]:
         if SLOW_TYPES:
             assert "times slower than float32 here, not measured" in row["error"]
             continue
-        assert is_spread(row["seconds_per_step"]) and row["images_per_second"] > 0 and row["share_of_peak"] > 0
+        assert is_spread(row, "s") and row["images_per_s"] > 0 and row["share_of_peak"] > 0
 
 
-def test_synthesis(tmp_path):
-    result = run(synthesis.main, tmp_path, "--size", "32", "--batch", "2", "--calls", "1", "--device", "cpu")
-    assert is_spread(result["images_per_second"])
+def test_synthesis(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesis, "_CALLS", 1)
+    (row,) = run(synthesis.main, tmp_path, "--size", "32", "--batch", "2", "--device", "cpu")["rows"]
+    assert is_spread(row, "images_per_s")
+
+
+def test_metrics_are_those_of_scikit_learn(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "_MEMORY_IMAGES", 8)
+    result = run(metrics.main, tmp_path, "--images", "8", "--size", "64")
+    assert result["largest difference to scikit-learn"] < 1e-9
+    # The maps of 8 images, in float32, and no more than a few times that.
+    assert 8 * 64**2 * 4e-9 < result["GB allocated for 8 maps"] < 0.05
+    assert all(row["seconds"] > 0 for row in result["rows"])
+
+
+def test_bookkeeping_of_blocks(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(blocks, "_FILES", 600)
+    file = tmp_path / "result.json"
+    blocks.main(["--json", str(file)])
+    result = json.loads(file.read_text())
+    assert result["blocks"] == 3 and len(result["rows"]) == 5
 
 
 def test_runtimes_tell_time_and_what_exporting_does_to_the_scores(tmp_path, model_dir):
     pytest.importorskip("onnxruntime", reason="the runtimes are compared; pip install diffusionad-hf[openvino]")
     make_mvtec(tmp_path, "parts", train=1, good=1, defects={"hole": 1})
-    asked = ["torch eager bf16", "onnx fp32"]
-    result = runtimes.run(model_dir, data_dir=str(tmp_path / "parts"), runtimes=asked, repeats=1, threads=1)
-    eager, *_, onnx = result["runtimes"].values()
-    assert list(result["runtimes"]) == ["torch eager fp32", *(asked[bool(SLOW_TYPES) :])]
-    assert len(result["not_measured"]) == len(SLOW_TYPES)
+    options = ["--model", model_dir, "--data-dir", str(tmp_path / "parts"), "--threads", "1"]
+    result = run(runtimes.main, tmp_path, *options, "--runtimes", "torch eager bf16", "onnx fp32")
+    rows = {row["runtime"]: row for row in result["rows"]}
+    assert rows.keys() == {"torch eager fp32", "torch eager bf16", "onnx fp32"}
+    eager, onnx = rows["torch eager fp32"], rows["onnx fp32"]
     assert eager["ms"] > 0 and eager["times_faster"] == 1 and 0 <= onnx["image_auroc"] <= 1
-    assert eager["score_difference_largest"] == 0 and 0 <= onnx["score_difference_largest"] < 1e-4
+    assert eager["largest_score_difference"] == 0 and 0 <= onnx["largest_score_difference"] < 1e-4
+    assert ("error" in rows["torch eager bf16"]) == bool(SLOW_TYPES)
