@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 from scipy import ndimage
@@ -18,10 +17,10 @@ from .part import (
     BORE_RADIUS,
     BOSS_HEIGHT,
     BOSS_RADIUS,
-    NORMAL_LAYOUT,
+    HOLES,
     PLATE_HALF,
     PLATE_THICKNESS,
-    Layout,
+    TEXTS,
     Surface,
     at_phase,
     canvas_side,
@@ -134,7 +133,7 @@ def _crack(surface: Surface, rng: np.random.Generator) -> None:
     """A jagged, branching, dark split that starts at an edge or a hole, its lips slightly raised."""
     while True:
         if rng.random() < 0.5:
-            hx, hy, radius = NORMAL_LAYOUT.holes[rng.integers(4)]
+            hx, hy, radius = HOLES[rng.integers(4)]
             out = rng.uniform(0, 2 * np.pi)
             start = np.array([hx, hy]) + radius * np.array([math.cos(out), math.sin(out)])
             heading = out
@@ -250,12 +249,12 @@ def _chip(surface: Surface, rng: np.random.Generator) -> None:
     surface.gloss[box] *= 1 - 0.45 * broken
 
 
-def _missing_feature(layout: Layout, rng: np.random.Generator) -> Layout:
+def _without_feature(n: int, rng: np.random.Generator) -> Surface:
     """A hole was never drilled, or a text never engraved."""
-    absent = rng.integers(len(layout.holes) + len(layout.texts))
-    if absent < len(layout.holes):
-        return replace(layout, holes=tuple(h for i, h in enumerate(layout.holes) if i != absent))
-    return replace(layout, texts=tuple(t for i, t in enumerate(layout.texts) if i != absent - len(layout.holes)))
+    absent = rng.integers(len(HOLES) + len(TEXTS))
+    holes = tuple(hole for i, hole in enumerate(HOLES) if i != absent)
+    texts = tuple(text for i, text in enumerate(TEXTS, len(HOLES)) if i != absent)
+    return new_surface(n, holes, texts)
 
 
 _SURFACE_DEFECTS: dict[str, Callable[[Surface, np.random.Generator], None]] = {
@@ -318,13 +317,13 @@ def render_defective_part(
         raise ValueError(f"unknown defect type {defect_type!r}; choose one of {', '.join(DEFECT_TYPES)}")
     shot = draw_shot(rng, size)
     n = canvas_side(size)
-    flawless = photograph(new_surface(n, NORMAL_LAYOUT), shot)
+    flawless = photograph(new_surface(n), shot)
     while True:
         if defect_type in _SURFACE_DEFECTS:
-            surface = new_surface(n, NORMAL_LAYOUT)
+            surface = new_surface(n)
             _SURFACE_DEFECTS[defect_type](surface, rng)
         else:
-            surface = new_surface(n, _missing_feature(NORMAL_LAYOUT, rng))
+            surface = _without_feature(n, rng)
         defective = photograph(surface, shot)
         mask = _changed_pixels(flawless, defective, gap=2 if defect_type in _THIN_DEFECTS else 4)
         # Light may hide a defect, as in life; a test set should hold those that a person can see.

@@ -25,24 +25,16 @@ BOLT_OFFSET, BOLT_RADIUS = 0.296, 0.040
 ENGRAVING_DEPTH = 0.006
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What the part's drawing asks for: holes as (x, y, radius), engravings as (text, x, y, letter height)."""
-
-    holes: tuple[tuple[float, float, float], ...]
-    texts: tuple[tuple[str, float, float, float], ...]
-
-
-NORMAL_LAYOUT = Layout(
-    holes=(
-        (-BOLT_OFFSET, -BOLT_OFFSET, BOLT_RADIUS),
-        (BOLT_OFFSET, -BOLT_OFFSET, BOLT_RADIUS),
-        (-BOLT_OFFSET, BOLT_OFFSET, BOLT_RADIUS),
-        (BOLT_OFFSET, BOLT_OFFSET, BOLT_RADIUS),
-        (0.318, 0.0, 0.020),
-    ),
-    texts=(("FX-2047", 0.0, 0.318, 0.072), ("DN25", 0.0, -0.318, 0.062)),
+# x, y, radius
+HOLES = (
+    (-BOLT_OFFSET, -BOLT_OFFSET, BOLT_RADIUS),
+    (BOLT_OFFSET, -BOLT_OFFSET, BOLT_RADIUS),
+    (-BOLT_OFFSET, BOLT_OFFSET, BOLT_RADIUS),
+    (BOLT_OFFSET, BOLT_OFFSET, BOLT_RADIUS),
+    (0.318, 0.0, 0.020),
 )
+# text, x, y, letter height
+TEXTS = (("FX-2047", 0.0, 0.318, 0.072), ("DN25", 0.0, -0.318, 0.062))
 
 
 @dataclass
@@ -66,8 +58,12 @@ class Surface:
     stain_colour: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
+    def side(self) -> int:
+        return len(self.height)
+
+    @property
     def pixels_per_unit(self) -> float:
-        return self.height.shape[0] / CANVAS_WIDTH
+        return self.side / CANVAS_WIDTH
 
 
 def canvas_side(size: int) -> int:
@@ -93,8 +89,8 @@ def _engraving(n: int, text: str, x: float, y: float, letter_height: float) -> n
 
 
 @lru_cache(maxsize=8)
-def _drawn_part(n: int, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Height, metal coverage and albedo, each (n, n), of a flawless part machined to `layout`."""
+def _drawn_part(n: int, holes: tuple, texts: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Height, metal coverage and albedo, each (n, n)."""
     x, y = grid(n)
     scale = n / CANVAS_WIDTH
     qx, qy = np.abs(x) - (PLATE_HALF - PLATE_CORNER), np.abs(y) - (PLATE_HALF - PLATE_CORNER)
@@ -108,19 +104,19 @@ def _drawn_part(n: int, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndar
     height -= GROOVE_DEPTH * groove
     # Oil and dust stay in what is cut in.
     albedo = 1 - 0.25 * groove
-    for text in layout.texts:
+    for text in texts:
         engraving = _engraving(n, *text)
         height -= ENGRAVING_DEPTH * engraving
         albedo -= 0.4 * engraving
-    for hx, hy, hole_radius in (*layout.holes, (0.0, 0.0, BORE_RADIUS)):
+    for hx, hy, hole_radius in (*holes, (0.0, 0.0, BORE_RADIUS)):
         outside = np.hypot(x - hx, y - hy) - hole_radius
         height -= CHAMFER_SLOPE * np.maximum(min(CHAMFER, hole_radius / 3) - np.maximum(outside, 0), 0)
         metal *= np.clip(outside * scale + 0.5, 0, 1)
     return tuple(field.astype(np.float32) for field in (height * metal, metal, albedo))
 
 
-def new_surface(n: int, layout: Layout) -> Surface:
-    height, metal, albedo = (field.copy() for field in _drawn_part(n, layout))
+def new_surface(n: int, holes: tuple = HOLES, texts: tuple = TEXTS) -> Surface:
+    height, metal, albedo = (field.copy() for field in _drawn_part(n, holes, texts))
     # What is cut in is also duller.
     return Surface(height, metal, albedo, gloss=albedo.copy(), stain=np.zeros_like(height))
 
@@ -135,25 +131,22 @@ def textures(n: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(20470)
     scale = n / CANVAS_WIDTH
 
-    def streaks(length: float, width: float) -> np.ndarray:
+    def blurred_noise(sigma: float | tuple[float, float], axes: tuple[int, int] = (0, 1)) -> np.ndarray:
         noise = rng.standard_normal((n, n), dtype=np.float32)
-        noise = ndimage.gaussian_filter1d(noise, length * scale, axis=1, mode="wrap")
-        return _unit_variance(ndimage.gaussian_filter1d(noise, width * scale, axis=0, mode="wrap"))
+        return _unit_variance(ndimage.gaussian_filter(noise, np.multiply(sigma, scale), mode="wrap", axes=axes))
 
-    def blobs(sigma: float) -> np.ndarray:
-        return _unit_variance(
-            ndimage.gaussian_filter(rng.standard_normal((n, n), dtype=np.float32), sigma * scale, mode="wrap")
-        )
+    def streaks(length: float, width: float) -> np.ndarray:
+        return blurred_noise((length, width), axes=(1, 0))
 
     brushed = _unit_variance(streaks(0.06, 0.0011) + 0.8 * streaks(0.15, 0.0025) + 0.5 * streaks(0.3, 0.006))
-    crystals = blobs(0.0022)
-    granite = blobs(0.0013) * 0.6 + np.maximum(crystals - 0.9, 0) * 2.2 - np.maximum(-crystals - 1.2, 0)
+    crystals = blurred_noise(0.0022)
+    granite = blurred_noise(0.0013) * 0.6 + np.maximum(crystals - 0.9, 0) * 2.2 - np.maximum(-crystals - 1.2, 0)
     return {
         "brushed": brushed,
         "turned": _unit_variance(streaks(0.10, 0.0014) + 0.9 * streaks(1.0, 0.0028)),
-        "grain": blobs(0.0012),
-        "fracture": blobs(0.0045),
-        "cloud": blobs(0.05),
+        "grain": blurred_noise(0.0012),
+        "fracture": blurred_noise(0.0045),
+        "cloud": blurred_noise(0.05),
         "granite": _unit_variance(granite),
     }
 
