@@ -1,14 +1,12 @@
 """Six kinds of defect.
 
-A defect changes the height field, the material or the drawing of the part, never the finished picture, so the light
-falls on it as on the rest. Its mask is where the picture really differs from that of the same part, same place, same
-light and same sensor noise, without the defect.
+A defect changes the height field, the material or the drawing of the part, never the finished picture, so it is lit
+like the rest. Its mask is where the picture differs from the same one without the defect.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
@@ -31,61 +29,59 @@ from .part import (
 from .photograph import check_size, draw_shot, expose, photograph
 
 
+def _window(surface: Surface, x: float, y: float, reach: float) -> tuple[slice, slice]:
+    """The part of the canvas within `reach` of a point on either axis."""
+    n, scale = surface.side, surface.pixels_per_unit
+    first_row, first_column = (max(0, int(n / 2 + (c - reach) * scale)) for c in (y, x))
+    last_row, last_column = (int(n / 2 + (c + reach) * scale) for c in (y, x))
+    return slice(first_row, last_row + 1), slice(first_column, last_column + 1)
+
+
+def _offsets(surface: Surface, box: tuple[slice, slice], x: float, y: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixels of a box lie from a point: dx (1, k) and dy (m, 1)."""
+    grid_x, grid_y = grid(surface.side)
+    return grid_x[:, box[1]] - x, grid_y[box[0]] - y
+
+
 def _spot(surface: Surface, rng: np.random.Generator, clearance: float) -> tuple[float, float]:
     """A point of the metal at least `clearance` away from the outline and from every hole."""
-    n, scale = surface.height.shape[0], surface.pixels_per_unit
+    n, scale = surface.side, surface.pixels_per_unit
+    reach = max(1, int(clearance * scale))
     while True:
         x, y = rng.uniform(-PLATE_HALF, PLATE_HALF, 2)
         row, column = int(n / 2 + y * scale), int(n / 2 + x * scale)
-        reach = max(1, int(clearance * scale))
-        window = surface.metal[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1]
-        if window.min() > 0.99:
+        if surface.metal[row - reach : row + reach + 1, column - reach : column + reach + 1].min() > 0.99:
             return x, y
 
 
-def _box_around(
-    surface: Surface, x: float, y: float, reach: float
-) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """The part of the canvas within `reach` of a point on either axis, with its x (1, k) and y (m, 1)."""
-    n, scale = surface.height.shape[0], surface.pixels_per_unit
-    rows, columns = (
-        slice(max(0, int(n / 2 + (c - reach) * scale)), min(n, int(n / 2 + (c + reach) * scale) + 1)) for c in (y, x)
-    )
-    grid_x, grid_y = grid(n)
-    return (rows, columns), grid_x[:, columns], grid_y[rows]
-
-
 def _near_path(surface: Surface, path: np.ndarray, reach: float) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """Distance to a path and the place along it.
-
-    Args:
-        surface: The scene.
-        path: (k, 2) points, x and y.
-        reach: How far from the path the answer is wanted.
+    """What lies within `reach` of a path of (k, 2) points, x and y.
 
     Returns:
         Box on the canvas; distance inside the box; nearest path point as a fraction of the path in [0, 1].
     """
-    n, scale = surface.height.shape[0], surface.pixels_per_unit
+    n, scale = surface.side, surface.pixels_per_unit
     steps = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(path, axis=0).T))])
     dense = np.linspace(0, steps[-1], max(2, int(steps[-1] * scale * 2)))
     pixels = np.stack([np.interp(dense, steps, path[:, axis]) for axis in (1, 0)]) * scale + n / 2
     margin = int(reach * scale) + 2
     low = np.clip(pixels.min(1).astype(int) - margin, 0, n - 1)
     high = np.clip(pixels.max(1).astype(int) + margin, 1, n)
+    on_path = tuple(np.clip(pixels[a].astype(int), low[a], high[a] - 1) - low[a] for a in (0, 1))
+    along = np.full(high - low, np.nan, np.float32)
+    along[on_path] = dense / steps[-1]
+    distance, nearest = ndimage.distance_transform_edt(np.isnan(along), return_indices=True)
     box = (slice(low[0], high[0]), slice(low[1], high[1]))
-    rows, columns = (np.clip(pixels[a].astype(int), low[a], high[a] - 1) - low[a] for a in (0, 1))
-    along = np.zeros(high - low, np.float32)
-    along[rows, columns] = dense / steps[-1]
-    off = np.ones(high - low, bool)
-    off[rows, columns] = False
-    distance, nearest = ndimage.distance_transform_edt(off, return_indices=True)
     return box, (distance / scale).astype(np.float32), along[tuple(nearest)]
 
 
 def _share_on_metal(surface: Surface, path: np.ndarray) -> float:
-    pixels = path * surface.pixels_per_unit + surface.height.shape[0] / 2
+    pixels = path * surface.pixels_per_unit + surface.side / 2
     return float(ndimage.map_coordinates(surface.metal, pixels[:, ::-1].T, order=1).mean())
+
+
+def _direction(angle: float) -> np.ndarray:
+    return np.array([math.cos(angle), math.sin(angle)])
 
 
 def _scratch(surface: Surface, rng: np.random.Generator) -> None:
@@ -94,7 +90,7 @@ def _scratch(surface: Surface, rng: np.random.Generator) -> None:
         start = np.array(_spot(surface, rng, 0.01))
         heading = rng.uniform(0, 2 * np.pi)
         length = rng.uniform(0.13, 0.36)
-        end = start + length * np.array([math.cos(heading), math.sin(heading)])
+        end = start + length * _direction(heading)
         bend = (start + end) / 2 + rng.normal(0, 0.06 * length / 0.2, 2)
         t = np.linspace(0, 1, 60)[:, None]
         path = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
@@ -134,14 +130,11 @@ def _crack(surface: Surface, rng: np.random.Generator) -> None:
     while True:
         if rng.random() < 0.5:
             hx, hy, radius = HOLES[rng.integers(4)]
-            out = rng.uniform(0, 2 * np.pi)
-            start = np.array([hx, hy]) + radius * np.array([math.cos(out), math.sin(out)])
-            heading = out
+            heading = rng.uniform(0, 2 * np.pi)
+            start = np.array([hx, hy]) + radius * _direction(heading)
         else:
             heading = rng.integers(4) * np.pi / 2 + rng.normal(0, 0.35)
-            along = rng.uniform(-0.28, 0.28)
-            side = round(heading / (np.pi / 2)) % 4
-            start = np.array(_on_outline(side, along))
+            start = np.array(_on_outline(round(heading / (np.pi / 2)) % 4, rng.uniform(-0.28, 0.28)))
         path = _crack_path(rng, start, heading, rng.uniform(0.12, 0.28))
         if _share_on_metal(surface, path) > 0.9:
             break
@@ -167,17 +160,16 @@ def _dent(surface: Surface, rng: np.random.Generator) -> None:
     for _ in range(rng.integers(1, 3)):
         radius = rng.uniform(0.028, 0.055)
         turn, stretch = rng.uniform(0, np.pi), rng.uniform(1.0, 1.7)
-        box, x, y = _box_around(surface, cx, cy, 2.5 * radius * stretch)
-        dx, dy = x - cx, y - cy
+        box = _window(surface, cx, cy, 2.5 * radius * stretch)
+        dx, dy = _offsets(surface, box, cx, cy)
         u = (dx * math.cos(turn) + dy * math.sin(turn)) / stretch
         v = dy * math.cos(turn) - dx * math.sin(turn)
         q = np.sqrt(u * u + v * v) / radius
         q *= 1 + 0.10 * np.sin(2 * np.arctan2(v, u) + rng.uniform(0, 6)) + 0.06 * np.sin(3 * np.arctan2(v, u))
         hollow = np.exp(-(q**2.6) * 1.5)
         rim = np.exp(-((q - 1.15) ** 2) * 14)
-        surface.height[box] += (
-            surface.metal[box] * np.float32(radius * rng.uniform(0.28, 0.42)) * (0.14 * rim - hollow)
-        )
+        depth = np.float32(radius * rng.uniform(0.28, 0.42))
+        surface.height[box] += surface.metal[box] * depth * (0.14 * rim - hollow)
         cx, cy = cx + rng.uniform(-0.04, 0.04), cy + rng.uniform(-0.04, 0.04)
 
 
@@ -188,17 +180,17 @@ def _stain(surface: Surface, rng: np.random.Generator) -> None:
     """Dried liquid or rust: a soft lobed patch, darker at its rim, with a few splashes; the metal shines through."""
     cx, cy = _spot(surface, rng, 0.02)
     radius = rng.uniform(0.035, 0.085)
-    box, x, y = _box_around(surface, cx, cy, 3 * radius)
-    lobes = [(cx, cy, radius)]
+    box = _window(surface, cx, cy, 3 * radius)
+    lobes = [(np.array([cx, cy]), radius)]
     for _ in range(rng.integers(1, 4)):
-        out = rng.uniform(0, 2 * np.pi)
-        lobes.append((cx + radius * math.cos(out), cy + radius * math.sin(out), radius * rng.uniform(0.35, 0.75)))
+        edge = lobes[0][0] + radius * _direction(rng.uniform(0, 2 * np.pi))
+        lobes.append((edge, radius * rng.uniform(0.35, 0.75)))
     for _ in range(rng.integers(0, 4)):
-        out, away = rng.uniform(0, 2 * np.pi), radius * rng.uniform(1.6, 2.3)
-        lobes.append((cx + away * math.cos(out), cy + away * math.sin(out), radius * rng.uniform(0.08, 0.2)))
+        out = _direction(rng.uniform(0, 2 * np.pi))
+        lobes.append((lobes[0][0] + radius * rng.uniform(1.6, 2.3) * out, radius * rng.uniform(0.08, 0.2)))
     wet = np.zeros_like(surface.stain[box])
-    for lx, ly, lobe_radius in lobes:
-        dx, dy = x - lx, y - ly
+    for (lx, ly), lobe_radius in lobes:
+        dx, dy = _offsets(surface, box, lx, ly)
         angle = np.arctan2(dy, dx)
         outline = 1.0
         for order in (2, 3, 5, 7):
@@ -207,8 +199,7 @@ def _stain(surface: Surface, rng: np.random.Generator) -> None:
     soak = np.clip(wet / (0.16 * radius), 0, 1)
     soak *= soak * (3 - 2 * soak)
     rim = soak * np.exp(-np.square(wet / (0.16 * radius) - 1))
-    tiles = textures(surface.height.shape[0])
-    mottle, cloud = (at_phase(tiles[name], rng.random(2))[box] for name in ("grain", "cloud"))
+    mottle, cloud = (at_phase(textures(surface.side)[name], rng.random(2))[box] for name in ("grain", "cloud"))
     opacity = rng.uniform(0.5, 0.7)
     stain = soak * opacity * (1 + 0.06 * mottle + 0.12 * cloud) + 0.18 * rim
     surface.stain[box] = np.clip(stain, 0, 0.93) * surface.metal[box]
@@ -220,29 +211,28 @@ def _chip(surface: Surface, rng: np.random.Generator) -> None:
     """A piece broken off the outline or off the boss: tilted, rough facets cut the edge away."""
     radius = rng.uniform(0.05, 0.085)
     if rng.random() < 0.65:
-        side, along = rng.integers(4), rng.uniform(-0.36, 0.36)
-        centre = _on_outline(side, along)
+        side = rng.integers(4)
+        centre = _on_outline(side, rng.uniform(-0.36, 0.36))
         outward, floor = (np.pi, -np.pi / 2, 0, np.pi / 2)[side], 0.0
     else:
         outward = rng.uniform(0, 2 * np.pi)
         reach = BOSS_RADIUS if rng.random() < 0.5 else BORE_RADIUS
-        centre = (reach * math.cos(outward), reach * math.sin(outward))
+        centre = (reach * _direction(outward)).tolist()
         floor = PLATE_THICKNESS + 0.002 if reach == BOSS_RADIUS else 0.02
         outward += np.pi if reach == BORE_RADIUS else 0
     top = PLATE_THICKNESS + (BOSS_HEIGHT if floor else 0)
-    box, x, y = _box_around(surface, *centre, 1.3 * radius + 0.04)
-    dx, dy = x - centre[0], y - centre[1]
+    box = _window(surface, *centre, 1.3 * radius + 0.04)
+    dx, dy = _offsets(surface, box, *centre)
     cut = np.hypot(dx, dy) - radius * 1.3
     for spread in rng.uniform(-1.1, 1.1, 4):
-        nx, ny = math.cos(outward + spread), math.sin(outward + spread)
+        nx, ny = _direction(outward + spread).tolist()
         cut = np.maximum(cut, -(dx * nx + dy * ny) - radius * rng.uniform(0.35, 0.8))
-    tiles = textures(surface.height.shape[0])
-    grain, fracture = (at_phase(tiles[name], rng.random(2))[box] for name in ("grain", "fracture"))
+    grain, fracture = (at_phase(textures(surface.side)[name], rng.random(2))[box] for name in ("grain", "fracture"))
     bottom = np.maximum(top + cut * rng.uniform(1.1, 2.0) + 0.0012 * grain + 0.005 * fracture, floor)
     height, metal = surface.height[box], surface.metal[box]
     broken = np.clip((height - bottom) / 0.004, 0, 1) * metal
     left = np.where(metal > 0, np.minimum(height, bottom), height)
-    # Where all of the thickness is gone, the table shows.
+    # The table shows through if all of the thickness is gone.
     metal *= np.where(broken > 0, np.clip((left - 0.004) * surface.pixels_per_unit / 2, 0, 1), 1)
     surface.height[box] = left
     surface.albedo[box] *= 1 + 0.1 * broken
@@ -257,13 +247,7 @@ def _without_feature(n: int, rng: np.random.Generator) -> Surface:
     return new_surface(n, holes, texts)
 
 
-_SURFACE_DEFECTS: dict[str, Callable[[Surface, np.random.Generator], None]] = {
-    "scratch": _scratch,
-    "dent": _dent,
-    "stain": _stain,
-    "crack": _crack,
-    "chip": _chip,
-}
+_SURFACE_DEFECTS = {"scratch": _scratch, "dent": _dent, "stain": _stain, "crack": _crack, "chip": _chip}
 # Their masks must not swell.
 _THIN_DEFECTS = ("scratch", "crack")
 DEFECT_TYPES = (*_SURFACE_DEFECTS, "missing_feature")
@@ -272,28 +256,24 @@ DEFECT_TYPES = (*_SURFACE_DEFECTS, "missing_feature")
 def _changed_pixels(flawless: np.ndarray, defective: np.ndarray, gap: float) -> np.ndarray:
     """Where two pictures, (H, W, 3) in [0, 255] without sensor noise, differ visibly: (H, W) bool.
 
-    Gaps of the kind that a person marking the defect would paint over (between letters, inside a hole, where a groove
-    happens to have the brightness of its surroundings) are closed up to twice `gap`, in pixels of a 256-pixel picture.
+    Gaps up to twice `gap`, in pixels of a 256-pixel picture, are closed, as by a person marking the defect (between
+    letters, inside a hole, along a groove as bright as its surroundings).
     """
-    size = flawless.shape[0]
-    difference = np.abs(defective - flawless).max(axis=2)
-    changed = difference > 9
+    size = len(flawless)
+    changed = np.abs(defective - flawless).max(axis=2) > 9
     reach = max(1, round(gap * size / 256))
     padded = np.pad(changed, reach)
     disc = np.hypot(*np.mgrid[-reach : reach + 1, -reach : reach + 1]) <= reach
     closed = ndimage.binary_fill_holes(ndimage.binary_closing(padded, disc))[reach:-reach, reach:-reach]
-    labels, count = ndimage.label(closed, np.ones((3, 3)))
-    areas = np.bincount(labels.ravel(), minlength=count + 1)
-    areas[0] = 0
-    return (areas >= 8 * (size / 256) ** 2)[labels]
+    labels, _ = ndimage.label(closed, np.ones((3, 3)))
+    return closed & (np.bincount(labels.ravel()) >= 8 * (size / 256) ** 2)[labels]
 
 
 def _clearly_visible(flawless: np.ndarray, defective: np.ndarray, mask: np.ndarray) -> bool:
     """Whether a person would see the defect, even in the picture shrunk to half its size."""
-    half = [ndimage.uniform_filter(p, (2, 2, 1))[::2, ::2] for p in (flawless, defective)]
-    strength = np.abs(half[1] - half[0]).max(axis=2)
-    enough = 24 * (flawless.shape[0] / 256) ** 2
-    return bool(mask.any()) and np.count_nonzero(strength > 28) >= enough
+    before, after = (ndimage.uniform_filter(p, (2, 2, 1))[::2, ::2] for p in (flawless, defective))
+    strong = np.abs(after - before).max(axis=2) > 28
+    return bool(mask.any()) and np.count_nonzero(strong) >= 24 * (len(flawless) / 256) ** 2
 
 
 def render_defective_part(
@@ -326,6 +306,6 @@ def render_defective_part(
             surface = _without_feature(n, rng)
         defective = photograph(surface, shot)
         mask = _changed_pixels(flawless, defective, gap=2 if defect_type in _THIN_DEFECTS else 4)
-        # Light may hide a defect, as in life; a test set should hold those that a person can see.
+        # The light may hide a defect; a test set should only have those that a person can see.
         if _clearly_visible(flawless, defective, mask):
             return expose(defective, shot), mask

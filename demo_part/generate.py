@@ -1,6 +1,6 @@
 """Procedural photographs of a machined flange, normal and defective, in the MVTec AD folder layout.
 
-    python -m demo_part.generate --out DIR --seed S
+    python -m demo_part --out DIR --seed S
 
 The part is lit by one near light and seen from above, as on a granite inspection table: `part` draws it, `defects`
 damages it, `photograph` takes the picture.
@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 import zlib
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +25,7 @@ from .defects import DEFECT_TYPES, render_defective_part
 from .photograph import check_size, render_part
 
 CATEGORY = "demo-part"
-# Sensor noise hardly compresses: zlib's default effort takes twice as long to save a tenth.
+# Sensor noise hardly compresses: zlib's default level takes twice as long to save a tenth.
 PNG_EFFORT = 3
 
 
@@ -55,12 +55,12 @@ def generate(
 ) -> Path:
     """Write a whole category in the MVTec AD layout, `out`/demo-part/{train,test,ground_truth}.
 
-    A picture depends on the seed and on its own place (split, type, index) alone, so larger sets begin with the
-    smaller ones and the number of workers changes nothing.
+    A picture depends only on the seed, its split, type and index, so larger sets begin with the smaller ones and the
+    number of workers changes nothing.
 
     Args:
         out: Folder to create; may exist if it is empty.
-        seed: Seed of the whole set, at least 0.
+        seed: Seed of the whole set.
         train: Number of normal training pictures.
         test_good: Number of normal test pictures.
         test_defective: Number of defective test pictures, shared evenly among `DEFECT_TYPES`.
@@ -73,12 +73,11 @@ def generate(
 
     Raises:
         ValueError: If a number is out of range.
-        FileExistsError: If `out` is a file or a folder that is not empty.
-        OSError: If `out` cannot be written.
+        OSError: If `out` cannot be written or is not an empty folder.
     """
     check_size(size)
-    counts = {"train": train, "test_good": test_good, "test_defective": test_defective}
-    for name, value in {"seed": seed, **counts}.items():
+    numbers = {"seed": seed, "train": train, "test_good": test_good, "test_defective": test_defective}
+    for name, value in numbers.items():
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
     if workers < 1:
@@ -92,33 +91,26 @@ def generate(
     wanted = [("train", "good", train), ("test", "good", test_good)]
     wanted += [("test", name, share + (i < rest)) for i, name in enumerate(DEFECT_TYPES)]
     jobs = [(split, name, i) for split, name, count in wanted for i in range(count)]
-    write = partial(_write, folder, seed, size)
+    folders = [f"{split}/{name}" for split, name, count in wanted if count or name == "good"]
+    folders += [f"ground_truth/{name}" for _, name, count in wanted if count and name != "good"]
     try:
-        for split, name, count in wanted:
-            if count or name == "good":
-                (folder / split / name).mkdir(parents=True, exist_ok=True)
-            if count and name != "good":
-                (folder / "ground_truth" / name).mkdir(parents=True, exist_ok=True)
+        for name in folders:
+            (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot create {folder}: {error.strerror}; choose a folder that can be written") from error
 
-    def run(done: Iterable[None]) -> None:
+    write = partial(_write, folder, seed, size)
+    # Spawned, as forking a process that already runs threads may hang.
+    with ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext() as pool:
+        done = pool.map(write, jobs, chunksize=4) if pool else map(write, jobs)
         for _ in tqdm(done, total=len(jobs), unit="image", disable=not progress):
             pass
-
-    if workers == 1:
-        run(map(write, jobs))
-    else:
-        # A fresh interpreter each: forking a process that already runs threads may hang.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            run(pool.map(write, jobs, chunksize=4))
     return folder
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line of the generator; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m demo_part.generate", description="Make photographs of a machined part, normal and defective."
+        prog="python -m demo_part", description="Make photographs of a machined part, normal and defective."
     )
     add = partial(parser.add_argument, type=int)
     parser.add_argument("--out", type=Path, required=True, help="folder to create (the category lands in it)")

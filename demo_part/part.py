@@ -39,23 +39,14 @@ TEXTS = (("FX-2047", 0.0, 0.318, 0.072), ("DN25", 0.0, -0.318, 0.062))
 
 @dataclass
 class Surface:
-    """The scene in the part's own frame; every field is (n, n) float32 on the supersampled canvas.
+    """The scene in the part's own frame; every array is (n, n) float32 on the supersampled canvas."""
 
-    Attributes:
-        height: Height over the table, in picture widths.
-        metal: Coverage of metal in [0, 1]; the rest is the table.
-        albedo: Factor on the colour of the metal.
-        gloss: Factor on the mirror-like part of the reflection.
-        stain: Opacity of a stain in [0, 1].
-        stain_colour: Its colour, linear RGB.
-    """
-
-    height: np.ndarray
-    metal: np.ndarray
-    albedo: np.ndarray
-    gloss: np.ndarray
-    stain: np.ndarray
-    stain_colour: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    height: np.ndarray  # over the table, in picture widths
+    metal: np.ndarray  # coverage in [0, 1]; the rest is the table
+    albedo: np.ndarray  # factor on the colour of the metal
+    gloss: np.ndarray  # factor on the mirror-like part of the reflection
+    stain: np.ndarray  # opacity in [0, 1]
+    stain_colour: tuple[float, float, float] = (0.0, 0.0, 0.0)  # linear RGB
 
     @property
     def side(self) -> int:
@@ -81,10 +72,8 @@ def _engraving(n: int, text: str, x: float, y: float, letter_height: float) -> n
     scale = n / CANVAS_WIDTH
     canvas = Image.new("L", (n, n))
     font = ImageFont.load_default(size=letter_height * scale * 1.35)
-    at = (n / 2 + x * scale, n / 2 + y * scale)
-    ImageDraw.Draw(canvas).text(
-        at, text, fill=255, font=font, anchor="mm", stroke_width=max(1, round(0.002 * scale)), stroke_fill=255
-    )
+    at, stroke = (n / 2 + x * scale, n / 2 + y * scale), max(1, round(0.002 * scale))
+    ImageDraw.Draw(canvas).text(at, text, fill=255, font=font, anchor="mm", stroke_width=stroke)
     return ndimage.gaussian_filter(np.asarray(canvas, np.float32) / 255, 0.0018 * scale)
 
 
@@ -93,7 +82,7 @@ def _drawn_part(n: int, holes: tuple, texts: tuple) -> tuple[np.ndarray, np.ndar
     """Height, metal coverage and albedo, each (n, n)."""
     x, y = grid(n)
     scale = n / CANVAS_WIDTH
-    qx, qy = np.abs(x) - (PLATE_HALF - PLATE_CORNER), np.abs(y) - (PLATE_HALF - PLATE_CORNER)
+    qx, qy = (np.abs(axis) - (PLATE_HALF - PLATE_CORNER) for axis in (x, y))
     inside = PLATE_CORNER - np.hypot(np.maximum(qx, 0), np.maximum(qy, 0)) - np.minimum(np.maximum(qx, qy), 0)
     height = PLATE_THICKNESS - CHAMFER_SLOPE * np.maximum(CHAMFER - inside, 0)
     metal = np.clip(inside * scale + 0.5, 0, 1)

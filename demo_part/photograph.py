@@ -24,8 +24,6 @@ from .part import (
 
 MIN_SIZE = 64
 MAX_SLOPE = 2.0
-
-
 # What differs between two photographs of flawless parts, as ranges; angles in degrees.
 _RANGES = {
     "angle": (-4, 4),
@@ -45,17 +43,18 @@ _RANGES = {
 
 
 def draw_shot(rng: np.random.Generator, size: int) -> SimpleNamespace:
-    """A value from each of `_RANGES`, five offsets into the texture tiles in [0, 1), and noise of unit variance."""
+    """A value from each of `_RANGES`, offsets into the texture tiles in [0, 1), and sensor noise of unit variance."""
     shot = SimpleNamespace(size=size, **{name: rng.uniform(*limits) for name, limits in _RANGES.items()})
     shot.angle, shot.light_azimuth = math.radians(shot.angle), math.radians(shot.light_azimuth)
+    # The sixth is not used, but without it all later random numbers would change.
     shot.phases = rng.random((6, 2))
     shot.sensor_noise = rng.standard_normal((size, size, 3), dtype=np.float32)
     return shot
 
 
 @lru_cache(maxsize=2)
-def _boss_frame(n: int) -> tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The turned boss: its box on the canvas, weight, cosine and sine of the angle, texture rows and columns."""
+def _boss_frame(n: int) -> tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The turned boss: its box on the canvas, weight, cosine and sine of the angle, index into the texture."""
     half = math.ceil((BOSS_RADIUS + 0.01) * n / CANVAS_WIDTH)
     box = slice(n // 2 - half, n // 2 + half)
     x, y = grid(n)
@@ -64,16 +63,16 @@ def _boss_frame(n: int) -> tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.n
     rows = (radius * (n / CANVAS_WIDTH)).astype(np.int32)
     columns = ((np.arctan2(y, x) / (2 * np.pi) + 0.5) * n).astype(np.int32)
     weight = np.clip((BOSS_RADIUS - radius) / 0.006, 0, 1)
-    return box, weight, x / radius, y / radius, rows, columns
+    return box, weight, x / radius, y / radius, rows * n + columns
 
 
-def _cast_shadow(height: np.ndarray, direction: tuple[float, float], rise: float, scale: float) -> np.ndarray:
+def _cast_shadow(height: np.ndarray, direction: tuple[float, float], scale: float) -> np.ndarray:
     """Share of the light that is blocked, (n, n): march from each point towards the light, at half resolution."""
     low = height[::2, ::2]
     blocked = np.zeros_like(low)
     for distance in np.linspace(0.006, 0.075, 9):
         dx, dy = (round(c * distance * scale / 2) for c in direction)
-        blocked = np.maximum(blocked, np.roll(low, (-dy, -dx), axis=(0, 1)) - low - np.float32(distance * rise))
+        blocked = np.maximum(blocked, np.roll(low, (-dy, -dx), axis=(0, 1)) - low - np.float32(distance * 1.1))
     blocked = ndimage.uniform_filter(np.minimum(blocked / 0.012, 1), max(3, round(0.012 * scale / 2)))
     return _enlarged(blocked, len(height))
 
@@ -104,8 +103,8 @@ def _shade(surface: Surface, shot: SimpleNamespace) -> np.ndarray:
     lobe = np.square(off_x * np.float32(1 / along)) + np.square((off_y + 0.07 * brushed) * np.float32(1 / across))
     tone = 0.035 * brushed
     # The boss is turned, so the same holds along and across circles.
-    box, weight, cosine, sine, rows, columns = _boss_frame(n)
-    turned = turned[rows, columns]
+    box, weight, cosine, sine, index = _boss_frame(n)
+    turned = np.take(turned, index)
     radial = off_x[box, box] * cosine + off_y[box, box] * sine + 0.06 * turned
     tangential = off_y[box, box] * cosine - off_x[box, box] * sine
     boss_lobe = np.square(tangential * np.float32(1.35 / along)) + np.square(radial * np.float32(1 / across))
@@ -119,7 +118,7 @@ def _shade(surface: Surface, shot: SimpleNamespace) -> np.ndarray:
     low = surface.height[::4, ::4]
     hollow = ndimage.gaussian_filter(low, 0.022 * scale / 4) - low
     open_sky = 1 - np.clip(_enlarged(hollow, n) / 0.055, 0, 0.75)
-    lit = 1 - 0.9 * _cast_shadow(surface.height, to_light, 1.1, scale)
+    lit = 1 - 0.9 * _cast_shadow(surface.height, to_light, scale)
 
     metal = 0.17 * shot.ambient * open_sky + 0.20 * shot.light_power * lit * diffuse
     metal *= 1 + tone + 0.02 * grain + 0.03 * cloud
@@ -171,17 +170,10 @@ def expose(picture: np.ndarray, shot: SimpleNamespace) -> np.ndarray:
 
 
 def render_part(rng: np.random.Generator, size: int = 256) -> np.ndarray:
-    """Photograph a flawless part.
-
-    Args:
-        rng: Source of pose, light, texture and sensor noise; equal states give equal pictures.
-        size: Side of the picture in pixels, at least 64.
-
-    Returns:
-        (size, size, 3) uint8 RGB.
+    """Photograph a flawless part: (size, size, 3) uint8 RGB; equal states of `rng` give equal pictures.
 
     Raises:
-        ValueError: If `size` is too small.
+        ValueError: If `size` is below 64 pixels.
     """
     check_size(size)
     shot = draw_shot(rng, size)
