@@ -12,8 +12,8 @@ from .optimization import STEADY_SCHEDULES
 from .processes import together
 
 _STATE_FILE = "training_state.json"
-# What may differ between a run and its continuation: where it writes and how it reports. So may the number of steps
-# where the learning rates do not depend on it.
+# What may differ between a run and its continuation, as it does not change the weights. So may the number of steps if
+# the learning rates do not depend on it.
 _FREE_ARGUMENTS = {
     "output_dir",
     "resume_from_checkpoint",
@@ -48,7 +48,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict[str,
             accelerator.save_state(str(partial))
             if accelerator.is_main_process:
                 (partial / _STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        # Torch, safetensors and the system each have their own error for a disk that is full.
+        # Torch, safetensors and the system each raise their own error if the disk is full.
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             former = _checkpoints(output_dir)
@@ -59,7 +59,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: dict[str,
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in _checkpoints(output_dir)[:-limit]:
-            # Renamed first, so that a half-deleted one is no checkpoint.
+            # Renamed first, so that a half-deleted folder is not taken for a checkpoint.
             old.rename(_hidden(old))
             shutil.rmtree(_hidden(old))
 
@@ -90,7 +90,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, arguments: dict[str,
 
 def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """Raises `ValueError` naming the first argument that differs and changes the weights."""
-    # Trainings from before there was this option learnt the noise, which their weights do not tell.
+    # Trainings older than this option predicted the noise.
     then = {"prediction_type": "epsilon"} | then
     free = _FREE_ARGUMENTS | ({"max_train_steps"} if now.get("lr_schedule") in STEADY_SCHEDULES else set())
     for name, value in now.items():
@@ -102,9 +102,8 @@ def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -
 
 
 def refuse_former_training(output_dir: Path) -> None:
-    """Keeps a training from starting over where another one left its work."""
-    former = _checkpoints(output_dir)
-    if former:
+    """Keeps a training from starting over in the folder of another one."""
+    if former := _checkpoints(output_dir):
         raise ValueError(
             f"`output_dir` {output_dir}: holds {former[-1].name} of a former training; go on from it with "
             "`resume_from_checkpoint` latest, or give another folder."
@@ -116,7 +115,6 @@ def _hidden(checkpoint: Path) -> Path:
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    folders = [
-        f for f in output_dir.glob("checkpoint-*") if f.name.split("-")[1].isdigit() and (f / _STATE_FILE).is_file()
-    ]
-    return sorted(folders, key=lambda f: int(f.name.split("-")[1]))
+    steps = {f: f.name.removeprefix("checkpoint-") for f in output_dir.glob("checkpoint-*")}
+    whole = [f for f, step in steps.items() if step.isdigit() and (f / _STATE_FILE).is_file()]
+    return sorted(whole, key=lambda f: int(steps[f]))

@@ -1,4 +1,4 @@
-"""Ten operations on the colours of an image, and the three of them that every source of anomalies undergoes."""
+"""Ten operations on the colours of an image, of which three are applied to every source of anomalies."""
 
 from collections.abc import Callable
 
@@ -109,11 +109,11 @@ def _equalize(x: Tensor, u: np.ndarray) -> Tensor:
 
 def _rotate_source(x: Tensor, u: np.ndarray) -> Tensor:
     """Rotation by -45 to 45 degrees about the centre; black where nothing was."""
-    # Interpolation may exceed 1 by a rounding: inverted it would be negative, and its gamma not a number.
+    # Rounding in the interpolation may exceed 1, which inverted would be negative and have no gamma.
     return rotate(x, 90 * u[:, 0] - 45).clamp_(0, 1)
 
 
-# Each maps [0, 1] into [0, 1], to the last bit: the next one counts on it.
+# Each maps [0, 1] into [0, 1] exactly, as the next one relies on it.
 OPERATIONS: tuple[Callable[[Tensor, np.ndarray], Tensor], ...] = (
     _gamma,
     _brightness,

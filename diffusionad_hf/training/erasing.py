@@ -16,14 +16,14 @@ ERASED_FEATURES = tuple((r, r) for r in (0.03, 0.045, 0.06, 0.075)) + tuple(
 def erase(images: Tensor, allowed: Tensor, u: np.ndarray) -> Tensor:
     """Covers an ellipse in each image with a plain piece of the same image: a feature that is missing.
 
-    A cover with a visible seam would give itself away, and the comparison with the reconstruction would go unlearnt.
-    So the feature is one that stands alone and is covered whole, the piece is one of the plainest that there are, and
-    its light is fitted to the rim's, with its gradient.
+    With a visible seam, the network would learn to find the seam instead of comparing with the reconstruction. So the
+    feature is one that stands alone and is covered whole, the piece is one of the plainest, and its brightness is
+    fitted to the rim's, including the gradient.
     """
     height, width = images.shape[-2:]
     grey = images.mean(1, keepdim=True)
     size = max(height, width)
-    # Sought at 64 px or little more: the search would cost more than all else.
+    # The search is the most expensive part, so it is done at 64 px or little more.
     coarse = max(size // 64, 1)
     small, product = F.avg_pool2d(grey, coarse), F.avg_pool2d(allowed, coarse).floor()
     found = _lone_feature(small, product, u[:, :1])
@@ -35,7 +35,7 @@ def erase(images: Tensor, allowed: Tensor, u: np.ndarray) -> Tensor:
     depth, plane = _ellipses(*(part * coarse for part in found), height, width)  # type: ignore[call-arg]
     rim, difference = _rim(depth, size) * allowed, images - patch
     light = _fit_plane(difference, rim, plane[:, 0])
-    # Again without what the first plane misses: a feature's edge that crosses the rim.
+    # Fitted again without outliers, such as a feature's edge that crosses the rim.
     missed = (difference - light).abs().amax(1, keepdim=True)
     light = _fit_plane(difference, rim * torch.exp(-((missed / 0.05) ** 2)), plane[:, 0]).clamp_(-0.15, 0.15)
     soft = (2 + 64 * depth / size).clamp_(0, 1)
@@ -43,9 +43,9 @@ def erase(images: Tensor, allowed: Tensor, u: np.ndarray) -> Tensor:
 
 
 def _plain_piece(grey: Tensor, allowed: Tensor, cover: Tensor, u: np.ndarray) -> tuple[Tensor, Tensor]:
-    """How many px down and right each image has to move to bring one of its plainest pieces under a cover, `(N,)`.
+    """How many px down and right to shift each image to bring one of its plainest pieces under a cover, `(N,)`.
 
-    All moves are tried at once, as a correlation of the plain product with the cover.
+    All shifts are tried at once, as a correlation of the plain product with the cover.
     """
     height, width = grey.shape[-2:]
     rough = (grey - F.avg_pool2d(grey, 3, 1, 1, count_include_pad=False)).abs()
@@ -53,7 +53,7 @@ def _plain_piece(grey: Tensor, allowed: Tensor, cover: Tensor, u: np.ndarray) ->
     size = (2 * height, 2 * width)  # twice, so that nothing comes in from the other side
     spectrum = torch.fft.rfft2(cover, s=size) * torch.fft.rfft2(plain, s=size).conj()
     share = torch.fft.irfft2(spectrum, s=size).flatten(1) / cover.sum((1, 2, 3)).clamp(min=1)[:, None]
-    # One of the best, not always the one: hardly any that is a percent rougher.
+    # Not always the best one, but hardly any that is a percent rougher.
     at = _drawn(((share - share.amax(1, keepdim=True)) / 0.005).exp().double().cumsum(1), u)
     return at // size[1], at % size[1]
 
@@ -61,8 +61,8 @@ def _plain_piece(grey: Tensor, allowed: Tensor, cover: Tensor, u: np.ndarray) ->
 def _lone_feature(grey: Tensor, allowed: Tensor, u: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """An ellipse on the product whose inside stands out from a plain rim: column, row, half axes, `(N, 1, 1, 1)` px.
 
-    All places are tried with all shapes at once, by correlation: how much the rim varies, and how much the inside
-    differs from the rim's mean. If nothing stands alone, it is the ellipse that comes nearest to it.
+    All positions and shapes are tried at once, by correlation: how much the rim varies, and how much the inside
+    differs from the rim's mean. If nothing stands alone, the ellipse that comes closest is returned.
     """
     height, width = grey.shape[-2:]
     wide, tall = torch.tensor(ERASED_FEATURES, dtype=grey.dtype, device=grey.device).T[:, :, None, None] * max(
@@ -78,7 +78,7 @@ def _lone_feature(grey: Tensor, allowed: Tensor, u: np.ndarray) -> tuple[Tensor,
     rim = (square - mean**2).clamp_(min=0).sqrt()
     inside = (second - 2 * mean * first + mean**2).clamp_(min=0).sqrt()
     alone = inside / (rim + 0.005) * ((product > 0.99) & (on_product > 0.99))
-    # Tight ellipses rather than loose ones, within bounds that give faint features their turn.
+    # Prefer tight ellipses, within bounds that leave faint features a chance.
     weight = (((alone > 1.5) & (rim < 0.06)) * alone.clamp(max=3)).double().flatten(1)
     nearest = F.one_hot(alone.flatten(1).argmax(1), weight.shape[1])
     ends = torch.where(weight.amax(1, keepdim=True) > 0, weight, nearest).cumsum(1)

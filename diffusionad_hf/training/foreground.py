@@ -1,7 +1,7 @@
 """Where the product is in its pictures: from the user's masks, or estimated from several normal images.
 
-An anomaly belongs on the product, not on the table beside it. The reference needs a mask for every training image,
-made by a separate segmentation network; here the background is learnt from the images' borders.
+Anomalies belong on the product, not on the table beside it. The reference needs a mask for every training image, made
+by a separate segmentation network; here the background is learnt from the images' borders.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ KINDS = ("auto", "object", "texture")
 
 MOST_LEARNT_FROM = 64  # images to learn a background from: more change nothing
 WORKING_SIDE = 256  # pixels of the longer side at which the background is modelled
-FRAME = 0.05  # width of the border that is taken for background, as a share of the shorter side
-MIN_THRESHOLD = 3.0**0.75  # an object must differ from its background by at least 3 standard deviations of that
+FRAME = 0.05  # width of the border assumed to be background, as a share of the shorter side
+MIN_THRESHOLD = 3.0**0.75  # an object differs from its background by at least 3 standard deviations of that
 MIN_AREA = 0.005  # share of the images that an object must fill
 SNAPPING = ((12, 20), (6, 8), (3, 4))  # neighbourhood in working pixels, most iterations
 
@@ -33,7 +33,7 @@ def find_foregrounds(folder: str | Path, names: Sequence[str]) -> list[Path]:
             f"foreground folder {folder} does not exist; leave it out to have foregrounds estimated"
         )
     files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    # Of several with one stem, the PNG.
+    # PNGs come last, so they win over files of the same stem.
     masks = {path.stem: path for path in sorted(files, key=lambda path: (path.suffix.lower() == ".png", path))}
     found = []
     for name in names:
@@ -67,18 +67,17 @@ def load_foreground(path: Path) -> np.ndarray:
 class ForegroundEstimator:
     """Tells objects from textures and separates objects from their background.
 
-    The background is what the images' borders show: for each image a smooth surface of brightness and colour, for all
-    of them together the spread around it. A pixel's distance from its background, in standard deviations, is split by
-    Otsu's threshold over all images. They show an object if that threshold is far above the spread and what is beyond
-    it keeps away from the borders. An object's outline then snaps to the sharp edges near it, off its shadow. Holes in
-    an object count as its own.
+    The background is modelled on the images' borders: a smooth surface of brightness and colour for each image, and
+    one spread around it for all. The distances of the pixels from their background, in standard deviations, are split
+    by Otsu's threshold. The images show an object if that threshold is far above the spread and what exceeds it keeps
+    away from the borders. The outline then snaps to the sharp edges near it, which excludes shadows. Holes in an
+    object belong to it.
 
-    Spread and threshold are learnt once, from some images; every image is then looked at on its own, so that no more
-    than those need to be in memory.
+    Spread and threshold are learnt once, from some images; any other image is then processed by itself.
 
     Args:
-        images: normal images of one product to learn from, each `(H, W, 3)` uint8; `MOST_LEARNT_FROM` are plenty.
-        kind: "object" or "texture" where it is known.
+        images: normal images of one product to learn from, each `(H, W, 3)` uint8; `MOST_LEARNT_FROM` are enough.
+        kind: "object" or "texture" if known.
 
     Attributes:
         kind: "object" or "texture".
@@ -88,15 +87,12 @@ class ForegroundEstimator:
         self.kind = kind
         if kind == "texture":
             return
-        deviations, noise = [], []
-        for image in images:
-            deviation, background = _deviation(image)
-            deviations.append(deviation)
-            noise.append(deviation[background])
-        # The camera's last bits keep the covariance of flat or grey backgrounds regular.
-        covariance = np.cov(np.concatenate(noise).T) + np.eye(3) * (2 / 255) ** 2
+        deviations = [_deviation(image) for image in images]
+        noise = np.concatenate([deviation[background] for deviation, background in deviations])
+        # Adding two grey levels keeps the covariance of flat or grey backgrounds regular.
+        covariance = np.cov(noise.T) + np.eye(3) * (2 / 255) ** 2
         self._whiten = np.linalg.cholesky(np.linalg.inv(covariance)) / np.sqrt(3)
-        distances = [self._distance(deviation) for deviation in deviations]
+        distances = [self._distance(deviation) for deviation, _ in deviations]
         # Below one standard deviation there is nothing to split but noise.
         self._threshold = max(_otsu(np.concatenate([distance.ravel() for distance in distances])), 1.0)
         if kind == "auto":
@@ -112,13 +108,13 @@ class ForegroundEstimator:
         return _resize(_snap(distance, _clean(distance > self._threshold)), image.shape[:2])
 
     def _distance(self, deviation: np.ndarray) -> np.ndarray:
-        """How far each pixel is from its background: to the power 0.75, in standard deviations of all backgrounds."""
-        # The power keeps the brightest parts of an object from hiding its dull ones; a lower one would let shadows in.
+        """Each pixel's distance from its background in standard deviations, to the power 0.75."""
+        # The power keeps an object's brightest parts from hiding its dull ones; a lower one would include shadows.
         return np.linalg.norm(deviation @ self._whiten, axis=-1).astype(np.float32) ** 0.75
 
 
 def _deviation(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An image's difference from the smooth surface that its background is, and which pixels show that background.
+    """An image's difference from the smooth surface of its background, and which pixels show that background.
 
     Returns `(h, w, 3)` float32 and `(h, w)` bool of the image's proportions, the longer side at most `WORKING_SIDE`.
     """
@@ -157,21 +153,18 @@ def _otsu(values: np.ndarray) -> float:
 
 
 def _is_inside(masks: list[np.ndarray]) -> bool:
-    """True if the masks mark something that keeps away from the images' borders, as one product in view does."""
+    """Whether the masks mark something that keeps away from the images' borders."""
     overall = np.mean([mask.mean() for mask in masks])
     border = np.mean([mask[_frame(mask.shape)].mean() for mask in masks])
     return bool(overall > MIN_AREA and border < overall / 2)
 
 
 def _clean(mask: np.ndarray) -> np.ndarray:
-    """Closes gaps of a pixel or two, fills holes, drops specks: what is below a tenth of the largest piece."""
+    """Closes gaps of a pixel or two, fills holes and drops pieces below a tenth of the largest one's area."""
     mask = ndimage.binary_closing(np.pad(mask, 2), iterations=2)[2:-2, 2:-2]
     mask = ndimage.binary_opening(ndimage.binary_fill_holes(mask))
-    labels, count = ndimage.label(mask)
-    if count == 0:
-        return mask
-    areas = ndimage.sum_labels(mask, labels, np.arange(1, count + 1))
-    return np.isin(labels, 1 + np.flatnonzero(areas >= areas.max() / 10))
+    areas = np.bincount((labels := ndimage.label(mask)[0]).ravel())
+    return mask & (areas >= areas[1:].max(initial=0) / 10)[labels]
 
 
 def _snap(distance: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -197,7 +190,7 @@ def _snap(distance: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _resize(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A mask at an image's own size; all of the image where the mask is empty, which keeps its anomalies possible."""
+    """A mask at an image's own size; if it is empty, all of the image, so that anomalies remain possible."""
     if not mask.any():
         return np.ones(shape, bool)
     grey = Image.fromarray(mask.astype(np.float32))

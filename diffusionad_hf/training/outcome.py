@@ -21,11 +21,11 @@ from .synthesis import AnomalySynthesizer
 
 logger = logging.getLogger("training")
 
-# Written last: where it is, the training is finished.
+# Written last: its presence means that the training is finished.
 ARGUMENTS_FILE = "training_arguments.json"
-# Where things lay on this machine is nobody's business who gets the model.
+# Local paths, which do not belong in a published model.
 _PATHS = {"data_dir", "texture_dir", "foreground_dir", "output_dir", "init_from", "resume_from_checkpoint"}
-# Far from every epoch of a training, so that no training anomaly is ever validated on.
+# Beyond every epoch of a training, so that no training anomaly is used for validation.
 _VALIDATION_EPOCH = 2**31
 _MOST_IMAGES = 64
 
@@ -51,10 +51,9 @@ class Validation:
         output = pipe(self.images)
         metrics: dict[str, float] = image_metrics(output.anomaly_score, self.labels.numpy())
         metrics.update(pixel_metrics(output.anomaly_map, list(self.masks[:, 0].numpy())))
-        chosen: dict[str, float] = {
-            name: metrics[name] for name in ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30") if name in metrics
-        }
-        # Held-out images on which not one defect could be synthesised leave nothing to choose by.
+        names = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30")
+        chosen = {name: metrics[name] for name in names if name in metrics}
+        # If no defect could be synthesised on the held-out images, both are absent.
         chosen["score"] = (chosen.get("image_auroc", 0.0) + chosen.get("pixel_ap", 0.0)) / 2
         return chosen
 
@@ -62,7 +61,7 @@ class Validation:
 def validate(
     source: DiffusionADObjective, validation: Validation, output_dir: Path, state: dict[str, Any]
 ) -> dict[str, float]:
-    """Measures the weights and, where they are the best so far, keeps them as the pipeline folder `best`."""
+    """Measures the weights and, if they are the best so far, keeps them as the pipeline folder `best`."""
     pipe = DiffusionADPipeline(copy.deepcopy(source.unet), copy.deepcopy(source.segmenter), source.scheduler)
     pipe.set_progress_bar_config(disable=True)
     metrics = validation(pipe)
@@ -80,12 +79,11 @@ def finish(args: TrainingConfig, arguments: dict[str, Any], held_out: NormalImag
     DiffusionADPipeline.from_pretrained(output_dir / "best", dtype=dtype).save_pretrained(output_dir)
     # Calibrated as it will be used: with the weights as they were saved, computing in float32.
     pipe = DiffusionADPipeline.from_pretrained(output_dir, dtype=torch.float32).to(device)
-    # At the model's size: maps and reconstructions of large photos would fill the memory.
+    # At the model's size, as maps and reconstructions of large photos would fill the memory.
     images = [held_out.read(i) for i in range(len(held_out))]
     calibrate(pipe, images, false_alarm_rate=args.false_alarm_rate)
     pipe.save_config(output_dir)
-    recorded = {name: value for name, value in arguments.items() if name not in _PATHS}
-    write_json(output_dir / ARGUMENTS_FILE, recorded)
+    write_json(output_dir / ARGUMENTS_FILE, {name: arguments[name] for name in arguments if name not in _PATHS})
     logger.info(
         f"Wrote {output_dir}: threshold {pipe.threshold:.4f} at a false-alarm rate of {args.false_alarm_rate:.1%}, "
         f"calibrated on {len(images)} held-out normal images."
@@ -93,26 +91,23 @@ def finish(args: TrainingConfig, arguments: dict[str, Any], held_out: NormalImag
 
 
 class Curve:
-    """The losses and validation metrics as a CSV file; a resumed training forgets the rows after its step."""
+    """The losses and validation metrics as a CSV file; a resumed training drops the rows after its step."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        self.started = time.monotonic()
-        rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
         if step and path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        self.before = float(rows[-1]["seconds"]) if rows else 0.0
-        self.rows = rows
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        self.started = time.monotonic() - (float(self.rows[-1]["seconds"]) if self.rows else 0)
 
     def write(self, step: int, losses: dict[str, float], metrics: dict[str, float]) -> None:
-        """Adds a row."""
-        row: dict[str, Any] = {"step": step, "seconds": round(self.before + time.monotonic() - self.started, 1)}
+        row: dict[str, Any] = {"step": step, "seconds": round(time.monotonic() - self.started, 1)}
         row |= {name: f"{value:.6f}" for name, value in losses.items()}
         row |= {f"validation_{name}": f"{value:.6f}" for name, value in metrics.items()}
         self.rows.append(row)
         text = io.StringIO(newline="")
-        # Validation images without a single synthetic defect have fewer metrics than others.
+        # Some rows have fewer metrics, see `Validation`.
         writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in self.rows for name in row)))
         writer.writeheader()
         writer.writerows(self.rows)

@@ -49,7 +49,6 @@ def contact_sheet(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line of the preview; returns the exit code."""
     parser = DashedParser(prog="python -m diffusionad_hf.training.preview", description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", required=True, help="folder of the dataset, or a dataset id on the Hub")
     parser.add_argument("--category", help="may be left out if there is only one")
@@ -84,28 +83,20 @@ def _write(args: argparse.Namespace) -> str:
         estimator = learn_foreground(reader, args.foreground)
         kind, masks = estimator.kind, estimated_foregrounds(estimator, reader, rows)
     foregrounds = np.stack(list(masks))
-    textures = (
-        FolderTextures(args.texture_dir, args.resolution, 200)
-        if args.texture_dir
-        else ProceduralTextures(args.resolution, 60, args.seed)
-    )
+    if args.texture_dir:
+        textures = FolderTextures(args.texture_dir, args.resolution, 200)
+    else:
+        textures = ProceduralTextures(args.resolution, 60, args.seed)
+    own_parts = 0.5 if kind == "object" else 0.0
     synthesizer = AnomalySynthesizer(
-        textures,
-        seed=args.seed,
-        anomaly_probability=1.0,
-        self_augmentation_probability=0.5 if kind == "object" else 0.0,
+        textures, seed=args.seed, anomaly_probability=1.0, self_augmentation_probability=own_parts
     )
     title = f"{args.category or args.data_dir}: {kind}"
     if kind == "object":
-        title += (
-            f", foreground {foregrounds.mean():.1%} of the picture ({'given' if args.foreground_dir else 'estimated'})"
-        )
-    sheet = contact_sheet(
-        torch.stack([reader.read(row) for row in rows]),
-        torch.from_numpy(foregrounds)[:, None] if kind == "object" else None,
-        synthesizer,
-        title,
-    )
+        source = "given" if args.foreground_dir else "estimated"
+        title += f", foreground {foregrounds.mean():.1%} of the picture ({source})"
+    shown = torch.from_numpy(foregrounds)[:, None] if kind == "object" else None
+    sheet = contact_sheet(torch.stack([reader.read(row) for row in rows]), shown, synthesizer, title)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(args.output)
     return title

@@ -1,4 +1,4 @@
-"""Foreign textures for synthetic anomalies: from a folder such as DTD's, or made up where no files are at hand."""
+"""Textures for synthetic anomalies: from a folder such as DTD's, or procedural ones."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 class FolderTextures:
     """The images below a folder, decoded once.
 
-    Where there are more than `limit` images, evenly spaced ones of the sorted list are taken, so every subfolder of
-    DTD is represented. Each is scaled to cover a square and cropped at the centre; the reference squeezes it.
+    If there are more than `limit` images, evenly spaced ones of the sorted list are used, so every subfolder of DTD
+    is represented. Each is scaled to cover a square and cropped at the centre (the reference distorts it).
 
     Args:
         folder: searched recursively for images.
         size: side of the textures in pixels.
-        limit: most images kept. The bank takes `3 * size^2` bytes for each: 0.4 GB for 2,000 of 256 px.
+        limit: largest number of images kept, of `3 * size^2` bytes each: 0.4 GB for 2,000 of 256 px.
 
     Attributes:
         bank: `(K, 3, size, size)` uint8.
@@ -41,29 +41,28 @@ class FolderTextures:
             raise FileNotFoundError(f"texture folder {folder} does not exist; without one, use ProceduralTextures")
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         paths = [paths[i * len(paths) // limit] for i in range(limit)] if len(paths) > limit else paths
-        bank = np.empty((len(paths), size, size, 3), dtype=np.uint8)
-        count = 0
+        bank = []
         for path in paths:
             try:
                 with Image.open(path) as image:
                     image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size
-                    bank[count] = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-                count += 1
+                    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+                    bank.append(torch.from_numpy(np.array(fitted)).permute(2, 0, 1))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 logger.warning("texture %s skipped: %s", path, error)
-        if count == 0:
+        if not bank:
             raise ValueError(
                 f"no readable image ({', '.join(sorted(IMAGE_SUFFIXES))}) in texture folder {folder}: "
                 "name a folder of images, or use ProceduralTextures"
             )
-        self.bank = torch.from_numpy(bank[:count].transpose(0, 3, 1, 2).copy())
+        self.bank = torch.stack(bank)
 
 
 class ProceduralTextures:
-    """Made-up textures, for when no folder is at hand: six families in turn, each with random scale and colours.
+    """Textures of six families in turn, each with random scale and colours.
 
     Noise of several spectra, warped stripes, warped checkers, Voronoi cells, gradients and blotches. Texture i depends
-    on (size, seed, i) alone.
+    only on size, seed and i.
 
     Args:
         size: side of the textures in pixels.
@@ -75,11 +74,9 @@ class ProceduralTextures:
     """
 
     def __init__(self, size: int, count: int = 500, seed: int = 0) -> None:
-        bank = np.empty((count, 3, size, size), dtype=np.uint8)
-        for i in range(count):
-            rng = np.random.default_rng([seed, i])
-            bank[i] = _colored(_FAMILIES[i % len(_FAMILIES)](rng, size), rng)
-        self.bank = torch.from_numpy(bank)
+        rngs = [np.random.default_rng([seed, i]) for i in range(count)]
+        bank = [_colored(_FAMILIES[i % len(_FAMILIES)](rng, size), rng) for i, rng in enumerate(rngs)]
+        self.bank = torch.from_numpy(np.stack(bank))
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, exponent: float) -> np.ndarray:
@@ -91,7 +88,7 @@ def _smooth_noise(rng: np.random.Generator, size: int, exponent: float) -> np.nd
 
 
 def _stretched(field: np.ndarray) -> np.ndarray:
-    """`field` moved to [0, 1], its outermost 1 % of pixels clipped."""
+    """`field` scaled to [0, 1], clipped at its 1st and 99th percentile."""
     low, high = np.percentile(field, (1, 99))
     return np.clip((field - low) / max(high - low, 1e-8), 0, 1)
 
@@ -146,9 +143,8 @@ def _blotches(rng: np.random.Generator, size: int) -> np.ndarray:
     """Smooth noise cut into two to four levels, with soft edges."""
     noise = _smooth_noise(rng, size, rng.uniform(1.2, 2.5))
     levels = rng.integers(2, 5)
-    return ndimage.gaussian_filter(
-        np.minimum(np.floor(noise * levels), levels - 1) / (levels - 1), rng.uniform(0, 1.5)
-    )
+    cut = np.minimum(np.floor(noise * levels), levels - 1) / (levels - 1)
+    return ndimage.gaussian_filter(cut, rng.uniform(0, 1.5))
 
 
 _FAMILIES = (_noise, _stripes, _checkers, _cells, _gradient, _blotches)
