@@ -43,13 +43,13 @@ def papers_way(
     One image as the paper's own code computes it: float32, two UNet passes one after the other, autograd left on.
 
     Args:
-        pipe: Whose networks, timesteps and weights to use.
+        pipe: Whose networks and timesteps to use.
         pixels: `(1, 3, S, S)` in [0, 1].
         noise: `(2, 1, 3, S, S)`, small scale first.
-        autograd: Whether to record the gradient's graph, which the paper's code does for nothing.
+        autograd: Whether to record the gradient's graph, as the paper's code does without need.
 
     Returns:
-        `tuple[torch.Tensor, float]`: The anomaly map `(S, S)` and the score.
+        The anomaly map `(S, S)` and the score.
     """
     config, device = pipe.scheduler.config, pipe.device
     pixels, noise = pixels.to(device), noise.to(device)

@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import json
 import platform
 import statistics
 import time
@@ -17,11 +16,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusionad_hf.evaluation.evaluator import describe_hardware
+from diffusionad_hf.files import write_json
 from diffusionad_hf.flags import DashedParser
 
-SLOW = 4
-"""A type this many times slower than float32 is not computed by the processor itself, and can take hours."""
-
+# A type this many times slower than float32 is not computed by the processor itself, and can take hours.
+_SLOW = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU = torch.device("cpu")
 
@@ -124,7 +123,7 @@ def find_slow_types(device: torch.device, names: list[str]) -> dict[str, str]:
     return {
         name: f"{name}: {ratio:.0f} times slower than float32 here, not measured"
         for name, ratio in ratios.items()
-        if ratio > SLOW
+        if ratio > _SLOW
     }
 
 
@@ -136,11 +135,7 @@ def count_flops(function: Callable[[], object]) -> int:
 
 
 def compile_everything() -> None:
-    """
-    Lets torch.compile compile as many sizes and types as a benchmark measures.
-
-    Beyond eight variants of a function it would go on uncompiled, and only its log would say so.
-    """
+    """Beyond eight variants of a function torch.compile would go on uncompiled, and only its log would say so."""
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 1024
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -165,7 +160,9 @@ def measure_rows(
         device: Where everything is computed.
         repeats: Timed calls of each row.
     """
-    too_slow = find_slow_types(device, list({row["dtype"] for row in rows}))
+    dtypes = {row["dtype"] for row in rows}
+    too_slow = find_slow_types(device, list(dtypes))
+    peaks = {name: matmul_peak(device, DTYPES[name]) for name in dtypes - too_slow.keys()}
     calls, seconds, on_gpu = {}, {}, device.type == "cuda"
     for number, row in enumerate(rows):
         if row["dtype"] in too_slow:
@@ -194,13 +191,13 @@ def measure_rows(
         row = rows[int(number)]
         row |= {f"{name}_s": value for name, value in spread(taken).items()}
         row["images_per_s"] = row["batch_size"] / row["median_s"]
-        row["share_of_peak"] = flops_per_image * row["images_per_s"] / matmul_peak(device, DTYPES[row["dtype"]])
+        row["share_of_peak"] = flops_per_image * row["images_per_s"] / peaks[row["dtype"]]
 
 
 def save(result: dict[str, Any], file: Path | None) -> None:
     """Writes the result as JSON if a file is given; long measurements call it as they go, as they may be cut off."""
     if file is not None:
-        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(file, result)
 
 
 def report(result: dict[str, Any], file: Path | None, table: list[dict[str, Any]] | None = None) -> None:

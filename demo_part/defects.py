@@ -281,16 +281,11 @@ def render_defective_part(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Photograph a part with one defect; without it, the picture would be `render_part` of the same `rng` state.
 
-    Args:
-        rng: Source of randomness; equal states give equal pictures.
-        defect_type: One of `DEFECT_TYPES`.
-        size: Side of the picture in pixels, at least 64.
-
     Returns:
         The picture, (size, size, 3) uint8 RGB, and the mask of its visibly changed pixels, (size, size) bool.
 
     Raises:
-        ValueError: If `size` is too small or the defect type is unknown.
+        ValueError: If `size` is below 64 pixels or the defect type is unknown.
     """
     check_size(size)
     if defect_type not in DEFECT_TYPES:

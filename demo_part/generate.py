@@ -30,7 +30,7 @@ PNG_EFFORT = 3
 
 
 def _write(folder: Path, seed: int, size: int, job: tuple[str, str, int]) -> None:
-    """Renders and saves one picture, from a random stream that only seed, split, kind and index decide."""
+    """Renders and saves one picture; its random stream depends only on seed, split, kind and index."""
     split, kind, index = job
     stream = zlib.crc32(f"{split}/{kind}".encode())
     rng = np.random.default_rng(np.random.SeedSequence([seed, stream, index]))
@@ -61,9 +61,8 @@ def generate(
     Args:
         out: Folder to create; may exist if it is empty.
         seed: Seed of the whole set.
-        train: Number of normal training pictures.
-        test_good: Number of normal test pictures.
-        test_defective: Number of defective test pictures, shared evenly among `DEFECT_TYPES`.
+        train, test_good: Numbers of normal pictures.
+        test_defective: Number of defective pictures, shared evenly among `DEFECT_TYPES`.
         size: Side of the pictures in pixels.
         workers: Number of processes.
         progress: Whether to show a progress bar.
