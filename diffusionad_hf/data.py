@@ -1,24 +1,20 @@
-"""Anomaly-detection datasets in the layouts they come in, as `datasets.Dataset`s that hold paths instead of pixels.
+"""Anomaly-detection datasets as `datasets.DatasetDict`s that hold paths instead of pixels.
 
-Every layout becomes a `DatasetDict` with the splits "train" (normal images only, which is all that training may see)
-and "test", and the columns
+The splits are "train" (normal images only, all that training may see) and "test", with the columns
 
     image        `datasets.Image`, decoded when a row is read
     mask         `datasets.Image` or None; non-zero on defects, see `binary_mask`
     label        0 normal / 1 anomalous
     defect_type  "good" for normal images, else the name of the defect
-    split        "train" / "test", as the split is called, so that it survives concatenation
+    split        "train" / "test", so that it survives concatenation
 
-A `DatasetDict` rather than one table, because no caller wants the two splits mixed and `data["train"]` says which one
-it took.
-
-Layouts, recognised by themselves or named by `layout=`:
+The layout is recognised:
 
     mvtec    <category>/train/good, test/<good or defect>, ground_truth/<defect>. MVTec AD, MPDD, BTAD (`ok`, `ko`)
              and VisA converted to it. Masks carry the image's name, with or without `_mask`, in any image format
     visa     split_csv/1cls.csv and the files that it lists: VisA as downloaded
     dagm     Class<N>/Train and Test, each with a Label folder: DAGM 2007. Defective training images are left out
-    folder   good/ and one folder a defect, if any (ground_truth/<defect> for masks), or normal images alone
+    folder   good/ and one folder per defect, if any (ground_truth/<defect> for masks), or normal images alone
     hub      the id of a dataset on the Hugging Face Hub with these columns, of which only `image` is needed:
 
                  image        an `Image`
@@ -40,7 +36,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -58,13 +53,12 @@ NORMAL = "good"
 
 _NORMAL_NAMES = frozenset({"good", "ok", "normal"})
 _MASK_FOLDERS = ("ground_truth", "masks")
-_TEST_SHARE = 0.2  # of the normal images, where a dataset has defects but no split of its own
+_TEST_SHARE = 0.2  # of the normal images, if a dataset has defects but no split of its own
+_MOST_UNUSABLE = 0.05  # share of broken images to go on with
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on broken files
 
 
-class Sample(NamedTuple):
-    """One image of a dataset, by its path."""
-
+class _Sample(NamedTuple):
     image: Path
     mask: Path | None
     defect_type: str
@@ -74,9 +68,8 @@ class Sample(NamedTuple):
 def binary_mask(mask: Image.Image | np.ndarray) -> np.ndarray:
     """Defect pixels of a mask as a boolean (H, W) array.
 
-    Masks come as 0 / 255 (MVTec AD), as small class numbers (VisA) and as JPEGs with noise around 0: a pixel is a
-    defect above half of 255 if any pixel reaches that, and where it is not 0 otherwise. Palettes are read as class
-    numbers.
+    Masks come as 0 / 255 (MVTec AD), as small class numbers (VisA) and as JPEGs with noise around 0. If any pixel
+    exceeds 127, those above it are defects; otherwise all that are not 0. Palettes are read as class numbers.
     """
     if isinstance(mask, Image.Image) and mask.mode in ("RGBA", "LA"):
         mask = mask.convert("RGB" if mask.mode == "RGBA" else "L")  # opaque everywhere: alpha would read as a defect
@@ -90,17 +83,17 @@ def binary_mask(mask: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _images(folder: Path) -> list[Path]:
-    """Image files directly in `folder`, sorted; none if it does not exist. Hidden files (macOS leaves `._x.png`) are
-    not images."""
-    if not folder.is_dir():
-        return []
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+    """Image files directly in `folder`, sorted."""
+    return [file for file in _visible(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    return [file for file in _visible(folder) if file.is_dir()]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder, if it exists, apart from hidden files (macOS leaves `._x.png` beside images)."""
+    return sorted(f for f in folder.iterdir() if not f.name.startswith(".")) if folder.is_dir() else []
 
 
 def _is_normal(name: str) -> bool:
@@ -117,11 +110,7 @@ def _shorten(names: Iterable[Any], most: int = 5) -> str:
 
 
 def _pair(images: list[Path], masks: list[Path], defective: list[Path]) -> dict[Path, Path]:
-    """Masks by image. `images` may own a mask, `defective` ones must.
-
-    Raises:
-        ValueError: If a mask has no image, or a defective image has no mask; names them.
-    """
+    """Masks by image. Any of `images` may have a mask, the `defective` ones must."""
     by_stem = {image.stem: image for image in images}
     pairs, orphans = {}, []
     for mask in masks:
@@ -131,15 +120,12 @@ def _pair(images: list[Path], masks: list[Path], defective: list[Path]) -> dict[
         else:
             pairs[image] = mask
     if orphans:
-        raise ValueError(
-            f"{len(orphans)} mask(s) without an image: {_shorten(orphans)}. Add the image or remove the mask."
-        )
-    _refuse_unmasked(image for image in defective if image not in pairs)
+        raise ValueError(f"{len(orphans)} mask(s) without an image: {_shorten(orphans)}. Add or remove files.")
+    _refuse_unmasked([image for image in defective if image not in pairs])
     return pairs
 
 
-def _refuse_unmasked(images: Iterable[Path]) -> None:
-    images = list(images)
+def _refuse_unmasked(images: list[Path]) -> None:
     if images:
         raise ValueError(
             f"{len(images)} defective image(s) without a mask: {_shorten(images)}. Add the masks, or remove all masks "
@@ -147,38 +133,36 @@ def _refuse_unmasked(images: Iterable[Path]) -> None:
         )
 
 
-def _defect_samples(folders: Sequence[Path], masks_root: Path | None) -> list[Sample]:
-    """Test samples of one folder a defect type, with masks from `masks_root`/<type> where there are any masks at
-    all."""
+def _defect_samples(folders: Sequence[Path], root: Path) -> list[_Sample]:
+    """Test samples from one folder per defect type, with masks from `root`/ground_truth/<type> if there are any."""
     defects = {folder.name: _images(folder) for folder in folders}
-    masks = (
-        {} if masks_root is None else {f.name: _images(f) for f in _subfolders(masks_root) if not _is_normal(f.name)}
-    )
-    any_mask = any(masks.values())
+    mask_root = next((root / name for name in _MASK_FOLDERS if (root / name).is_dir()), root / _MASK_FOLDERS[0])
+    masks = {folder.name: _images(folder) for folder in _subfolders(mask_root) if not _is_normal(folder.name)}
     samples = []
     for name in sorted(defects.keys() | masks.keys()):
         images = defects.get(name, [])
-        pairs = _pair(images, masks.get(name, []), images if any_mask else [])
-        samples += [Sample(image, pairs.get(image), name, "test") for image in images]
+        pairs = _pair(images, masks.get(name, []), images if any(masks.values()) else [])
+        samples += [_Sample(image, pairs.get(image), name, "test") for image in images]
     return samples
 
 
-def _mask_root(folder: Path) -> Path | None:
-    return next((folder / name for name in _MASK_FOLDERS if (folder / name).is_dir()), None)
+# -- Two functions per layout: the categories in a folder, and the samples of one -----------------------------------
 
 
-# -- One pair of functions a layout: which categories are there, and the samples of one -----------------------------
+def _self_or_subfolders(root: Path, is_category: Callable[[Path], bool]) -> dict[str, Path]:
+    folders = [root] if is_category(root) else [folder for folder in _subfolders(root) if is_category(folder)]
+    return {folder.name: folder for folder in folders}
 
 
 def _mvtec_categories(root: Path) -> dict[str, Path]:
-    return {f.name: f for f in _self_or_subfolders(root, lambda f: (f / "train").is_dir())}
+    return _self_or_subfolders(root, lambda folder: (folder / "train").is_dir())
 
 
-def _read_mvtec(folder: Path, category: str) -> list[Sample]:
-    train = [Sample(image, None, NORMAL, "train") for image in _normal_images(folder / "train")]
-    normal = [Sample(image, None, NORMAL, "test") for image in _normal_images(folder / "test")]
+def _read_mvtec(folder: Path, category: str) -> list[_Sample]:
+    train = [_Sample(image, None, NORMAL, "train") for image in _normal_images(folder / "train")]
+    normal = [_Sample(image, None, NORMAL, "test") for image in _normal_images(folder / "test")]
     defects = [sub for sub in _subfolders(folder / "test") if not _is_normal(sub.name)]
-    return train + normal + _defect_samples(defects, _mask_root(folder))
+    return train + normal + _defect_samples(defects, folder)
 
 
 def _visa_rows(root: Path) -> list[dict[str, str]]:
@@ -189,9 +173,7 @@ def _visa_rows(root: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(file))
     columns = {"object", "split", "label", "image", "mask"}
     if rows and not columns <= rows[0].keys():
-        raise ValueError(
-            f"{table} lacks the column(s) {_shorten(sorted(columns - rows[0].keys()))}: is it VisA's own?"
-        )
+        raise ValueError(f"{table} lacks the column(s) {_shorten(sorted(columns - rows[0].keys()))}: is it VisA's?")
     return rows
 
 
@@ -199,7 +181,7 @@ def _visa_categories(root: Path) -> dict[str, Path]:
     return dict.fromkeys(sorted({row["object"] for row in _visa_rows(root)}), root)
 
 
-def _read_visa(root: Path, category: str) -> list[Sample]:
+def _read_visa(root: Path, category: str) -> list[_Sample]:
     samples = []
     for row in _visa_rows(root):
         if row["object"] != category:
@@ -207,9 +189,9 @@ def _read_visa(root: Path, category: str) -> list[Sample]:
         normal = _is_normal(row["label"])
         if row["split"] == "train" and not normal:
             continue
-        mask = root / row["mask"] if row["mask"] and not normal else None
-        samples.append(Sample(root / row["image"], mask, NORMAL if normal else row["label"], row["split"]))
-    _refuse_unmasked(s.image for s in samples if s.defect_type != NORMAL and (s.mask is None or not s.mask.is_file()))
+        mask = None if normal else root / row["mask"]
+        samples.append(_Sample(root / row["image"], mask, NORMAL if normal else row["label"], row["split"]))
+    _refuse_unmasked([s.image for s in samples if s.mask is not None and not s.mask.is_file()])
     missing = [s.image for s in samples if not s.image.is_file()]
     if missing:
         raise ValueError(f"{len(missing)} image(s) listed in split_csv/1cls.csv do not exist: {_shorten(missing)}.")
@@ -217,11 +199,10 @@ def _read_visa(root: Path, category: str) -> list[Sample]:
 
 
 def _dagm_categories(root: Path) -> dict[str, Path]:
-    has_labels = lambda f: any((f / split / "Label").is_dir() for split in ("Train", "Test"))  # noqa: E731
-    return {f.name: f for f in _self_or_subfolders(root, has_labels)}
+    return _self_or_subfolders(root, lambda f: (f / "Train/Label").is_dir() or (f / "Test/Label").is_dir())
 
 
-def _read_dagm(folder: Path, category: str) -> list[Sample]:
+def _read_dagm(folder: Path, category: str) -> list[_Sample]:
     samples = []
     for split in ("Train", "Test"):
         images, labels = _images(folder / split), folder / split / "Label"
@@ -230,7 +211,7 @@ def _read_dagm(folder: Path, category: str) -> list[Sample]:
         named = re.findall(r"(\S+)_label\.\w+", table.read_text(), re.IGNORECASE) if table.is_file() else []
         pairs = _pair(images, _images(labels), [image for image in images if image.stem in set(named)])
         samples += [
-            Sample(image, pairs.get(image), "defect" if image in pairs else NORMAL, split.lower())
+            _Sample(image, pairs.get(image), "defect" if image in pairs else NORMAL, split.lower())
             for image in images
             if split == "Test" or image not in pairs
         ]
@@ -238,75 +219,54 @@ def _read_dagm(folder: Path, category: str) -> list[Sample]:
 
 
 def _folder_categories(root: Path) -> dict[str, Path]:
-    def has_normal(folder: Path) -> bool:
-        return any(_is_normal(sub.name) for sub in _subfolders(folder))
-
     if _images(root):
         return {root.name: root}
-    return {f.name: f for f in _self_or_subfolders(root, has_normal)}
+    return _self_or_subfolders(root, lambda folder: any(_is_normal(sub.name) for sub in _subfolders(folder)))
 
 
-def _read_folder(folder: Path, category: str) -> list[Sample]:
+def _read_folder(folder: Path, category: str) -> list[_Sample]:
     flat, subfolders = _images(folder), _subfolders(folder)
     if flat and any(_images(sub) for sub in subfolders):
-        raise ValueError(
-            f"{folder} holds images next to folders of images: move the normal ones to {folder / 'good'}."
-        )
+        raise ValueError(f"{folder} holds images next to folders of images: move the normal ones to a folder good.")
     normal = flat or _normal_images(folder)
-    defects = _defect_samples(
-        [sub for sub in subfolders if not _is_normal(sub.name) and sub.name not in _MASK_FOLDERS], _mask_root(folder)
-    )
+    kinds = [sub for sub in subfolders if not _is_normal(sub.name) and sub.name not in _MASK_FOLDERS]
+    defects = _defect_samples(kinds, folder)
     held_out = set()
     if defects:
-        # By a hash of the name: the choice does not follow the order of shooting and does not depend on the machine.
+        # By a hash of the name: independent of the order in which photos were taken, and of the machine.
         by_hash = sorted(normal, key=lambda image: zlib.crc32(image.name.encode()))
         held_out = set(by_hash[: round(_TEST_SHARE * len(normal))])
-    return [Sample(image, None, NORMAL, "test" if image in held_out else "train") for image in normal] + defects
+    return [_Sample(image, None, NORMAL, "test" if image in held_out else "train") for image in normal] + defects
 
 
-def _self_or_subfolders(root: Path, is_category: Callable[[Path], bool]) -> list[Path]:
-    return [root] if is_category(root) else [f for f in _subfolders(root) if is_category(f)]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    looks_like: str
-    categories: Callable[[Path], dict[str, Path]]
-    read: Callable[[Path, str], list[Sample]]
-
-
-# In the order in which they are tried: the most particular first.
+# In the order in which they are tried, the most specific first: what it looks like and the two functions.
 _LAYOUTS = {
-    "visa": _Layout("split_csv/1cls.csv", _visa_categories, _read_visa),
-    "dagm": _Layout("Class1/Train/Label", _dagm_categories, _read_dagm),
-    "mvtec": _Layout("<category>/train/good", _mvtec_categories, _read_mvtec),
-    "folder": _Layout("good/, or images alone", _folder_categories, _read_folder),
+    "visa": ("split_csv/1cls.csv", _visa_categories, _read_visa),
+    "dagm": ("Class1/Train/Label", _dagm_categories, _read_dagm),
+    "mvtec": ("<category>/train/good", _mvtec_categories, _read_mvtec),
+    "folder": ("good/, or images alone", _folder_categories, _read_folder),
 }
-LAYOUTS = (*_LAYOUTS, "hub")
-"""Names that `layout=` takes, next to "auto"."""
 
 
 # -- Loading --------------------------------------------------------------------------------------------------------
 
 
-def _recognise(source: str | Path, layout: str) -> tuple[str, dict[str, Path]]:
-    """The layout's name and its categories; ("hub", {}) for a dataset on the Hub."""
-    if layout not in ("auto", *LAYOUTS):
-        raise ValueError(f"unknown layout {layout!r}: choose auto, {', '.join(LAYOUTS)}.")
+def _is_hub_id(source: str | Path) -> bool:
+    return not Path(source).expanduser().exists() and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)))
+
+
+def _recognise(source: str | Path) -> tuple[str, dict[str, Path]]:
+    """The name of a folder's layout, and its categories."""
     root = Path(source).expanduser()
-    if layout == "hub" or (layout == "auto" and not root.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source))):
-        return "hub", {}
     if not root.is_dir():
         raise FileNotFoundError(
             f"there is no folder {source}: give the folder of the dataset, or owner/name on the Hub."
         )
     root = root.resolve()  # so that "." has a name
-    candidates = _LAYOUTS if layout == "auto" else {layout: _LAYOUTS[layout]}
-    for name, candidate in candidates.items():
-        categories = candidate.categories(root)
-        if categories:
-            return name, categories
-    expected = "; ".join(f"{name}: {candidate.looks_like}" for name, candidate in candidates.items())
+    for layout, (_, list_of, _) in _LAYOUTS.items():
+        if categories := list_of(root):
+            return layout, categories
+    expected = "; ".join(f"{layout}: {looks_like}" for layout, (looks_like, _, _) in _LAYOUTS.items())
     found = _shorten(sorted(f.name for f in root.iterdir())) or "nothing"
     raise ValueError(f"the layout of {root} is not recognised (it holds {found}). Expected {expected}.")
 
@@ -320,7 +280,7 @@ def _choose(category: str | None, categories: Sequence[str], source: str | Path)
     return category
 
 
-def list_categories(source: str | Path, layout: str = "auto") -> list[str]:
+def list_categories(source: str | Path) -> list[str]:
     """Names of the categories in a folder or a Hub dataset, sorted.
 
     On the Hub these are the configurations, or else the values of `category`, for which the dataset is downloaded.
@@ -329,17 +289,15 @@ def list_categories(source: str | Path, layout: str = "auto") -> list[str]:
         FileNotFoundError: If the folder or the Hub dataset does not exist.
         ValueError: If the layout is not recognised.
     """
-    layout, categories = _recognise(source, layout)
-    return _hub_categories(str(source)) if layout == "hub" else sorted(categories)
+    return _hub_categories(str(source)) if _is_hub_id(source) else sorted(_recognise(source)[1])
 
 
-def load_category(source: str | Path, category: str | None = None, *, layout: str = "auto") -> Any:
+def load_category(source: str | Path, category: str | None = None) -> Any:
     """Load one category as a `datasets.DatasetDict` with the splits "train" (normal images) and "test".
 
     Args:
         source: folder of the dataset or of one category of it, or a dataset id on the Hub (`owner/name`).
-        category: which one; not needed where there is only one.
-        layout: "auto" or one of `LAYOUTS`; the module's docstring describes them.
+        category: which one; not needed if there is only one.
 
     Returns:
         The dataset. Only paths are in memory; images are decoded row by row.
@@ -347,20 +305,20 @@ def load_category(source: str | Path, category: str | None = None, *, layout: st
     Raises:
         FileNotFoundError: If the folder or the Hub dataset does not exist.
         ValueError: If the layout is not recognised; the category is not there; it has no normal training image; a mask
-            has no image, a defective image no mask, or a mask another size than its image.
+            has no image, or a defective image no mask.
         ImportError: If `datasets` is not installed.
     """
     datasets = require("datasets", "train")
-    layout, categories = _recognise(source, layout)
-    if layout == "hub":
+    if _is_hub_id(source):
         return _load_hub(str(source), category)
+    layout, categories = _recognise(source)
     category = _choose(category, sorted(categories), source)
-    folder = categories[category]
-    samples = _LAYOUTS[layout].read(folder, category)
+    *_, read = _LAYOUTS[layout]
+    samples = read(categories[category], category)
     if not any(sample.split == "train" for sample in samples):
-        raise ValueError(f"category {category!r} in {folder} has no normal images to train on (layout {layout}).")
-    _check_mask_sizes(samples)
-    features = _features(datasets)
+        raise ValueError(
+            f"category {category!r} in {categories[category]} has no normal images to train on (layout {layout})."
+        )
     splits = {}
     for split in ("train", "test"):
         rows = [sample for sample in samples if sample.split == split]
@@ -371,7 +329,7 @@ def load_category(source: str | Path, category: str | None = None, *, layout: st
             "defect_type": [row.defect_type for row in rows],
             "split": [split] * len(rows),
         }
-        splits[split] = datasets.Dataset.from_dict(columns, features=features, split=split)
+        splits[split] = datasets.Dataset.from_dict(columns, features=_features(datasets), split=split)
     return datasets.DatasetDict(splits)
 
 
@@ -382,35 +340,7 @@ def _features(datasets: ModuleType) -> Any:
     )
 
 
-def _check_mask_sizes(samples: Iterable[Sample]) -> None:
-    """Compare sizes from the file headers; an unreadable file is `check_images`' business."""
-    for sample in samples:
-        if sample.mask is None:
-            continue
-        try:
-            size, mask_size = _shown_size(sample.image), _shown_size(sample.mask)
-        except _UNREADABLE:
-            continue
-        if size != mask_size:
-            raise ValueError(
-                f"{sample.mask} is {mask_size[0]} x {mask_size[1]} pixels but its image {sample.image} is "
-                f"{size[0]} x {size[1]}: make a mask of the image's size."
-            )
-
-
-def _shown_size(path: Path) -> tuple[int, int]:
-    """(width, height) after the EXIF rotation that `datasets` applies when it decodes."""
-    with Image.open(path) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5
-        return image.size[::-1] if turned else image.size
-
-
 # -- The Hub --------------------------------------------------------------------------------------------------------
-
-_HUB_SCHEMA = (
-    "image (an Image) and, if there are any, mask (an Image), label (0 and 1, or class names like good and scratch), "
-    "defect_type and category (text)"
-)
 
 
 def _ask_hub(function: Callable[..., Any], repo_id: str, *args: Any) -> Any:
@@ -434,14 +364,15 @@ def _hub_table(repo_id: str, config: str) -> tuple[Any, np.ndarray]:
     raw = _ask_hub(datasets.load_dataset, repo_id, config)
     table = datasets.concatenate_datasets(list(raw.values()))
     features = table.features
-    # A dataset with defects that nothing marks, under a column name of its own, would be trained on as normal.
+    # If defects are marked in a column of another name, they would be trained on as normal images.
     unknown = set(features) - {*_features(datasets), "category"}
-    pictures = [features.get("image"), features.get("mask", datasets.Image())]
     unmarked = unknown and not {"mask", "label", "defect_type"} & set(features)
+    pictures = [features.get("image"), features.get("mask", datasets.Image())]
     if unmarked or not all(isinstance(feature, datasets.Image) for feature in pictures):
         raise ValueError(
-            f"dataset {repo_id} has the columns {_shorten(table.column_names, most=40)}; expected are {_HUB_SCHEMA}. "
-            "Rename those that have other names with `dataset.rename_column` and push the result."
+            f"dataset {repo_id} has the columns {_shorten(features, most=40)}; expected are image (an Image) and, if "
+            "there are any, mask (an Image), label (0 and 1, or class names like good and scratch), defect_type and "
+            "category (text). Rename those that have other names with `dataset.rename_column` and push the result."
         )
     return table, np.repeat(list(raw), [len(part) for part in raw.values()])
 
@@ -458,7 +389,7 @@ def _hub_row_categories(repo_id: str, table: Any) -> np.ndarray:
     """Each row's category; without such a column all rows are one, named after the repository."""
     if "category" in table.features:
         return _hub_values(table, "category")
-    return np.full(len(table), repo_id.rstrip("/").rpartition("/")[2], dtype=object)
+    return np.full(len(table), repo_id.rpartition("/")[2], dtype=object)
 
 
 def _hub_categories(repo_id: str) -> list[str]:
@@ -469,24 +400,19 @@ def _hub_categories(repo_id: str) -> list[str]:
 
 
 def _load_hub(repo_id: str, category: str | None) -> Any:
-    """One category of a Hub dataset: a configuration, or the rows of that `category`.
-
-    Defective images of a train split are dropped. Without a test split every fifth normal image is held out.
-    """
+    """One category of a Hub dataset: a configuration, or the rows of that `category`."""
     datasets = require("datasets", "train")
     configs = _hub_configs(repo_id)
-    config = _choose(category, configs, repo_id) if len(configs) > 1 else configs[0]
-    table, origin = _hub_table(repo_id, config)
+    table, origin = _hub_table(repo_id, _choose(category, configs, repo_id) if len(configs) > 1 else configs[0])
     if len(configs) == 1:
         row_categories = _hub_row_categories(repo_id, table)
-        category = _choose(category, sorted(set(row_categories)), repo_id)
-        origin = np.where(row_categories == category, origin, "")
+        origin[row_categories != _choose(category, sorted(set(row_categories)), repo_id)] = ""
 
     types = _hub_defect_types(table)
-    normal = types == NORMAL
+    normal, split = types == NORMAL, origin.copy()
     if "train" in origin and "test" in origin:
         dropped = ~normal & (origin == "train")
-        split = np.where(dropped, "", origin)
+        split[dropped] = ""
         if dropped.any():
             logger.warning("%s: %d defective images of the train split are left out", repo_id, dropped.sum())
     else:
@@ -497,11 +423,12 @@ def _load_hub(repo_id: str, category: str | None) -> Any:
         found = _shorten(sorted(set(types[origin != ""])))
         raise ValueError(f"dataset {repo_id} has no normal images to train on: it has {found}.")
 
-    features = _features(datasets)
-    ours = {"label": (~normal).astype(int).tolist(), "defect_type": types.tolist(), "split": split.tolist()}
+    columns: dict[str, list] = {"label": (~normal).astype(int).tolist(), "defect_type": types.tolist()}
+    columns["split"] = split.tolist()
     if "mask" not in table.features:
-        ours["mask"] = [None] * len(table)
-    ours = datasets.Dataset.from_dict(ours, features=datasets.Features({name: features[name] for name in ours}))
+        columns["mask"] = [None] * len(table)
+    features = _features(datasets)
+    ours = datasets.Dataset.from_dict(columns, features=datasets.Features({name: features[name] for name in columns}))
     pictures = table.select_columns([name for name in ("image", "mask") if name in table.features])
     # Side by side and then selected: neither step copies or decodes an image.
     table = datasets.concatenate_datasets([pictures, ours], axis=1).select_columns(list(features))
@@ -510,37 +437,35 @@ def _load_hub(repo_id: str, category: str | None) -> Any:
 
 def _hub_defect_types(table: Any) -> np.ndarray:
     """Defect type of every row, from `label` and `defect_type`, or from the masks; all normal without any of them."""
-    columns = [name for name in ("label", "defect_type", "mask") if name in table.features]
-    if not columns:
-        return np.full(len(table), NORMAL, dtype=object)
-    if columns == ["mask"]:
+    columns = [name for name in ("label", "defect_type") if name in table.features]
+    if columns:
+        labels, kinds = _hub_values(table, columns[0]), _hub_values(table, columns[-1])
+        normal = [_is_normal(label) or label.lower() in ("0", "false") for label in labels]
+        types = [kind if kind.lower() not in ("", "1", "true") else "defect" for kind in kinds]
+        return np.where(normal, NORMAL, np.array(types, dtype=object))
+    if "mask" in table.features:
         masks = (row["mask"] for row in table.select_columns("mask"))
-        defective = [mask is not None and binary_mask(mask).any() for mask in masks]
-        return np.where(np.array(defective), "defect", NORMAL).astype(object)
-    columns = [name for name in columns if name != "mask"]
-    labels, kinds = _hub_values(table, columns[0]), _hub_values(table, columns[-1])
-    normal = np.array([_is_normal(label) or label.lower() in ("0", "false") for label in labels])
-    named = [kind if kind.lower() not in ("", "1", "true") else "defect" for kind in kinds]
-    return np.where(normal, NORMAL, np.array(named, dtype=object))
+        defective = [mask is not None and bool(binary_mask(mask).any()) for mask in masks]
+        return np.where(defective, "defect", NORMAL).astype(object)
+    return np.full(len(table), NORMAL, dtype=object)
 
 
 # -- Checking -------------------------------------------------------------------------------------------------------
 
 
-def check_images(dataset: Any, *, max_corrupt: float = 0.05) -> tuple[Any, list[str]]:
+def check_images(dataset: Any) -> tuple[Any, list[str]]:
     """Read every image and mask once, as the pipeline would, and leave out the rows that it could not use.
 
-    One image a thread is in memory at a time.
+    Each thread holds one image in memory at a time.
 
     Args:
         dataset: a `datasets.Dataset` with the columns of this module.
-        max_corrupt: the largest share of unusable rows to go on with.
 
     Returns:
         The dataset without them, and one line for each, `file: reason`, which is also logged as a warning.
 
     Raises:
-        ValueError: If more than `max_corrupt` of the rows are unusable; names the first of them.
+        ValueError: If more than 5 % of the rows are unusable; names the first of them.
     """
     datasets = require("datasets", "train")
     encoded = dataset.select_columns(["image", "mask"])
@@ -548,27 +473,29 @@ def check_images(dataset: Any, *, max_corrupt: float = 0.05) -> tuple[Any, list[
         encoded = encoded.cast_column(column, datasets.Image(decode=False))
 
     def problem(row: int) -> str | None:
+        sizes = []
         for column, file in encoded[row].items():
             if file is None:
                 continue
             name = file["path"] or f"{column} of row {row}"
             try:
                 if file["bytes"] is None:
-                    load_image(name)
+                    pixels = load_image(name)
                 else:
                     with Image.open(io.BytesIO(file["bytes"])) as image:
-                        load_image(image, name)
+                        pixels = load_image(image, name)
             except _UNREADABLE as error:
                 return str(error) if name in str(error) else f"{name}: {error}"
-        return None
+            sizes.append("{2} x {1}".format(*pixels.shape))
+        return f"{name}: is {sizes[1]} pixels, but its image is {sizes[0]}" if len(set(sizes)) > 1 else None
 
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(problem, range(len(encoded))))
     problems = [line for line in found if line is not None]
-    if len(problems) > max_corrupt * len(found):
+    if len(problems) > _MOST_UNUSABLE * len(found):
         raise ValueError(
-            f"{len(problems)} of {len(found)} images are unusable, more than {max_corrupt:.0%}: {_shorten(problems)}. "
-            "Is the copy or the download complete?"
+            f"{len(problems)} of {len(found)} images are unusable, more than {_MOST_UNUSABLE:.0%}: "
+            f"{_shorten(problems)}. Is the copy or the download complete?"
         )
     if problems:
         logger.warning("%d of %d images are left out: %s", len(problems), len(found), "; ".join(problems))

@@ -79,15 +79,6 @@ def test_every_layout_is_recognised_and_read(name, tmp_path):
                 assert image[mask].min() > image[~mask].mean() + 20
 
 
-def test_layouts_can_be_named_and_must_then_fit(tmp_path):
-    make_mvtec(tmp_path)
-    assert counts(load_category(tmp_path, layout="mvtec")) == counts(load_category(tmp_path))
-    with pytest.raises(ValueError, match="layout of .* is not recognised .*Expected visa: split_csv/1cls.csv"):
-        load_category(tmp_path, layout="visa")
-    with pytest.raises(ValueError, match="unknown layout 'mvtek': choose auto, visa, dagm, mvtec, folder, hub"):
-        load_category(tmp_path, layout="mvtek")
-
-
 def test_the_category_folder_itself_will_do(tmp_path, monkeypatch):
     make_mvtec(tmp_path)
     assert list_categories(tmp_path / "widget") == ["widget"]
@@ -189,13 +180,6 @@ def test_masks_of_a_defect_without_folder_are_named(tmp_path):
         load_category(root)
 
 
-def test_a_mask_of_another_size_is_named_with_both_sizes(tmp_path):
-    root = make_mvtec(tmp_path)
-    Image.new("L", (32, 48)).save(root / "widget" / "ground_truth" / "hole" / "002_mask.png")
-    with pytest.raises(ValueError, match=r"002_mask.png is 32 x 48 pixels but its image .*002.png is 48 x 32"):
-        load_category(root)
-
-
 def test_sizes_are_compared_after_the_rotation_tag(tmp_path):
     root = make_mvtec(tmp_path, defects={"hole": 1}, image_format=".jpg")
     file = root / "widget" / "test" / "hole" / "000.jpg"
@@ -203,8 +187,8 @@ def test_sizes_are_compared_after_the_rotation_tag(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees to show": stored lying, shown upright, and the mask fits what is shown
     upright.rotate(90, expand=True).save(file, exif=exif)
-    row = load_category(root)["test"][3]
-    assert row["image"].size == row["mask"].size == SIZE
+    usable, problems = check_images(load_category(root)["test"])
+    assert problems == [] and usable[3]["image"].size == usable[3]["mask"].size == SIZE
 
 
 def test_unknown_and_missing_category(tmp_path):
@@ -265,11 +249,14 @@ def test_corrupt_images_are_named_skipped_and_counted(tmp_path, caplog):
         check_images(load_category(root)["train"])
 
 
-def test_corrupt_masks_count_as_well(tmp_path):
-    root = make_mvtec(tmp_path, good=30)
-    (root / "widget" / "ground_truth" / "hole" / "001_mask.png").write_bytes(b"broken")
+def test_unusable_masks_are_named_and_left_out_as_well(tmp_path):
+    root = make_mvtec(tmp_path, good=40)
+    masks = root / "widget" / "ground_truth" / "hole"
+    (masks / "001_mask.png").write_bytes(b"broken")
+    Image.new("L", (32, 48)).save(masks / "002_mask.png")
     usable, problems = check_images(load_category(root)["test"])
-    assert len(usable) == 34 and "001_mask.png" in problems[0]
+    assert len(usable) == 43 and len(problems) == 2 and "001_mask.png" in problems[0]
+    assert problems[1].endswith("002_mask.png: is 32 x 48 pixels, but its image is 48 x 32")
 
 
 def palette_mask():
@@ -303,46 +290,56 @@ def test_without_datasets_it_says_what_to_install(tmp_path, monkeypatch):
         load_category(make_flat(tmp_path))
 
 
-# -- The Hub: the same files that a dataset repository holds, read by the same library, from a local folder ---------
+# -- The Hub --------------------------------------------------------------------------------------------------------
 
 
-def write_hub_dataset(folder, splits, **features):
-    """Parquet files as the Hub keeps them; `splits`: {split: rows}."""
-    folder.mkdir()
-    for split, rows in splits.items():
-        table = datasets.Dataset.from_list(rows)
-        for name, feature in features.items():
-            table = table.cast_column(name, feature)
-        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
+@pytest.fixture
+def publish(hub, tmp_path, monkeypatch):
+    """Publishes `splits`, {split: rows}, as the Hub keeps them; returns the dataset's id."""
+    hub.adopt_client(monkeypatch, tmp_path / "home")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
 
+    def publish(splits, folder="data", **features):
+        files = {}
+        for split, rows in splits.items():
+            table = datasets.Dataset.from_list(rows)
+            for name, feature in features.items():
+                table = table.cast_column(name, feature)
+            table.to_parquet(tmp_path / "table")
+            files[f"{folder}/{split}-00000-of-00001.parquet"] = (tmp_path / "table").read_bytes()
+        if ("datasets", "acme/widgets") in hub.repos:
+            hub.add_files("acme/widgets", files, repo_type="dataset")
+        else:
+            hub.add_repo("acme/widgets", files, repo_type="dataset")
+        return "acme/widgets"
 
-def test_hub_dataset_with_our_columns_comes_back_the_same(tmp_path):
+    return publish
+
+
+def test_hub_dataset_with_our_columns_comes_back_the_same(publish, tmp_path):
     data = load_category(make_mvtec(tmp_path / "local"))
     rows = {split: list(table) for split, table in data.items()}
-    source = write_hub_dataset(tmp_path / "hub", rows, image=datasets.Image(), mask=datasets.Image())
-    loaded = load_category(source, layout="hub")
+    source = publish(rows, image=datasets.Image(), mask=datasets.Image())
+    assert list_categories(source) == ["widgets"]
+    loaded = load_category(source)
     assert counts(loaded) == counts(data)
     assert loaded["test"].features == data["test"].features
     assert np.array_equal(loaded["test"][4]["mask"], data["test"][4]["mask"])
     assert check_images(loaded["test"])[1] == []
+    with pytest.raises(FileNotFoundError, match="^dataset acme/wigdets cannot be read from the Hub .*Check its name"):
+        load_category("acme/wigdets")
 
 
-def test_hub_labels_by_class_name(tmp_path, caplog):
+def test_hub_labels_by_class_name(publish, caplog):
     names = datasets.ClassLabel(names=["Crack", "Normal"])
     rows = {
         "train": [{"image": picture(), "label": i} for i in (1, 1, 0, 1)],
         "test": [{"image": picture(), "label": i} for i in (0, 1)],
         "validation": [{"image": picture(), "label": 1}],
     }
-    source = write_hub_dataset(tmp_path / "hub", rows, image=datasets.Image(), label=names)
-    loaded = load_category(source, layout="hub")
+    loaded = load_category(publish(rows, image=datasets.Image(), label=names))
     # A defective image of the train split must not be trained on, nor an image of any third split.
     assert counts(loaded) == {"train": {"good": 3}, "test": {"Crack": 1, "good": 1}}
     assert "1 defective images of the train split" in caplog.text
@@ -350,43 +347,38 @@ def test_hub_labels_by_class_name(tmp_path, caplog):
     assert list(loaded["test"]["label"]) == [1, 0]
 
 
-def test_hub_labels_by_number_name_their_type(tmp_path):
+def test_hub_labels_by_number_name_their_type(publish):
     rows = [{"image": picture(), "label": 0, "defect_type": ""}] * 5
     rows += [{"image": picture(), "label": 1, "defect_type": kind} for kind in ("dent", "")]
-    source = write_hub_dataset(tmp_path / "hub", {"train": rows}, image=datasets.Image())
-    assert counts(load_category(source, layout="hub")) == {
-        "train": {"good": 4},
-        "test": {"good": 1, "dent": 1, "defect": 1},
-    }
+    loaded = load_category(publish({"train": rows}, image=datasets.Image()))
+    assert counts(loaded) == {"train": {"good": 4}, "test": {"good": 1, "dent": 1, "defect": 1}}
 
 
-def test_hub_dataset_of_one_split_with_masks_only_and_categories(tmp_path):
+def test_hub_dataset_of_one_split_with_masks_only_and_categories(publish):
     rows = []
     for category in ("bolt", "nut"):
         for i in range(12):
             image, mask = make_image(f"{category}{i}", defective=i >= 10)
             rows.append({"image": image, "mask": mask, "category": category})
-    source = write_hub_dataset(tmp_path / "hub", {"train": rows}, image=datasets.Image(), mask=datasets.Image())
-    assert list_categories(source, layout="hub") == ["bolt", "nut"]
-    loaded = load_category(source, "nut", layout="hub")
+    source = publish({"train": rows}, image=datasets.Image(), mask=datasets.Image())
+    assert list_categories(source) == ["bolt", "nut"]
+    loaded = load_category(source, "nut")
     assert counts(loaded) == {"train": {"good": 8}, "test": {"good": 2, "defect": 2}}
     assert np.array_equal(loaded["test"][-1]["image"], rows[-1]["image"])
     for category in ("screw", None):
         with pytest.raises(ValueError, match="it has bolt, nut"):
-            load_category(source, category, layout="hub")
+            load_category(source, category)
 
 
-def test_hub_configurations_are_categories(tmp_path):
-    folder = tmp_path / "hub"
-    folder.mkdir()
+def test_hub_configurations_are_categories(publish, hub):
     for category in ("bolt", "nut"):
-        write_hub_dataset(folder / category, {"train": [{"image": picture()}]}, image=datasets.Image())
+        source = publish({"train": [{"image": picture()}]}, category, image=datasets.Image())
     configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("bolt", "nut"))
-    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    assert list_categories(str(folder), layout="hub") == ["bolt", "nut"]
-    assert counts(load_category(str(folder), "nut", layout="hub")) == {"train": {"good": 1}, "test": {}}
+    hub.add_files(source, {"README.md": f"---\nconfigs:\n{configs}---\n"}, repo_type="dataset")
+    assert list_categories(source) == ["bolt", "nut"]
+    assert counts(load_category(source, "nut")) == {"train": {"good": 1}, "test": {}}
     with pytest.raises(ValueError, match="unknown category 'screw' in .*: it has bolt, nut"):
-        load_category(str(folder), "screw", layout="hub")
+        load_category(source, "screw")
 
 
 @pytest.mark.parametrize(
@@ -394,35 +386,18 @@ def test_hub_configurations_are_categories(tmp_path):
     [
         ({"text": "x"}, "has the columns text; expected are image"),
         ({"img": picture(), "label": 0}, "columns img, label; .*rename_column"),
-        ({"image": picture(), "ground_truth": picture(True)}, "columns image, ground_truth; "),
         ({"image": picture(), "anomaly": 0}, "columns image, anomaly; "),
         ({"image": picture(), "mask": 0}, "columns image, mask; "),
         ({"image": picture(), "label": "dent"}, "no normal images to train on: it has dent"),
     ],
-    ids=["no image", "other name", "other mask", "other label", "mask that is none", "all defective"],
+    ids=["no image", "other name", "other label", "mask that is none", "all defective"],
 )
-def test_hub_datasets_of_another_schema(row, words, tmp_path):
+def test_hub_datasets_of_another_schema(row, words, publish):
     """Not guessed at: with a label or masks under other names, defective images would pass for normal ones."""
     images = {name: datasets.Image() for name, value in row.items() if isinstance(value, Image.Image)}
-    source = write_hub_dataset(tmp_path / "a", {"train": [row]}, **images)
     with pytest.raises(ValueError, match=words) as caught:
-        load_category(source, layout="hub")
+        load_category(publish({"train": [row]}, **images))
     assert "\n" not in str(caught.value)
-
-
-def test_hub_by_id(hub, tmp_path, monkeypatch):
-    hub.adopt_client(monkeypatch, tmp_path / "home")
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
-    data = load_category(make_mvtec(tmp_path / "local", train=2, good=1, defects={"hole": 1}))
-    files = {}
-    for split, table in data.items():
-        table.to_parquet(tmp_path / "table")
-        files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / "table").read_bytes()
-    hub.add_repo("acme/widgets", files, repo_type="dataset")
-    assert list_categories("acme/widgets") == ["widgets"]
-    assert counts(load_category("acme/widgets")) == counts(data)
-    with pytest.raises(FileNotFoundError, match="^dataset acme/wigdets cannot be read from the Hub .*Check its name"):
-        load_category("acme/wigdets")
 
 
 # -- The real thing -------------------------------------------------------------------------------------------------
