@@ -1,9 +1,8 @@
 """Pictures a person can act on: heat maps, outlines, masks and lists of regions from anomaly maps.
 
-Everything here draws at the image's own size and needs only numpy, scipy and Pillow. An anomaly map is an (H, W) array
-in [0, 1], and a *pixel threshold* in [0, 1] says from which value on (inclusive) a pixel belongs to a region;
-`region_threshold` derives it from the image threshold. `overlay`, `mask_image` and `find_regions` share one rule for
-what counts as a region, so the outlines, the mask and the list always agree.
+An anomaly map is an (H, W) array in [0, 1], at the size of its image; every function here raises a ValueError for
+anything else. Pixels at or above a *pixel threshold* in [0, 1], which `region_threshold` derives from the image
+threshold, form regions: the same ones in `overlay`, `mask_image` and `find_regions`.
 """
 
 import io
@@ -63,10 +62,9 @@ def region_threshold(image_threshold: float | None) -> float:
     """The pixel threshold that goes with an image threshold.
 
     The anomaly score is the mean of the 50 largest map values, so a map whose score reaches the threshold has values
-    that reach it too. The same number is therefore the largest pixel threshold that never leaves a rejected image
-    without a region (at the model's resolution). It is clipped to [0.01, 0.99]: below, outlines would follow
-    differences too faint for an 8-bit picture; above, as with the infinite threshold of a calibration on too few
-    images, even a saturated map would show nothing.
+    that reach it too: the same number is the largest pixel threshold at which every rejected image has a region (at
+    the model's resolution). It is clipped to [0.01, 0.99]: below, outlines would follow differences too faint for an
+    8-bit picture; above, as with the infinite threshold of a calibration on too few images, none would show.
 
     Args:
         image_threshold: Calibrated threshold of the anomaly score, or None for an uncalibrated model, which gives 0.5.
@@ -82,7 +80,7 @@ def region_threshold(image_threshold: float | None) -> float:
 
 
 def overlay(
-    image: Image.Image | np.ndarray,
+    image: Image.Image,
     anomaly_map: np.ndarray,
     *,
     threshold: float | None = None,
@@ -91,45 +89,35 @@ def overlay(
     regions: Sequence[Region] = (),
     highlight: Region | None = None,
 ) -> Image.Image:
-    """Lays the heat over the photo and outlines every region, so that the place shows without relying on colour.
+    """Lays the heat over the photo and outlines every region, so that it shows without relying on colour.
 
-    The colour scale is centred on the threshold (0.5 without one), because "how far beyond the limit" is what a viewer
-    decides on. The heat's opacity grows with the value from nothing, so that normal areas stay the photo.
+    The colour scale is centred on the threshold (0.5 without one): viewers decide on how far beyond it a value is. The
+    opacity of the heat grows with the value from zero, so that normal areas stay the photo.
 
     Args:
-        image: The photo: PIL image of any mode or (H, W, 3) float RGB in [0, 1].
+        image: The photo, 8 bits a channel.
         anomaly_map: (H, W) in [0, 1], at the photo's size.
         threshold: Pixel threshold in [0, 1] (see `region_threshold`). None draws no outlines.
         opacity: Of the strongest heat, 0 (photo and outlines only) to 1.
         contour: Whether to outline the regions.
-        regions: Regions to tag with their 1-based number, in the order of a table beside the picture.
-            Pictures under 66 pixels have no room for tags.
+        regions: Regions to tag with their 1-based number. Pictures under 66 pixels have no room for tags.
         highlight: A region to frame.
 
     Returns:
         RGB image of the photo's size.
-
-    Raises:
-        ValueError: If an argument is out of range, or map and photo differ in size.
     """
     values = _checked_map(anomaly_map)
-    photo = _to_rgb(image, "image")
-    if photo.size != values.shape[::-1]:
-        raise ValueError(
-            f"anomaly_map is {values.shape[1]} x {values.shape[0]} pixels, but image is {photo.width} x {photo.height}"
-            "; resize the map to the image first"
-        )
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
-
-    pivot = DEFAULT_THRESHOLD if threshold is None else _checked_threshold(threshold)
+    height, width = values.shape
+    if image.size != (width, height):
+        raise ValueError(f"anomaly_map is {width} x {height} pixels, but image is {image.width} x {image.height}")
+    pivot = DEFAULT_THRESHOLD if threshold is None else threshold
     levels = to_uint8(_centred_on(values, pivot))
     heat = Image.fromarray(levels).convert("P")
     # Up to amber only: the pale end of the scale, half transparent on a bright photo, would look weaker than orange.
     heat.putpalette(_COLORS[np.arange(256) * 4 // 5].tobytes())
     ramp = ((np.arange(256) / 255 - 0.2) / 0.7).clip(0, 1)  # nothing up to 0.4 of the threshold
     alpha = to_uint8(opacity * ramp**2 * (3 - 2 * ramp))
-    result = Image.composite(heat.convert("RGB"), photo, Image.fromarray(alpha[levels]))
+    result = Image.composite(heat.convert("RGB"), image.convert("RGB"), Image.fromarray(alpha[levels]))
 
     if contour and threshold is not None:
         _draw_contours(result, _label_regions(values, threshold) > 0)
@@ -141,77 +129,39 @@ def overlay(
 
 
 def mask_image(anomaly_map: np.ndarray, threshold: float) -> Image.Image:
-    """The regions as a black-and-white picture.
-
-    Args:
-        anomaly_map: (H, W) in [0, 1].
-        threshold: Pixel threshold in [0, 1] (see `region_threshold`).
-
-    Returns:
-        Mode "L": 255 in a region, 0 elsewhere.
-
-    Raises:
-        ValueError: If the map or an argument is out of range.
-    """
+    """The regions as a picture of mode "L": 255 in a region, 0 elsewhere."""
     return Image.fromarray(_label_regions(_checked_map(anomaly_map), threshold) > 0).convert("L")
 
 
 def anomaly_map_16bit(anomaly_map: np.ndarray) -> Image.Image:
-    """The map's values for other software: value 1 becomes 65535. Save as PNG or TIFF, the formats that keep 16 bits.
-
-    Args:
-        anomaly_map: (H, W) in [0, 1].
-
-    Returns:
-        Mode "I;16".
-
-    Raises:
-        ValueError: If the map is not a non-empty 2-D array of numbers in [0, 1].
-    """
+    """The map for other software, with 1 as 65535, of mode "I;16": save it as PNG or TIFF, which keep 16 bits."""
     return Image.fromarray((_checked_map(anomaly_map) * 65535).round().astype(np.uint16))
 
 
-def difference(image: Image.Image | np.ndarray, reconstruction: Image.Image | np.ndarray) -> Image.Image:
+def difference(image: Image.Image, reconstruction: Image.Image) -> Image.Image:
     """Where the reconstruction departs from the photo: the largest absolute difference of the three channels, as heat.
 
     Compared at the reconstruction's size, because against the sharper photo every edge would light up. The scale is
     fixed, so that pictures can be compared: black is no difference, the brightest colour half the full range or more.
 
     Args:
-        image: The photo: PIL image of any mode or (H, W, 3) float RGB in [0, 1].
-        reconstruction: The model's picture of the normal part, the same kinds, of any size.
+        image: The photo, RGB.
+        reconstruction: The model's picture of the normal part, RGB of any size.
 
     Returns:
         RGB image of the photo's size.
-
-    Raises:
-        ValueError: If an array is not RGB in [0, 1].
     """
-    photo, normal = _to_rgb(image, "image"), _to_rgb(reconstruction, "reconstruction")
-    size = photo.size
-    if normal.size != size:
-        photo = photo.resize(normal.size, Image.Resampling.BILINEAR)
-    delta = np.abs(np.asarray(photo, dtype=np.int16) - np.asarray(normal, dtype=np.int16)).max(axis=2)
-    heat = Image.fromarray(_COLORS[np.minimum(2 * delta, 255)])
-    return heat if heat.size == size else heat.resize(size, Image.Resampling.BILINEAR)
+    photo = image.resize(reconstruction.size, Image.Resampling.BILINEAR)
+    delta = np.abs(np.asarray(photo, dtype=np.int16) - np.asarray(reconstruction, dtype=np.int16)).max(axis=2)
+    return Image.fromarray(_COLORS[np.minimum(2 * delta, 255)]).resize(image.size, Image.Resampling.BILINEAR)
 
 
 def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[Region]:
     """Lists the 8-connected regions at or above the pixel threshold, strongest first.
 
     Regions smaller than 1 in 65,536 of the image are left out: less than one pixel of a 256-pixel model is an artefact
-    of enlarging the map.
-
-    Args:
-        anomaly_map: (H, W) in [0, 1], at the image's own size.
-        threshold: Pixel threshold in [0, 1] (see `region_threshold`).
-
-    Returns:
-        Regions by falling peak, compared to three decimals as people read it (otherwise a speck at 0.99999 would
-        precede a large region at 0.99998), then falling area, then top to bottom.
-
-    Raises:
-        ValueError: If the map or an argument is out of range.
+    of enlarging the map. Peaks are compared to three decimals, as people read them (otherwise a speck at 0.99999 would
+    precede a large region at 0.99998); equal ones are ordered by falling area, then top to bottom.
     """
     values = _checked_map(anomaly_map)
     labels = _label_regions(values, threshold)
@@ -222,10 +172,8 @@ def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[Region]:
         inside, strength = labels[box] == number, values[box]
         ys, xs = np.nonzero(inside)
         peak = strength[inside].max()
-        at_peak = strength[inside] == peak
-        # Of equal peaks the one closest to the centroid.
-        distance = np.where(at_peak, (ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2, np.inf)
-        nearest = distance.argmin()
+        from_centroid = (ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2
+        nearest = np.where(strength[inside] == peak, from_centroid, np.inf).argmin()
         y0, x0 = box[0].start, box[1].start
         regions.append(
             Region(
@@ -241,15 +189,8 @@ def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[Region]:
 
 
 def location_words(region: Region, size: tuple[int, int]) -> str:
-    """Says where a region lies: "upper left", "left", "centre", …, by the third of the image its box is centred in.
-
-    Args:
-        region: From `find_regions`.
-        size: `(width, height)` of the image, as `image.size` gives it.
-
-    Returns:
-        One of the nine places, or "most of the image" for a box over 80 % of both the width and the height.
-    """
+    """Says where a region lies in an image of that `(width, height)`: "upper left", "left", "centre", …, by the third
+    of the image its box is centred in, or "most of the image" for a box over 80 % of both width and height."""
     (x0, y0, x1, y1), (width, height) = region.box, size
     if x1 - x0 > 0.8 * width and y1 - y0 > 0.8 * height:
         return "most of the image"
@@ -259,16 +200,7 @@ def location_words(region: Region, size: tuple[int, int]) -> str:
 
 
 def side_by_side(images: Sequence[Image.Image], height: int = 256, gap: int = 8) -> Image.Image:
-    """Puts pictures of any sizes in a row on white, each scaled to the same height.
-
-    Args:
-        images: RGB pictures.
-        height: Of the row in pixels.
-        gap: White pixels between two pictures.
-
-    Returns:
-        RGB image.
-    """
+    """Puts RGB pictures of any sizes in a row, each scaled to the same height, with white gaps between them."""
     scaled = [image.resize((max(1, round(image.width * height / image.height)), height)) for image in images]
     row = Image.new("RGB", (sum(image.width for image in scaled) + gap * (len(scaled) - 1), height), "white")
     x = 0
@@ -283,10 +215,7 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> Path:
 
     Args:
         image: Any PIL image; "I;16" keeps its 16 bits as PNG or TIFF.
-        path: Target; the suffix decides the format, missing folders are made, an existing file is replaced.
-
-    Returns:
-        The path written.
+        path: The suffix decides the format; missing folders are made, an existing file is replaced.
 
     Raises:
         ValueError: If the suffix is no picture format, or the format cannot hold the image's mode.
@@ -296,7 +225,7 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> Path:
     image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format not in Image.SAVE:
         raise ValueError(f"cannot write {path}: {path.suffix or 'no suffix'!r} is not a picture format; use .png")
-    # Encoded first, so that only encoding raises what is the picture's fault and only writing what is the folder's.
+    # Encoded first, to tell errors of the picture from errors of the folder.
     encoded = io.BytesIO()
     try:
         image.save(encoded, format=image_format)
@@ -313,43 +242,14 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> Path:
 
 
 def _checked_map(anomaly_map: np.ndarray) -> np.ndarray:
-    """The map as float32 (H, W) in [0, 1], or a ValueError that says what is wrong with it."""
-    values = np.asarray(anomaly_map)
-    if values.ndim != 2 or values.size == 0:
-        raise ValueError(f"anomaly_map must be a non-empty (height, width) array, got shape {values.shape}")
-    values = values.astype(np.float32, copy=False)
-    low, high = values.min(), values.max()
-    if np.isnan(low):  # the minimum of an array with a NaN is NaN
-        raise ValueError(f"anomaly_map contains NaN ({int(np.isnan(values).sum())} of {values.size} pixels)")
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"anomaly_map must lie in [0, 1], got values from {low:g} to {high:g}")
-    return values if low >= 0 and high <= 1 else values.clip(0, 1)
-
-
-def _checked_threshold(threshold: float) -> float:
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"the pixel threshold must lie in [0, 1], got {threshold}; see region_threshold()")
-    return float(threshold)
-
-
-def _to_rgb(image: Image.Image | np.ndarray, name: str) -> Image.Image:
-    """A PIL image of any mode, or an (H, W, 3) float array in [0, 1], as 8-bit RGB."""
-    if isinstance(image, Image.Image):
-        if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip to white
-            return Image.fromarray(to_uint8(np.asarray(image) / 65535)).convert("RGB")
-        return image.convert("RGB")
-    values = np.asarray(image)
-    if (
-        values.ndim != 3
-        or values.shape[2] != 3
-        or values.dtype.kind != "f"
-        or not (np.abs(values - 0.5) <= 0.501).all()
-    ):
+    values = np.asarray(anomaly_map, dtype=np.float32)
+    # NaN is in no range.
+    if values.ndim != 2 or not values.size or not (np.abs(values - 0.5) <= 0.501).all():
         raise ValueError(
-            f"{name} must be a PIL image or an (height, width, 3) float array in [0, 1], "
-            f"got {values.dtype} of shape {values.shape}"
+            f"anomaly_map must be a non-empty (height, width) array of numbers in [0, 1], got shape {values.shape}"
+            + (f" with values from {values.min():g} to {values.max():g}" if values.size else "")
         )
-    return Image.fromarray(to_uint8(values))
+    return values.clip(0, 1)
 
 
 def _centred_on(values: np.ndarray, pivot: float) -> np.ndarray:
@@ -361,7 +261,7 @@ def _centred_on(values: np.ndarray, pivot: float) -> np.ndarray:
 
 def _label_regions(values: np.ndarray, threshold: float) -> np.ndarray:
     """(H, W) labels of the 8-connected regions that are large enough (their numbers may have gaps), 0 elsewhere."""
-    labels, _ = ndimage.label(values >= _checked_threshold(threshold), structure=np.ones((3, 3)))
+    labels, _ = ndimage.label(values >= threshold, structure=np.ones((3, 3)))
     specks = np.bincount(labels.ravel()) < values.size // 65536
     if specks.any():
         labels[specks[labels]] = 0
@@ -371,23 +271,6 @@ def _label_regions(values: np.ndarray, threshold: float) -> np.ndarray:
 def _line_width(size: tuple[int, int]) -> int:
     """Pixels per tone of an outline: 1 up to 450 x 450, 16 at 6000 x 4000; by area, so that it fits strips."""
     return max(1, round(math.sqrt(size[0] * size[1]) / 300))
-
-
-def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Dilates by a disc: ORs the disc's rows, widest last, shifted up and down.
-
-    scipy's dilation visits the whole disc for every pixel, which takes seconds on a large photo.
-    """
-    grown, run, half = mask.copy(), mask.copy(), 0
-    for dy in range(radius, -1, -1):
-        for _ in range(int(math.sqrt((radius + 0.5) ** 2 - dy * dy)) - half):
-            wider = run.copy()
-            wider[:, 1:] |= run[:, :-1]
-            wider[:, :-1] |= run[:, 1:]
-            run, half = wider, half + 1
-        grown[dy:] |= run[: len(run) - dy]
-        grown[: len(run) - dy] |= run[dy:]
-    return grown
 
 
 def _draw_contours(picture: Image.Image, mask: np.ndarray) -> None:
@@ -403,11 +286,12 @@ def _draw_contours(picture: Image.Image, mask: np.ndarray) -> None:
     y0, y1 = max(rows[0] - margin, 0), min(rows[-1] + margin + 1, mask.shape[0])
     x0, x1 = max(columns[0] - margin, 0), min(columns[-1] + margin + 1, mask.shape[1])
     inner = mask[y0:y1, x0:x1]
-    light_end = _grow(inner, width)
-    light, dark = light_end & ~inner, _grow(inner, 2 * width) & ~light_end
+    distance = ndimage.distance_transform_edt(~inner)
+    light = ~inner & (distance <= width + 0.5)
+    dark = ~inner & ~light & (distance <= 2 * width + 0.5)
     if min(mask.shape) > 8 * width:  # narrower strips would be all line
-        from_border_y, from_border_x = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in mask.shape)
-        depth = np.minimum(from_border_y[y0:y1, None], from_border_x[x0:x1])
+        from_y, from_x = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in mask.shape)
+        depth = np.minimum(from_y[y0:y1, None], from_x[x0:x1])
         dark |= inner & (depth < width)
         light |= inner & (depth >= width) & (depth < 2 * width)
     for line, color in ((dark, _DARK), (light, _LIGHT)):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -46,9 +45,9 @@ def luminance(rgb):
 
 
 def heat_scale():
-    """All colours of the scale, (256, 3): `difference` maps half of the range to all of it."""
-    levels = np.repeat(np.arange(256, dtype=np.float32)[None, :, None] / 510, 3, axis=2)
-    return np.asarray(difference(levels, np.zeros_like(levels)))[0].astype(float)[::2]
+    """Every second colour of the scale, (128, 3): `difference` maps half of the range to all of it."""
+    levels = Image.fromarray(np.arange(128, dtype=np.uint8)[None]).convert("RGB")
+    return np.asarray(difference(levels, Image.new("RGB", (128, 1))))[0].astype(float)
 
 
 def test_lightness_of_the_heat_scale_rises_without_a_break():
@@ -66,9 +65,9 @@ def test_heat_scale_is_the_published_one():
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (np.array([[0.1, np.nan]]), r"NaN \(1 of 2"),
-        (np.array([[0.1, np.inf]]), "got .* inf"),
-        (np.array([[0.0, 255.0]]), "got .* 0 to 255"),
+        (np.array([[0.1, np.nan]]), "from nan"),
+        (np.array([[0.1, np.inf]]), "to inf"),
+        (np.array([[0.0, 255.0]]), "from 0 to 255"),
         (np.zeros((1, 4, 4)), r"got shape \(1, 4, 4\)"),
         (np.zeros((0, 4)), "non-empty"),
     ],
@@ -200,25 +199,10 @@ def test_tags_stay_inside_the_picture_beside_their_regions():
     )
 
 
-def grey_ramp_16bit():
-    return Image.fromarray(np.linspace(0, 65535, 60 * 80).reshape(60, 80).astype(np.uint16))
-
-
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_photos_of_any_mode(mode):
     image = photo().convert(mode)
     assert overlay(image, blank()).tobytes() == image.convert("RGB").tobytes()
-
-
-def test_photos_of_16_bit_and_arrays():
-    shown = np.asarray(overlay(grey_ramp_16bit(), blank()))
-    assert shown[0, 0, 0] == 0 and shown[-1, -1, 0] == 255 and 120 < shown[30, 0, 0] < 136, "16 bit must be scaled"
-    array = np.asarray(photo(), dtype=np.float32) / 255
-    assert overlay(array, blank()).tobytes() == photo().tobytes()
-    with pytest.raises(ValueError, match="image must be a PIL image or"):
-        overlay(np.asarray(photo()), blank())
-    with pytest.raises(ValueError, match="image must be a PIL image or"):
-        overlay(array * np.nan, blank())
 
 
 def test_the_photo_is_left_alone():
@@ -228,18 +212,9 @@ def test_the_photo_is_left_alone():
     assert (image.tobytes(), anomaly_map.tobytes()) == before
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"opacity": 1.5}, "opacity"),
-        ({"threshold": 1.5}, "pixel threshold .* 1.5"),
-        ({"threshold": float("nan")}, "pixel threshold"),
-        ({"image": photo(80, 60)}, "anomaly_map is 80 x 60 pixels, but image is 60 x 80"),
-    ],
-)
-def test_overlay_names_the_wrong_argument(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        overlay(**{"image": photo(), "anomaly_map": blank(), **kwargs})
+def test_a_map_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="anomaly_map is 80 x 60 pixels, but image is 60 x 80"):
+        overlay(photo(80, 60), blank())
 
 
 # Thresholds, masks, 16-bit maps
@@ -404,7 +379,6 @@ def test_difference_compares_at_the_size_of_the_reconstruction():
     result = difference(sharp, same_but_small)
     assert result.size == sharp.size
     assert luminance(np.asarray(result).astype(float)).max() < 0.01
-    assert difference(sharp, np.asarray(same_but_small, dtype=np.float32) / 255).tobytes() == result.tobytes()
 
 
 def test_pictures_side_by_side_are_whole_and_in_order():
@@ -430,24 +404,17 @@ def test_save_image_makes_folders_replaces_and_leaves_no_litter(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask, "others must be able to read it as any file written here"
 
 
-def test_save_image_is_never_seen_half_written(tmp_path):
-    path = tmp_path / "picture.png"
-    noise = [
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (200, 200, 3), dtype=np.uint8)) for i in range(4)
-    ]
-    save_image(noise[0], path)
+def test_an_interrupted_save_image_leaves_the_old_file(tmp_path, monkeypatch):
+    path = save_image(photo(), tmp_path / "picture.png")
+    before = path.read_bytes()
 
-    def read():
-        with Image.open(path) as loaded:
-            return loaded.tobytes()
+    def killed(*_):
+        raise KeyboardInterrupt
 
-    with ThreadPoolExecutor(8) as pool:
-        writes = [pool.submit(save_image, noise[i % 4], path) for i in range(24)]
-        reads = [pool.submit(read) for _ in range(24)]
-        assert {r.result() for r in reads} <= {n.tobytes() for n in noise}
-        for write in writes:
-            write.result()
-    assert os.listdir(tmp_path) == ["picture.png"]
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_image(photo(color=(1, 2, 3)), path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["picture.png"]
 
 
 def test_save_image_names_a_folder_that_is_a_file(tmp_path):
