@@ -20,28 +20,28 @@ from ..files import require, write_json
 from ..version import __version__
 from .metrics import ImagePixels, detection_metrics, image_metrics, pixel_curve, read_pixel_metrics
 
+_NUM_WORST = 8  # misses and false alarms, each, whose maps are kept for the plots
+
 
 class AnomalyEvaluator:
     """Collects predictions image by image and computes every metric at the end.
 
-    Memory: 4 bytes a background pixel and 8 a defect pixel are kept, and `compute` briefly needs 2.5 times that: about
+    It keeps 4 bytes per background pixel and 8 per defect pixel, and `compute` briefly needs 2.5 times that: about
     0.7 GB for 1,000 maps of 256 px. Maps are compared as float32.
 
-    Args:
-        threshold: images with a score above it are flagged; adds false-alarm and miss rates.
-        n_bootstrap: resamples behind the 95 % intervals; 0 leaves the intervals out.
-        seed: of the resampling.
-
-    The intervals resample normal and anomalous images separately, because whoever made the test set decided how many
+    The bootstrap draws normal and anomalous images separately, because whoever made the test set decided how many
     there are of each. Image-level resamples are exact; pixel-level ones use about 1,000 thresholds and are centred on
     the exact value. Rates get the exact binomial (Clopper-Pearson) interval, which, unlike the bootstrap's, does not
     collapse to a point when no image was missed.
+
+    Args:
+        threshold: images with a score above it are flagged; adds false-alarm and miss rates.
+        n_bootstrap: resamples behind the 95 % intervals; 0 leaves out all but the binomial ones.
     """
 
-    def __init__(self, threshold: float | None = None, *, n_bootstrap: int = 1000, seed: int = 0):
+    def __init__(self, threshold: float | None = None, *, n_bootstrap: int = 1000):
         self.threshold = threshold
         self.n_bootstrap = n_bootstrap
-        self.seed = seed
         self._pixels: list[ImagePixels | None] = []
         self._scores: list[float] = []
         self._labels: list[int] = []
@@ -63,7 +63,7 @@ class AnomalyEvaluator:
                 one, which then counts in the image metrics alone.
             score: the image's anomaly score.
             label: 0 normal / 1 anomalous.
-            defect_type: kind of defect; None means "good" or "defect", by the label.
+            defect_type: "good" or "defect", by the label, if None.
 
         Raises:
             ValueError: If sizes differ, values are not finite, or a normal image has defect pixels.
@@ -96,16 +96,13 @@ class AnomalyEvaluator:
         """
         if not self._scores:
             raise ValueError("there is nothing to evaluate: no image was given.")
-        labels = np.array(self._labels)
-        everything = np.arange(len(labels))
-        result, curve = self._metrics(everything)
+        labels, types = np.array(self._labels), np.array(self._types)
+        result, curve = self._metrics(np.arange(len(labels)))
         if self.n_bootstrap:
             result["intervals"] |= self._bootstrap(result, curve)
-        normal = np.flatnonzero(labels == 0)
-        types = np.array(self._types)
         result["defect_types"] = {}
         for name in sorted(set(types[labels == 1])):
-            of_type, _ = self._metrics(np.union1d(normal, np.flatnonzero((types == name) & (labels == 1))))
+            of_type, _ = self._metrics(np.flatnonzero((labels == 0) | (types == name)))
             for key in ("num_normal", "num_images", "false_alarm_rate", "threshold", "intervals"):
                 of_type.pop(key, None)
             result["defect_types"][str(name)] = of_type
@@ -140,7 +137,7 @@ class AnomalyEvaluator:
 
     def _bootstrap(self, exact: dict[str, Any], curve: tuple | None) -> dict[str, list[float]]:
         """95 % percentile intervals; a resample is a row of counts: how often each image was drawn."""
-        rng = np.random.default_rng(self.seed)
+        rng = np.random.default_rng(0)
         labels, scores = np.array(self._labels), np.array(self._scores)
         counts = np.zeros((self.n_bootstrap, len(labels)))
         for label in (0, 1):
@@ -176,23 +173,16 @@ def _interval(samples: np.ndarray) -> list[float]:
     return [float(low), float(high)]
 
 
-def _count_tables(
-    images: list[ImagePixels], thresholds: np.ndarray, fp: np.ndarray, tp: np.ndarray, num_thresholds: int = 1000
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """False positives, true positives and found regions of every image at a grid of thresholds, each (images, grid).
+def _count_tables(images: list[ImagePixels], thresholds: np.ndarray, fp: np.ndarray, tp: np.ndarray) -> np.ndarray:
+    """False positives, true positives and found regions of every image at a grid of thresholds: (3, images, grid).
 
-    The grid takes its thresholds at equal steps of recall (for AP, F1) and at equal and at geometric steps of the
-    false-positive rate (for the areas under curves), where the exact curve has them.
+    The grid takes thresholds of the exact curve at 333 equal steps of recall (for AP, F1) and at as many equal and
+    geometric steps of the false-positive rate (for the areas under curves).
     """
     fpr, recall = fp[2:-1:2] / fp[-1], tp[0, 2:-1:2] / tp[0, -1]
-    third = num_thresholds // 3
-    picks = np.concatenate(
-        [
-            np.searchsorted(recall, np.linspace(0, 1, third)),
-            np.searchsorted(fpr, np.linspace(0, 1, third)),
-            np.searchsorted(fpr, np.geomspace(1 / fp[-1], 1, third)),
-        ]
-    )
+    equal = np.linspace(0, 1, 333)
+    steps = ((recall, equal), (fpr, equal), (fpr, np.geomspace(1 / fp[-1], 1, 333)))
+    picks = np.concatenate([np.searchsorted(rates, wanted) for rates, wanted in steps])
     grid = thresholds[np.unique(np.minimum(picks, len(thresholds) - 1))]
     tables = np.zeros((3, len(images), len(grid) + 2))
     for i, image in enumerate(images):
@@ -204,7 +194,7 @@ def _count_tables(
             cumulative = np.r_[0.0, np.cumsum(weight)]
             tables[row, i, 1:-1] = cumulative[-1] - cumulative[below]
             tables[row, i, -1] = cumulative[-1]
-    return tables[0], tables[1], tables[2]
+    return tables
 
 
 @dataclass
@@ -214,9 +204,9 @@ class EvaluationResult:
     Attributes:
         metrics: see `AnomalyEvaluator.compute`; plus `resolution` (pixels, the model's own), `seconds_per_image` and
             `provenance`.
-        predictions: one dict an image: `index` in the dataset, `file`, `label`, `defect_type`, `anomaly_score`, and
-            where the model is calibrated `p_value` and `is_anomalous`.
-        worst: anomaly maps of the anomalous images with the lowest scores and the normal ones with the highest,
+        predictions: one dict per image: `index` in the dataset, `file`, `label`, `defect_type`, `anomaly_score`, and
+            of a calibrated model `p_value` and `is_anomalous`.
+        worst: anomaly maps of the 8 anomalous images with the lowest scores and of the 8 normal ones with the highest,
             {index: (H, W) float32}.
     """
 
@@ -231,14 +221,7 @@ class EvaluationResult:
 
 
 def evaluate_pipeline(
-    pipe: Any,
-    dataset: Any,
-    *,
-    batch_size: int | None = None,
-    limit: int | None = None,
-    progress: bool = True,
-    n_bootstrap: int = 1000,
-    num_worst: int = 8,
+    pipe: Any, dataset: Any, *, batch_size: int | None = None, progress: bool = True
 ) -> EvaluationResult:
     """Run a `DiffusionADPipeline` over a dataset and compute every metric at each image's own size.
 
@@ -250,59 +233,50 @@ def evaluate_pipeline(
         dataset: a `datasets.Dataset` with the columns of `diffusionad_hf.data`, or a `DatasetDict`, whose "test" is
             taken.
         batch_size: images per call; None is the pipeline's default.
-        limit: evaluate only this many images, spread evenly over the dataset so that every defect type stays present.
         progress: show a progress bar.
-        n_bootstrap: resamples behind the intervals.
-        num_worst: how many misses, and how many false alarms, to keep the maps of.
 
     Raises:
-        ValueError: If the dataset is empty, or `batch_size` or `limit` is not positive.
+        ValueError: If the dataset is empty, or an image and its label or mask contradict each other.
     """
     datasets = require("datasets", "train")
     if isinstance(dataset, dict):
         dataset = dataset["test"]
-    batch_size = pipe.default_batch_size if batch_size is None else batch_size
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"batch_size and limit must be at least 1, got {batch_size} and {limit}.")
     if not len(dataset):
         raise ValueError("the dataset has no test images to evaluate on.")
-    index = np.arange(len(dataset))
-    if limit is not None and limit < len(index):
-        index = np.unique(np.linspace(0, len(index) - 1, limit).round().astype(int))
-
+    batch_size = pipe.default_batch_size if batch_size is None else batch_size
     files = dataset.cast_column("image", datasets.Image(decode=False))
-    evaluator = AnomalyEvaluator(pipe.threshold, n_bootstrap=n_bootstrap)
+    evaluator = AnomalyEvaluator(pipe.threshold)
     predictions: list[dict[str, Any]] = []
     worst: dict[int, list[tuple[float, int, np.ndarray]]] = {0: [], 1: []}
     timings: list[tuple[float, int]] = []
-    with tqdm(total=len(index), desc="Evaluating", unit="image", disable=not progress) as bar:
-        for start in range(0, len(index), batch_size):
-            rows = index[start : start + batch_size]
-            batch = dataset[rows]
+    with tqdm(total=len(dataset), desc="Evaluating", unit="image", disable=not progress) as bar:
+        for start in range(0, len(dataset), batch_size):
+            batch = dataset[start : start + batch_size]
             began = time.perf_counter()
             output = pipe(batch["image"], batch_size=batch_size)
-            timings.append((time.perf_counter() - began, len(rows)))
-            for i, row in enumerate(rows.tolist()):
+            timings.append((time.perf_counter() - began, len(batch["image"])))
+            for i, (label, defect_type, mask) in enumerate(
+                zip(batch["label"], batch["defect_type"], batch["mask"], strict=True)
+            ):
                 anomaly_map, score = output.anomaly_map[i], float(output.anomaly_score[i])
-                label, defect_type = int(batch["label"][i]), batch["defect_type"][i]
-                mask = None if batch["mask"][i] is None else binary_mask(batch["mask"][i])
-                path = Path(files[row]["image"]["path"] or f"{row}")
+                path = Path(files[start + i]["image"]["path"] or f"{start + i}")
                 try:
-                    evaluator.update(anomaly_map, mask, score, label, defect_type)
+                    evaluator.update(
+                        anomaly_map, None if mask is None else binary_mask(mask), score, label, defect_type
+                    )
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from None
-                file = "/".join(path.parts[-2:])
-                prediction = {"index": row, "file": file, "label": label, "defect_type": defect_type}
-                prediction["anomaly_score"] = score
+                prediction = {"index": start + i, "file": "/".join(path.parts[-2:]), "label": label}
+                prediction |= {"defect_type": defect_type, "anomaly_score": score}
                 if output.p_value is not None:
                     prediction["p_value"] = float(output.p_value[i])
                 if output.is_anomalous is not None:
                     prediction["is_anomalous"] = bool(output.is_anomalous[i])
                 predictions.append(prediction)
-                heapq.heappush(worst[label], (score if label == 0 else -score, row, anomaly_map))
-                if len(worst[label]) > num_worst:
+                heapq.heappush(worst[label], (score if label == 0 else -score, start + i, anomaly_map))
+                if len(worst[label]) > _NUM_WORST:
                     heapq.heappop(worst[label])
-            bar.update(len(rows))
+                bar.update()
 
     timed = timings[1:] or timings
     metrics = evaluator.compute()
@@ -327,11 +301,8 @@ def describe_hardware(device: Any) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
-    try:
-        # The only place where Linux gives the processor's name.
-        cpu_info = Path("/proc/cpuinfo").read_text()
-        if found := re.search(r"^model name\s*: (.+)$", cpu_info, re.MULTILINE):
-            name = found[1]
-    except OSError:
-        pass
+    # The only place where Linux gives the processor's name.
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.is_file() and (found := re.search(r"^model name\s*: (.+)$", cpu_info.read_text(), re.MULTILINE)):
+        name = found[1]
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name

@@ -80,14 +80,9 @@ def roc_vertices(
 
 
 def image_metrics(scores: Sequence[float] | np.ndarray, labels: Sequence[int] | np.ndarray) -> dict[str, float]:
-    """Image AUROC, AP and F1-max.
+    """`image_auroc`, `image_ap` and `image_f1_max` of N scores, on any scale, and labels (0 normal / 1 anomalous).
 
-    Args:
-        scores: anomaly scores, (N,), any scale.
-        labels: 0 normal / 1 anomalous, (N,).
-
-    Returns:
-        `image_auroc`, `image_ap`, `image_f1_max`; empty if only one class is present.
+    Empty if only one class is present.
     """
     values, anomalous = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
     if anomalous.all() or not anomalous.any():
@@ -115,9 +110,7 @@ class ImagePixels:
                 "resize the map to the mask, never the mask to the map."
             )
         if not np.isfinite(anomaly_map).all():
-            raise ValueError(
-                "anomaly_map holds NaN or infinite values: check the model's weights and the input image."
-            )
+            raise ValueError("anomaly_map holds NaN or infinite values: check the model's weights and the image.")
         ids = ndimage.label(mask, structure=_CONNECTED_8)[0][mask]
         return cls(
             background=np.sort(anomaly_map[~mask]),
@@ -151,6 +144,10 @@ def read_pixel_metrics(fp: np.ndarray, tp: np.ndarray, found_regions: np.ndarray
 def pixel_metrics(anomaly_maps: Iterable[np.ndarray], masks: Iterable[np.ndarray | None]) -> dict[str, float]:
     """Pixel AUROC, AP, F1-max and exact AUPRO over the pixels of all images.
 
+    AUPRO is the area under the per-region overlap up to a false-positive rate, with every distinct score a threshold
+    and 8-connected regions. The area is only divided by that rate, so a detector with saturated background scores,
+    which reaches few false-positive rates, is judged on the same axis as any other.
+
     Args:
         anomaly_maps: N maps (H, W), read as float32; sizes may differ between images.
         masks: N masks (H, W), non-zero on defects, or None for an image without one.
@@ -169,26 +166,7 @@ def pixel_metrics(anomaly_maps: Iterable[np.ndarray], masks: Iterable[np.ndarray
     return {name: float(value) for name, value in read_pixel_metrics(fp, tp, found_regions).items()}
 
 
-def aupro(
-    anomaly_maps: Iterable[np.ndarray], masks: Iterable[np.ndarray | None], max_fpr: float = 0.3
-) -> float | None:
-    """Area under the per-region overlap up to a false-positive rate, in [0, 1], with every distinct score a threshold.
-
-    Regions are 8-connected. The area is only divided by `max_fpr`, so a detector with saturated background scores,
-    which reaches few false-positive rates, is judged on the same axis as any other.
-
-    Args:
-        anomaly_maps: N maps (H, W), sizes may differ between images.
-        masks: N masks (H, W), non-zero on defects, or None.
-        max_fpr: where to stop, in (0, 1].
-
-    Returns:
-        The area, or None if there is no defect or no background pixel.
-
-    Raises:
-        ValueError: If `max_fpr` is outside (0, 1], or maps and masks do not match.
-    """
-    if not 0 < max_fpr <= 1:
-        raise ValueError(f"max_fpr must be in (0, 1], got {max_fpr}.")
+def aupro(anomaly_maps: Iterable[np.ndarray], masks: Iterable[np.ndarray | None]) -> float | None:
+    """AUPRO at 30 % alone, as in `pixel_metrics`; None if there is no defect or no background pixel."""
     curve = pixel_curve([ImagePixels.of(*pair) for pair in zip(anomaly_maps, masks, strict=True)])
-    return None if curve is None else float(partial_area(curve[1], curve[2][1], max_fpr))
+    return None if curve is None else float(partial_area(curve[1], curve[2][1], AUPRO_LIMITS["aupro_30"]))

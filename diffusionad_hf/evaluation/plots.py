@@ -15,7 +15,7 @@ from .metrics import roc_vertices
 
 
 def save_plots(result: EvaluationResult, dataset: Any, folder: str | Path) -> list[Path]:
-    """Draw `roc_curve.png`, `score_histogram.png` and `worst_cases.png` into `folder`.
+    """Draw `roc_curve.png` (if there are both classes), `score_histogram.png` and `worst_cases.png` into `folder`.
 
     Args:
         result: of `evaluate_pipeline`.
@@ -23,7 +23,7 @@ def save_plots(result: EvaluationResult, dataset: Any, folder: str | Path) -> li
         folder: created if missing.
 
     Returns:
-        Paths of the files written. There is no ROC curve if one class is missing.
+        Paths of the files written.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -33,9 +33,7 @@ def save_plots(result: EvaluationResult, dataset: Any, folder: str | Path) -> li
         dataset = dataset["test"]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"score_histogram.png": _plot_histogram(result)}
-    if result.worst:
-        figures["worst_cases.png"] = _plot_worst(result, dataset)
+    figures = {"score_histogram.png": _plot_histogram(result), "worst_cases.png": _plot_worst(result, dataset)}
     if "image_auroc" in result.metrics:
         figures["roc_curve.png"] = _plot_roc(result)
     for name, figure in figures.items():
@@ -60,9 +58,9 @@ def _plot_roc(result: EvaluationResult) -> Any:
         xlabel="false-alarm rate", ylabel="detection rate", title="ROC curve of images", aspect="equal"
     )
     metrics = result.metrics
-    interval = metrics["intervals"].get("image_auroc")
-    spread = f" (95 %: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-    auroc = f"AUROC {metrics['image_auroc']:.3f}{spread}"
+    auroc = "AUROC {:.3f} (95 %: {:.3f} to {:.3f})".format(
+        metrics["image_auroc"], *metrics["intervals"]["image_auroc"]
+    )
     axes.plot(fp / fp[-1], tp[0] / tp[0, -1], label=auroc, clip_on=False, zorder=3)
     axes.plot([0, 1], [0, 1], color="0.7", linestyle=":", label="chance")
     if "threshold" in metrics:
@@ -97,17 +95,16 @@ def _plot_histogram(result: EvaluationResult) -> Any:
 def _plot_worst(result: EvaluationResult, dataset: Any) -> Any:
     """Lowest-scoring anomalous images, then highest-scoring normal ones, each above its anomaly map."""
     kept = [p for p in result.predictions if p["index"] in result.worst]
-    misses = sorted((p for p in kept if p["label"] == 1), key=lambda p: p["anomaly_score"])
-    alarms = sorted((p for p in kept if p["label"] == 0), key=lambda p: -p["anomaly_score"])
-    titled = [
-        ("Anomalous images with the lowest scores (true defect outlined)", misses),
-        ("Normal images with the highest scores", alarms),
-    ]
-    titled = [(title, cases) for title, cases in titled if cases]
-    columns = max(len(cases) for _, cases in titled)
+    kept.sort(key=lambda p: p["anomaly_score"])
+    titled = {
+        "Anomalous images with the lowest scores (true defect outlined)": [p for p in kept if p["label"] == 1],
+        "Normal images with the highest scores": [p for p in kept if p["label"] == 0][::-1],
+    }
+    titled = {title: cases for title, cases in titled.items() if cases}
+    columns = max(map(len, titled.values()))
     figure = _new_figure(1.9 * max(columns, 4), 4.5 * len(titled))
     panels = figure.subfigures(len(titled), squeeze=False)[:, 0]
-    for panel, (title, cases) in zip(panels, titled, strict=True):
+    for panel, (title, cases) in zip(panels, titled.items(), strict=True):
         panel.suptitle(title, fontsize=11)
         grid = panel.subplots(2, columns, squeeze=False)
         for axes in grid.flat:
@@ -115,8 +112,7 @@ def _plot_worst(result: EvaluationResult, dataset: Any) -> Any:
         for (top, bottom), case in zip(grid.T, cases, strict=False):
             row = dataset[case["index"]]
             top.imshow(load_image(row["image"]).permute(1, 2, 0).numpy())
-            mask = None if row["mask"] is None else binary_mask(row["mask"])
-            if mask is not None and mask.any():
+            if row["mask"] is not None and (mask := binary_mask(row["mask"])).any():
                 top.contour(mask, levels=[0.5], colors="lime", linewidths=1)
             top.set_title(f"{case['file']}\nscore {case['anomaly_score']:.3f}", fontsize=8)
             shown = bottom.imshow(result.worst[case["index"]], cmap="inferno", vmin=0, vmax=1)

@@ -72,7 +72,7 @@ def test_metrics_equal_scikit_learn_and_the_definition_of_aupro(size, levels):
         "aupro_05": slow_aupro(maps, masks, 0.05),
     }
     assert pixel_metrics(maps, masks) == pytest.approx(expected, abs=1e-9)
-    assert aupro(maps, masks, 1.0) == pytest.approx(slow_aupro(maps, masks, 1.0), abs=1e-9)
+    assert aupro(maps, masks) == pixel_metrics(maps, masks)["aupro_30"]
     scores, labels = maps[:, :3, :3].mean(axis=(1, 2)), masks.any(axis=(1, 2))
     expected = {
         "image_auroc": roc_auc_score(labels, scores),
@@ -121,11 +121,10 @@ def test_regions_touching_at_a_corner_are_one():
     mask[0:3, 0:3] = mask[3, 3] = True  # 9 pixels, and 1 that touches them diagonally
     found_big = np.zeros((6, 6), dtype=np.float32)
     found_big[0:3, 0:3] = 1
-    # One region of 10 pixels: 9/10 found at no false alarm. Two regions would give 1/2.
-    reached = aupro([found_big], [mask], max_fpr=1e-6)
-    assert reached == pytest.approx(0.9, abs=1e-6)
+    # One region of 10 pixels: 9/10 found at no false alarm, then a straight line to (1, 1). Two would start at 1/2.
+    assert aupro([found_big], [mask]) == pytest.approx(0.9 + 0.1 * 0.15)
     mask[3, 3], mask[5, 5] = False, True
-    assert aupro([found_big], [mask], max_fpr=1e-6) == pytest.approx(0.5, abs=1e-6)
+    assert aupro([found_big], [mask]) == pytest.approx(0.5 + 0.5 * 0.15)
 
 
 def test_images_without_defects_count_as_background():
@@ -157,8 +156,6 @@ def test_undefined_metrics_are_absent():
 
 def test_bad_arguments():
     maps, masks = make_maps()
-    with pytest.raises(ValueError, match="max_fpr"):
-        aupro(maps, masks, 30)
     for metric in (aupro, pixel_metrics):
         with pytest.raises(ValueError):
             metric(maps, masks[:-1])
