@@ -36,9 +36,8 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
     """
     A [`DiffusionADPipeline`] whose computation is one graph in another runtime, on the CPU: same call, same output.
 
-    Decoding, noise, batching, maps and verdicts are the parent's. Timesteps, guidance weight and image size are part
-    of the graph and cannot be changed; of the intermediates it gives `reconstruction` and `probability`. The runtime
-    uses as many threads as torch has when the model is loaded.
+    Timesteps, guidance weight and image size are part of the graph and cannot be changed; of the intermediates it
+    gives `reconstruction` and `probability`. The runtime uses as many threads as torch has when the model is loaded.
 
     Attributes:
         record (`dict`): Contents of `exported_model.json`: format, precision, versions, and on whose scores the
@@ -54,8 +53,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
         As [`DiffusionADPipeline.__call__`].
 
         Raises:
-            ValueError: Also if another timestep, guidance weight or image size is asked for than the graph was
-                exported with.
+            ValueError: Also if timesteps, guidance weight or image size differ from those of the export.
         """
         for name in ("small_timestep", "big_timestep", "guidance_weight"):
             fixed = self.scheduler.config[name]
@@ -82,11 +80,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
         return {name: outputs[name] for name in ("reconstruction", "probability")}
 
     def to(self, *args: Any, **kwargs: Any) -> "ExportedDiffusionADPipeline":
-        """Stays where it is.
-
-        Raises:
-            ValueError: If that is not what was asked for.
-        """
+        """Changes nothing; raises a ValueError if asked for another device or precision."""
         for value in (*args, *kwargs.values()):
             elsewhere = isinstance(value, (str, torch.device)) and torch.device(value).type != "cpu"
             if elsewhere or (isinstance(value, torch.dtype) and value != torch.float32):
@@ -100,9 +94,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `exported_model.json`: the record of the export, and the settings as they are now."""
-        settings = {name: self.config[name] for name in SETTINGS}
-        # The size is the graph's, whatever was tried.
-        settings["image_size"] = self.record["image_size"]
+        settings = {name: self.config[name] for name in SETTINGS} | {"image_size": self.record["image_size"]}
         if settings["calibration_scores"] != self.record["calibration_scores"]:
             settings["calibrated_with"] = self.unet.arithmetic
         self.record = {**self.record, **settings}
@@ -129,29 +121,24 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
             kwargs: Configuration values to replace, such as `threshold` or `false_alarm_rate`.
 
         Raises:
-            OSError: If the folder is not whole or the runtime cannot read it.
+            OSError: If the folder is incomplete or the runtime cannot read it.
             ImportError: If the runtime is not installed; the message names the extra.
-            ValueError: If an option is none of an exported model.
+            ValueError: If exported models have no such option.
         """
         folder = Path(pretrained_model_name_or_path)
         unknown = sorted(set(kwargs) - (set(SETTINGS) - {"image_size"}))
         if unknown:
             raise ValueError(f"{unknown[0]}: an exported model has no such option; leave it out.")
         record = _read_record(folder)
-        graph = _Graph(folder, record)
-        pipe = cls(
-            unet=graph,
-            segmenter=graph,
-            scheduler=NormGuidedScheduler(**record["scheduler"]),
-            **{**{name: record[name] for name in SETTINGS}, **kwargs},
-        )
+        graph, scheduler = _Graph(folder, record), NormGuidedScheduler(**record["scheduler"])
+        pipe = cls(graph, graph, scheduler, **{name: record[name] for name in SETTINGS} | kwargs)
         pipe.register_to_config(_name_or_path=str(folder))
         pipe.record, pipe.folder = record, folder
-        here, calibrated_with = graph.arithmetic, record["calibrated_with"]
-        if record["precision"] != "fp32" and pipe.threshold is not None and calibrated_with != here:
+        here, there = graph.arithmetic, record["calibrated_with"]
+        if record["precision"] != "fp32" and pipe.threshold is not None and there != here:
             logger.warning(
-                f"{folder}: its threshold and p-values were calibrated on scores of {calibrated_with}, from which "
-                f"those of {here} differ a little; run `diffusionad calibrate` on this folder."
+                f"{folder}: its threshold and p-values were calibrated on scores of {there}, from which those of "
+                f"{here} differ a little; run `diffusionad calibrate` on this folder."
             )
         return pipe
 
@@ -162,7 +149,7 @@ class _Graph(nn.Module):
 
     Attributes:
         run: The whole computation.
-        arithmetic: What it computes in on this machine.
+        arithmetic: Runtime, precision and the type it computes in on this machine.
         digest: Buffer with the SHA-256 of the graph's files, which tells models apart.
     """
 
@@ -174,9 +161,7 @@ class _Graph(nn.Module):
         self.config = SimpleNamespace(sample_size=record["image_size"], in_channels=3)
         digest = hashlib.sha256()
         for name in GRAPH_FILES[record["format"]]:
-            with (folder / name).open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+            digest.update((folder / name).read_bytes())
         self.register_buffer("digest", torch.tensor(list(digest.digest()), dtype=torch.uint8))
         load = {"openvino": _load_openvino, "onnx": _load_onnx}[record["format"]]
         self.run, floats = load(folder / GRAPH_FILES[record["format"]][0], record["precision"])
@@ -186,9 +171,8 @@ class _Graph(nn.Module):
 @functools.cache
 def _core_of(openvino: ModuleType) -> Any:
     """
-    One for the process, never freed. Each core installs an alternate signal stack and restores the previous one when
-    it goes: two freed in the order of their creation leave a dangling stack, and the next signal (Ctrl-C, the end of
-    a child) kills the process.
+    One core per process, never freed. Each installs an alternate signal stack and restores the previous one when it
+    is freed: two freed in the order of their creation leave a dangling stack, and the next signal kills the process.
     """
     return openvino.Core()
 
@@ -242,26 +226,22 @@ def _unreadable(file: Path, error: Exception) -> OSError:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     """Contents of `exported_model.json`; raises if the folder is not complete."""
-    if folder.is_file():
-        raise OSError(f"{folder}: is a file; give the whole folder that `diffusionad export` wrote.")
     file = folder / CONFIG_NAME
     if not file.is_file():
-        raise OSError(f"{folder}: no {CONFIG_NAME} in it; give, or copy, the whole folder of `diffusionad export`.")
+        raise OSError(f"{folder}: no {CONFIG_NAME} in it; give the whole folder that `diffusionad export` wrote.")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        version, kind = int(record["_diffusionad_export"]), record["format"]
+        newer, kind = int(record["_diffusionad_export"]) > EXPORT_FORMAT, record["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{file}: damaged; copy the folder again, or export once more.") from error
-    if version > EXPORT_FORMAT:
+    if newer:
         raise OSError(f"{file}: written by a newer version of this package: pip install --upgrade diffusionad-hf.")
     if kind not in GRAPH_FILES:
         raise OSError(f"{file}: the format '{kind}' is none of {', '.join(GRAPH_FILES)}; export the model again.")
-    missing = {"precision", "scheduler", "calibrated_with", *SETTINGS} - record.keys()
+    missing = [f"'{name}'" for name in ("precision", "scheduler", "calibrated_with", *SETTINGS) if name not in record]
+    missing += [name for name in GRAPH_FILES[kind] if not (folder / name).is_file()]
     if missing:
-        raise OSError(f"{file}: lacks '{min(missing)}'; copy the folder again, or export once more.")
-    for name in GRAPH_FILES[kind]:
-        if not (folder / name).is_file():
-            raise OSError(f"{folder}: {name} is missing; copy the whole folder of `diffusionad export`.")
+        raise OSError(f"{folder}: {missing[0]} is missing; copy the whole folder of `diffusionad export`.")
     return record
 
 

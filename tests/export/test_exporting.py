@@ -315,7 +315,7 @@ def swapped(name):
 
 @pytest.mark.parametrize("name", ["unet", "segmenter", "scheduler"])
 def test_swapped_components_are_named(name, tmp_path):
-    with pytest.raises(ValueError, match=f"^{name}: is a .*, not of the class .* that can be exported"):
+    with pytest.raises(ValueError, match=f"^{name}: is a .*; only .* can be exported"):
         export_pipeline(swapped(name), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -379,7 +379,7 @@ def rewritten(folder, **changes):
         (lambda d: (d / "model.onnx").unlink(), "model.onnx is missing"),
         (lambda d: (d / "model.onnx").write_bytes((d / "model.onnx").read_bytes()[:5000]), "cannot read this graph"),
         (lambda d: rewritten(d, _diffusionad_export=99), "newer version"),
-        (lambda d: rewritten(d, scheduler=...), "lacks 'scheduler'"),
+        (lambda d: rewritten(d, scheduler=...), "'scheduler' is missing"),
         (lambda d: rewritten(d, format="tflite"), "format 'tflite' is none of openvino, onnx"),
     ],
     ids=["no config", "damaged config", "no graph", "truncated graph", "newer", "no timesteps", "unknown format"],
