@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 
+from .files import one_line
 from .modeling_anomaly_segmenter import AnomalySegmenter
 from .modeling_norm_guided_unet import NormGuidedUNet2DModel
 from .pipeline_diffusionad import DiffusionADPipeline
@@ -21,7 +22,6 @@ _RESNET_PARTS = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_SEGMENTER_UP = ("b", "1", "2", "3", "4")
 
 
 def pipeline_from_checkpoint(checkpoint: str | Path) -> DiffusionADPipeline:
@@ -46,10 +46,9 @@ def pipeline_from_checkpoint(checkpoint: str | Path) -> DiffusionADPipeline:
         segmenter = AnomalySegmenter(in_channels=first.shape[1], out_channels=last.shape[0], base_channels=len(first))
         segmenter.load_state_dict(convert_segmenter_weights(segmenter_weights))
     except (KeyError, RuntimeError, IndexError) as error:
-        reason = str(error).replace("\n", " ")
         raise ValueError(
-            f"{checkpoint}: the weights do not fit the networks of DiffusionAD ({reason}). Only checkpoints with the "
-            "reference's UNetModel and SegmentationSubNetwork can be converted."
+            f"{checkpoint}: the weights do not fit the networks of DiffusionAD ({one_line(error)}). Only checkpoints "
+            "with the reference's UNetModel and SegmentationSubNetwork can be converted."
         ) from error
     scheduler = NormGuidedScheduler(
         num_train_timesteps=int(args.get("T", 1000)),
@@ -63,12 +62,12 @@ def pipeline_from_checkpoint(checkpoint: str | Path) -> DiffusionADPipeline:
 
 def convert_unet_weights(weights: Mapping[str, torch.Tensor], unet: NormGuidedUNet2DModel) -> dict[str, torch.Tensor]:
     """
-    Renames the reference's UNet weights: its flat `down`, `middle` and `up` lists walk the residual blocks,
+    Renames the reference's UNet weights: its flat `down`, `middle` and `up` lists hold the residual blocks,
     attentions and samplers of diffusers' blocks in the same order.
 
     Args:
         weights: State dict of the reference's `UNetModel`.
-        unet: A network of the same size; gives the structure, is not changed.
+        unet: A network of the same structure.
 
     Returns:
         `dict[str, torch.Tensor]`: State dict for `unet`.
@@ -94,17 +93,16 @@ def convert_unet_weights(weights: Mapping[str, torch.Tensor], unet: NormGuidedUN
             position += 1
     position = 0
     for i, block in enumerate(unet.up_blocks):
-        attentions = getattr(block, "attentions", None)
-        # The reference upsamples inside the list entry of a level's last residual block; diffusers' attention blocks
-        # call their resnet upsampler `upsamplers` or `resnet_up`, depending on the block.
-        upsampler = "upsamplers.0" if getattr(block, "upsamplers", None) is not None else "resnet_up"
+        attends = hasattr(block, "attentions")
         for j in range(len(block.resnets)):
             modules[f"up.{position}.0"] = f"up_blocks.{i}.resnets.{j}"
-            if attentions is not None:
+            if attends:
                 modules[f"up.{position}.1"] = f"up_blocks.{i}.attentions.{j}"
-            if j == len(block.resnets) - 1:
-                modules[f"up.{position}.{1 if attentions is None else 2}"] = f"up_blocks.{i}.{upsampler}"
             position += 1
+        # The reference upsamples at the end of a level's last entry; diffusers' blocks call their resnet upsampler
+        # `upsamplers` or `resnet_up`.
+        upsampler = "upsamplers.0" if getattr(block, "upsamplers", None) is not None else "resnet_up"
+        modules[f"up.{position - 1}.{1 + attends}"] = f"up_blocks.{i}.{upsampler}"
 
     converted = {}
     for name, tensor in weights.items():
@@ -131,19 +129,11 @@ def convert_unet_weights(weights: Mapping[str, torch.Tensor], unet: NormGuidedUN
 
 
 def convert_segmenter_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    Renames the weights of the reference's `SegmentationSubNetwork`.
-
-    Args:
-        weights: Its state dict.
-
-    Returns:
-        `dict[str, torch.Tensor]`: State dict for an [`AnomalySegmenter`].
-    """
+    """Renames the state dict of the reference's `SegmentationSubNetwork` to that of an [`AnomalySegmenter`]."""
     modules = {f"encoder_segment.block{level + 1}": f"down_blocks.{level}" for level in range(6)}
-    for i, name in enumerate(_SEGMENTER_UP):
-        modules[f"decoder_segment.up_{name}" if name == "b" else f"decoder_segment.up{name}"] = f"up_convs.{i}"
-        modules[f"decoder_segment.db_{name}" if name == "b" else f"decoder_segment.db{name}"] = f"up_blocks.{i}"
+    for i, name in enumerate(("_b", "1", "2", "3", "4")):
+        modules[f"decoder_segment.up{name}"] = f"up_convs.{i}"
+        modules[f"decoder_segment.db{name}"] = f"up_blocks.{i}"
     converted = {}
     for name, tensor in weights.items():
         if name.startswith("decoder_segment.fin_out.0."):
@@ -160,8 +150,7 @@ def convert_segmenter_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, 
 def _unet_config(weights: Mapping[str, torch.Tensor], args: Mapping) -> dict:
     """The network's configuration, from the shapes of its weights, and from the training's arguments for the rest."""
     entries = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("down."))
-    # Every level but one ends with an upsampler, the only residual block in an entry of the up list that is not its
-    # first.
+    # Every level but one ends with an upsampler, the only residual block that is not the first of its entry.
     upsamplers = {name.split(".")[1] for name in weights if re.match(r"up\.\d+\.[12]\.in_layers", name)}
     per_level = entries // (len(upsamplers) + 1)
     firsts = range(1, entries, per_level)
@@ -169,9 +158,7 @@ def _unet_config(weights: Mapping[str, torch.Tensor], args: Mapping) -> dict:
     size = args.get("img_size", 256)
     head_width = int(args.get("num_head_channels") or -1)
     if head_width != -1:
-        raise ValueError(
-            f"checkpoints with a fixed attention head width (num_head_channels={head_width}) are not supported"
-        )
+        raise ValueError(f"checkpoints with attention heads of fixed width ({head_width}) are not supported")
     return {
         "sample_size": int(size[0] if isinstance(size, (list, tuple)) else size),
         "in_channels": weights["down.0.0.weight"].shape[1],
@@ -200,17 +187,13 @@ def _read(path: Path) -> dict:
     # On other files the unpickler may raise anything: KeyError, EOFError, RuntimeError, ...
     except Exception as error:
         raise ValueError(f"{path}: not a readable PyTorch checkpoint (truncated, or another kind of file).") from error
-    missing = [k for k in ("unet_model_state_dict", "seg_model_state_dict") if not _is_weights(state, k)]
-    if missing:
-        raise ValueError(f"{path}: not a checkpoint of the reference: {' and '.join(missing)} missing.")
+    for key in ("unet_model_state_dict", "seg_model_state_dict"):
+        weights = state.get(key) if isinstance(state, Mapping) else None
+        if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+            raise ValueError(f"{path}: not a checkpoint of the reference: {key} is missing.")
     return state
 
 
 def _plain_dict(*_: object) -> dict:
     """Replaces `collections.defaultdict(str)`, the type of the reference's `args`, which the unpickler refuses."""
     return {}
-
-
-def _is_weights(state: object, key: str) -> bool:
-    weights = state.get(key) if isinstance(state, Mapping) else None
-    return isinstance(weights, Mapping) and all(isinstance(value, torch.Tensor) for value in weights.values())

@@ -4,9 +4,9 @@
 
 An anomaly score says nothing about a photo of something else: a blank sheet often scores lower than a good part. So an
 image is also compared with normal images, as a 16 x 16 grid of mean colours, local contrast and sharpness, each value
-in units of its spread over the normal images: what never varies counts most. An image is unfamiliar if it is farther
-from all of them than 1.5 times the largest distance of one of them to its nearest neighbour. The grid is too coarse to
-see most defects; it sees another object, place, distance, exposure or focus, and a part that lies the wrong way round.
+in units of its spread over the normal images. An image is unfamiliar if it is farther from all of them than 1.5 times
+the largest distance of one of them to its nearest neighbour. The grid is too coarse to show most defects; it shows
+another object, place, distance, exposure or focus, and a part that lies the wrong way round.
 """
 
 import argparse
@@ -32,8 +32,8 @@ FEWEST_IMAGES, MOST_IMAGES = 5, 100
 def describe(image: torch.Tensor) -> np.ndarray:
     """The grid of an image, (3, H, W) uint8 or float in [0, 1], as (16 * 16 * 5,) uint8.
 
-    Of each cell: mean red, green, blue, twice the luminance's standard deviation and eight times the mean absolute
-    value of its Laplacian.
+    For each cell: mean red, green and blue, twice the standard deviation of the luminance and eight times the mean
+    absolute value of its Laplacian.
     """
     # Contrast and sharpness are measured at one size, so that a photo and its thumbnail look alike.
     scale = 255 if image.dtype == torch.uint8 else 1

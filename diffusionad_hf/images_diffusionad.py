@@ -37,15 +37,15 @@ def load_image(image: ImageInput, name: str = "image") -> torch.Tensor:
     Reads any kind of image as RGB.
 
     Rotation tags are applied, transparency is composited on white, greyscale is repeated, 16-bit values keep their
-    precision, and of an animation the first frame is taken (and said so).
+    precision, and the first frame of an animation is taken, with a warning.
 
     Args:
         image: A PIL image, a path, an array `(H, W)` or `(H, W, C)`, or a tensor `(H, W)` or `(C, H, W)`, with 1 to 4
             channels. Integer arrays are scaled by their type's range; float arrays lie in [0, 1].
-        name: What to call the image in an error; a path is called by itself.
+        name: What errors call the image, unless it is a path.
 
     Returns:
-        `torch.Tensor` of shape `(3, H, W)`: uint8, or float32 in [0, 1] where 8 bits would lose something.
+        `torch.Tensor` of shape `(3, H, W)`: uint8, or float32 in [0, 1] if 8 bits would lose something.
 
     Raises:
         InvalidImageError: If it cannot be read, has a side under 8 px, or holds values that are not finite or out of
@@ -67,16 +67,14 @@ def load_image(image: ImageInput, name: str = "image") -> torch.Tensor:
         raise InvalidImageError(f"{name}: cannot inspect a {type(image).__name__}.")
     height, width = tensor.shape[-2:]
     if min(height, width) < _SMALLEST_SIDE:
-        raise InvalidImageError(
-            f"{name}: {width} x {height} px is too small; both sides need {_SMALLEST_SIDE} px or more."
-        )
+        raise InvalidImageError(f"{name}: {width} x {height} px is too small; sides need {_SMALLEST_SIDE} px or more.")
     return tensor
 
 
 def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:
     """
-    Brings an image of [`load_image`] to the model's square resolution: bilinear, antialiased, the aspect ratio given
-    up as in the reference.
+    Resizes an image of [`load_image`] to the model's square resolution: bilinear, antialiased, ignoring the aspect
+    ratio as the reference does.
 
     Args:
         image: `(3, H, W)`, uint8 or float in [0, 1].
@@ -91,15 +89,7 @@ def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def to_uint8(image: Array) -> Array:
-    """
-    Values in [0, 1] as bytes, rounded; what is 8-bit already stays as it is.
-
-    Args:
-        image: An array or tensor of any shape.
-
-    Returns:
-        The same kind and shape, of type uint8.
-    """
+    """An array or tensor of values in [0, 1] as uint8, rounded; what is uint8 already stays as it is."""
     if image.dtype in (np.uint8, torch.uint8):
         return image
     scaled = (image.clip(0, 1) * 255).round()
@@ -113,7 +103,7 @@ def _from_file(path: str) -> torch.Tensor:
         raise InvalidImageError(f"{path}: the file is empty (0 bytes).")
     try:
         with _WARNING_FILTERS, warnings.catch_warnings():
-            # Pillow warns from 89 and refuses from 179 million px; only the refusal is of use here.
+            # Pillow warns from 89 million px and refuses from 179 million; only the refusal is wanted here.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
         with image:
@@ -128,7 +118,7 @@ def _from_file(path: str) -> torch.Tensor:
         raise InvalidImageError(f"{path}: not an image, or of a format that Pillow does not read.") from error
     except InvalidImageError:
         raise
-    # Decoders raise whatever they stumble over: SyntaxError for PNG chunks, struct.error for TIFF, ...
+    # Decoders raise all kinds of errors: SyntaxError for PNG chunks, struct.error for TIFF, ...
     except Exception as error:
         raise InvalidImageError(f"{path}: damaged or truncated ({error}).") from error
 
@@ -139,9 +129,9 @@ def _from_pil(image: Image.Image, name: str) -> torch.Tensor:
         values = np.asarray(image, dtype=np.float32)
         if not np.isfinite(values).all():
             raise InvalidImageError(f"{name}: holds NaN or infinite values.")
-        # Such files do not say their range: it is the smallest customary one that holds their values.
-        smallest = 65535.0 if image.mode.startswith("I;16") else 1.0
-        full = next((r for r in (1.0, 255.0, 65535.0) if r >= smallest and values.max(initial=0) <= r), None)
+        # Such files do not say their range, so the smallest usual one that holds their values is taken.
+        ranges = (65535.0,) if image.mode.startswith("I;16") else (1.0, 255.0, 65535.0)
+        full = next((r for r in ranges if values.max(initial=0) <= r), None)
         if full is None or values.min(initial=0) < 0:
             raise InvalidImageError(
                 f"{name}: values from {values.min():g} to {values.max():g} are no image; scale them to [0, 1]."
