@@ -36,6 +36,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -146,19 +147,10 @@ def _defect_samples(folders: Sequence[Path], root: Path) -> list[_Sample]:
     return samples
 
 
-# -- Two functions per layout: the categories in a folder, and the samples of one -----------------------------------
+# -- The images of a category, by layout ----------------------------------------------------------------------------
 
 
-def _self_or_subfolders(root: Path, is_category: Callable[[Path], bool]) -> dict[str, Path]:
-    folders = [root] if is_category(root) else [folder for folder in _subfolders(root) if is_category(folder)]
-    return {folder.name: folder for folder in folders}
-
-
-def _mvtec_categories(root: Path) -> dict[str, Path]:
-    return _self_or_subfolders(root, lambda folder: (folder / "train").is_dir())
-
-
-def _read_mvtec(folder: Path, category: str) -> list[_Sample]:
+def _read_mvtec(folder: Path) -> list[_Sample]:
     train = [_Sample(image, None, NORMAL, "train") for image in _normal_images(folder / "train")]
     normal = [_Sample(image, None, NORMAL, "test") for image in _normal_images(folder / "test")]
     defects = [sub for sub in _subfolders(folder / "test") if not _is_normal(sub.name)]
@@ -171,38 +163,26 @@ def _visa_rows(root: Path) -> list[dict[str, str]]:
         return []
     with table.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    columns = {"object", "split", "label", "image", "mask"}
-    if rows and not columns <= rows[0].keys():
-        raise ValueError(f"{table} lacks the column(s) {_shorten(sorted(columns - rows[0].keys()))}: is it VisA's?")
+    if rows and (missing := {"object", "split", "label", "image", "mask"} - rows[0].keys()):
+        raise ValueError(f"{table} lacks the column(s) {_shorten(sorted(missing))}: is it VisA's?")
     return rows
-
-
-def _visa_categories(root: Path) -> dict[str, Path]:
-    return dict.fromkeys(sorted({row["object"] for row in _visa_rows(root)}), root)
 
 
 def _read_visa(root: Path, category: str) -> list[_Sample]:
     samples = []
     for row in _visa_rows(root):
-        if row["object"] != category:
-            continue
         normal = _is_normal(row["label"])
-        if row["split"] == "train" and not normal:
-            continue
-        mask = None if normal else root / row["mask"]
-        samples.append(_Sample(root / row["image"], mask, NORMAL if normal else row["label"], row["split"]))
-    _refuse_unmasked([s.image for s in samples if s.mask is not None and not s.mask.is_file()])
-    missing = [s.image for s in samples if not s.image.is_file()]
+        if row["object"] == category and (normal or row["split"] == "test"):
+            mask = None if normal else root / row["mask"]
+            samples.append(_Sample(root / row["image"], mask, NORMAL if normal else row["label"], row["split"]))
+    _refuse_unmasked([sample.image for sample in samples if sample.mask is not None and not sample.mask.is_file()])
+    missing = [sample.image for sample in samples if not sample.image.is_file()]
     if missing:
         raise ValueError(f"{len(missing)} image(s) listed in split_csv/1cls.csv do not exist: {_shorten(missing)}.")
     return samples
 
 
-def _dagm_categories(root: Path) -> dict[str, Path]:
-    return _self_or_subfolders(root, lambda f: (f / "Train/Label").is_dir() or (f / "Test/Label").is_dir())
-
-
-def _read_dagm(folder: Path, category: str) -> list[_Sample]:
+def _read_dagm(folder: Path) -> list[_Sample]:
     samples = []
     for split in ("Train", "Test"):
         images, labels = _images(folder / split), folder / split / "Label"
@@ -218,13 +198,7 @@ def _read_dagm(folder: Path, category: str) -> list[_Sample]:
     return samples
 
 
-def _folder_categories(root: Path) -> dict[str, Path]:
-    if _images(root):
-        return {root.name: root}
-    return _self_or_subfolders(root, lambda folder: any(_is_normal(sub.name) for sub in _subfolders(folder)))
-
-
-def _read_folder(folder: Path, category: str) -> list[_Sample]:
+def _read_folder(folder: Path) -> list[_Sample]:
     flat, subfolders = _images(folder), _subfolders(folder)
     if flat and any(_images(sub) for sub in subfolders):
         raise ValueError(f"{folder} holds images next to folders of images: move the normal ones to a folder good.")
@@ -239,15 +213,6 @@ def _read_folder(folder: Path, category: str) -> list[_Sample]:
     return [_Sample(image, None, NORMAL, "test" if image in held_out else "train") for image in normal] + defects
 
 
-# In the order in which they are tried, the most specific first: what it looks like and the two functions.
-_LAYOUTS = {
-    "visa": ("split_csv/1cls.csv", _visa_categories, _read_visa),
-    "dagm": ("Class1/Train/Label", _dagm_categories, _read_dagm),
-    "mvtec": ("<category>/train/good", _mvtec_categories, _read_mvtec),
-    "folder": ("good/, or images alone", _folder_categories, _read_folder),
-}
-
-
 # -- Loading --------------------------------------------------------------------------------------------------------
 
 
@@ -255,20 +220,30 @@ def _is_hub_id(source: str | Path) -> bool:
     return not Path(source).expanduser().exists() and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)))
 
 
-def _recognise(source: str | Path) -> tuple[str, dict[str, Path]]:
-    """The name of a folder's layout, and its categories."""
+def _recognise(source: str | Path) -> dict[str, Callable[[], list[_Sample]]]:
+    """The categories in a folder, sorted, with the functions that read them."""
     root = Path(source).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {source}: give the folder of the dataset, or owner/name on the Hub."
-        )
+        raise FileNotFoundError(f"there is no folder {source}: give a dataset's folder, or owner/name on the Hub.")
     root = root.resolve()  # so that "." has a name
-    for layout, (_, list_of, _) in _LAYOUTS.items():
-        if categories := list_of(root):
-            return layout, categories
-    expected = "; ".join(f"{layout}: {looks_like}" for layout, (looks_like, _, _) in _LAYOUTS.items())
+    if rows := _visa_rows(root):
+        return {name: partial(_read_visa, root, name) for name in sorted({row["object"] for row in rows})}
+    # Those that others would match as well come last.
+    layouts: list[tuple[Callable[[Path], bool], Callable[[Path], list[_Sample]]]] = [
+        (lambda folder: any((folder / split / "Label").is_dir() for split in ("Train", "Test")), _read_dagm),
+        (lambda folder: (folder / "train").is_dir(), _read_mvtec),
+        (lambda folder: any(_is_normal(sub.name) for sub in _subfolders(folder)), _read_folder),
+    ]
+    for matches, read in layouts:
+        if folders := [root] if matches(root) else [folder for folder in _subfolders(root) if matches(folder)]:
+            return {folder.name: partial(read, folder) for folder in folders}
+    if _images(root):
+        return {root.name: partial(_read_folder, root)}
     found = _shorten(sorted(f.name for f in root.iterdir())) or "nothing"
-    raise ValueError(f"the layout of {root} is not recognised (it holds {found}). Expected {expected}.")
+    raise ValueError(
+        f"the layout of {root} is not recognised (it holds {found}). Expected split_csv/1cls.csv (VisA), "
+        "Class1/Train/Label (DAGM), <category>/train/good (MVTec AD), good/, or images alone."
+    )
 
 
 def _choose(category: str | None, categories: Sequence[str], source: str | Path) -> str:
@@ -281,26 +256,21 @@ def _choose(category: str | None, categories: Sequence[str], source: str | Path)
 
 
 def list_categories(source: str | Path) -> list[str]:
-    """Names of the categories in a folder or a Hub dataset, sorted.
+    """Names of the categories in a folder or a Hub dataset, sorted; raises as `load_category`.
 
     On the Hub these are the configurations, or else the values of `category`, for which the dataset is downloaded.
-
-    Raises:
-        FileNotFoundError: If the folder or the Hub dataset does not exist.
-        ValueError: If the layout is not recognised.
     """
-    return _hub_categories(str(source)) if _is_hub_id(source) else sorted(_recognise(source)[1])
+    return _hub_categories(str(source)) if _is_hub_id(source) else list(_recognise(source))
 
 
 def load_category(source: str | Path, category: str | None = None) -> Any:
     """Load one category as a `datasets.DatasetDict` with the splits "train" (normal images) and "test".
 
+    Only paths are in memory; images are decoded row by row.
+
     Args:
         source: folder of the dataset or of one category of it, or a dataset id on the Hub (`owner/name`).
         category: which one; not needed if there is only one.
-
-    Returns:
-        The dataset. Only paths are in memory; images are decoded row by row.
 
     Raises:
         FileNotFoundError: If the folder or the Hub dataset does not exist.
@@ -311,14 +281,11 @@ def load_category(source: str | Path, category: str | None = None) -> Any:
     datasets = require("datasets", "train")
     if _is_hub_id(source):
         return _load_hub(str(source), category)
-    layout, categories = _recognise(source)
-    category = _choose(category, sorted(categories), source)
-    *_, read = _LAYOUTS[layout]
-    samples = read(categories[category], category)
+    categories = _recognise(source)
+    category = _choose(category, list(categories), source)
+    samples = categories[category]()
     if not any(sample.split == "train" for sample in samples):
-        raise ValueError(
-            f"category {category!r} in {categories[category]} has no normal images to train on (layout {layout})."
-        )
+        raise ValueError(f"category {category!r} in {source} has no normal images to train on.")
     splits = {}
     for split in ("train", "test"):
         rows = [sample for sample in samples if sample.split == split]
@@ -454,12 +421,7 @@ def _hub_defect_types(table: Any) -> np.ndarray:
 
 
 def check_images(dataset: Any) -> tuple[Any, list[str]]:
-    """Read every image and mask once, as the pipeline would, and leave out the rows that it could not use.
-
-    Each thread holds one image in memory at a time.
-
-    Args:
-        dataset: a `datasets.Dataset` with the columns of this module.
+    """Read every image and mask of a `datasets.Dataset` once, and leave out the rows that the pipeline could not use.
 
     Returns:
         The dataset without them, and one line for each, `file: reason`, which is also logged as a warning.

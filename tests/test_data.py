@@ -205,8 +205,14 @@ def test_folders_that_are_no_data_set(tmp_path):
         load_category(tmp_path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match="it holds notes.txt, photos.*mvtec: <category>/train/good"):
+    with pytest.raises(ValueError, match="it holds notes.txt, photos.*<category>/train/good .MVTec AD"):
         list_categories(tmp_path)
+
+
+def test_a_picture_beside_the_categories_is_passed_over(tmp_path):
+    make_folder(tmp_path / "part")
+    write_image(tmp_path, "overview.png")
+    assert list_categories(tmp_path) == ["part"]
 
 
 def test_images_next_to_folders_of_images_are_ambiguous(tmp_path):
