@@ -86,13 +86,9 @@ class AnomalyEvaluator:
     def compute(self) -> dict[str, Any]:
         """All metrics as plain numbers, ready for JSON; what is undefined (one class only, no mask) is absent.
 
-        Returns:
-            The keys of `METRIC_NAMES`; `num_images`, `num_normal`, `num_anomalous`, `num_without_mask`; with a
-            threshold `threshold`, `false_alarm_rate`, `miss_rate`; `intervals` {metric: [low, high]}; and
-            `defect_types` {type: its metrics against all normal images}.
-
-        Raises:
-            ValueError: If no image was added.
+        These are the keys of `METRIC_NAMES`; `num_images`, `num_normal`, `num_anomalous`, `num_without_mask`; with a
+        threshold `threshold`, `false_alarm_rate`, `miss_rate`; `intervals` {metric: [low, high]}; and `defect_types`
+        {type: its metrics against all normal images}.
         """
         if not self._scores:
             raise ValueError("there is nothing to evaluate: no image was given.")
@@ -111,14 +107,11 @@ class AnomalyEvaluator:
     def _metrics(self, index: np.ndarray) -> tuple[dict[str, Any], tuple | None]:
         """Metrics of the images at `index`, and their pixel curve for the bootstrap."""
         scores, labels = np.array(self._scores)[index], np.array(self._labels)[index]
-        known = [self._pixels[i] for i in index if self._pixels[i] is not None]
-        result: dict[str, Any] = {
-            "num_images": len(index),
-            "num_normal": int(np.sum(labels == 0)),
-            "num_anomalous": int(np.sum(labels == 1)),
-            "num_without_mask": len(index) - len(known),
-            **image_metrics(scores, labels),
-        }
+        known = [pixels for i in index if (pixels := self._pixels[i]) is not None]
+        num_anomalous = int(labels.sum())
+        result: dict[str, Any] = {"num_images": len(index), "num_normal": len(index) - num_anomalous}
+        result |= {"num_anomalous": num_anomalous, "num_without_mask": len(index) - len(known)}
+        result |= image_metrics(scores, labels)
         curve = pixel_curve(known)
         if curve is not None:
             result |= {name: float(v) for name, v in read_pixel_metrics(curve[1], *curve[2]).items()}
@@ -156,10 +149,10 @@ class AnomalyEvaluator:
             for name, samples in detection_metrics(fp, tp).items():
                 intervals[f"image_{name}"] = _interval(samples)
         if curve is not None:
-            known = np.array([pixels is not None for pixels in self._pixels])
-            tables = _count_tables([pixels for pixels in self._pixels if pixels is not None], *curve)
-            drawn = counts[:, known]
-            # A resample may hold no defect pixel, where a metric is undefined.
+            known = {i: pixels for i, pixels in enumerate(self._pixels) if pixels is not None}
+            tables = _count_tables(list(known.values()), *curve)
+            drawn = counts[:, list(known)]
+            # Without a defect pixel in a resample, its metrics are undefined.
             drawn = drawn[drawn @ tables[1][:, -1] > 0]
             resampled = read_pixel_metrics(*(drawn @ table for table in tables))
             centre = read_pixel_metrics(*(table.sum(axis=0) for table in tables))
@@ -225,13 +218,12 @@ def evaluate_pipeline(
 ) -> EvaluationResult:
     """Run a `DiffusionADPipeline` over a dataset and compute every metric at each image's own size.
 
-    One batch of images is decoded at a time. `seconds_per_image` is the time spent in the pipeline, without reading
-    files and without the first batch, which warms up (unless it is the only one).
+    `seconds_per_image` is the time spent in the pipeline, without reading files and without the first batch, which
+    warms up (unless it is the only one).
 
     Args:
         pipe: the pipeline; its `threshold`, if calibrated, decides the false-alarm and miss rates.
-        dataset: a `datasets.Dataset` with the columns of `diffusionad_hf.data`, or a `DatasetDict`, whose "test" is
-            taken.
+        dataset: a `datasets.Dataset` with the columns of `diffusionad_hf.data`, or a `DatasetDict`: its "test" split.
         batch_size: images per call; None is the pipeline's default.
         progress: show a progress bar.
 
@@ -255,15 +247,13 @@ def evaluate_pipeline(
             began = time.perf_counter()
             output = pipe(batch["image"], batch_size=batch_size)
             timings.append((time.perf_counter() - began, len(batch["image"])))
-            for i, (label, defect_type, mask) in enumerate(
-                zip(batch["label"], batch["defect_type"], batch["mask"], strict=True)
-            ):
+            for i, label in enumerate(batch["label"]):
                 anomaly_map, score = output.anomaly_map[i], float(output.anomaly_score[i])
+                mask, defect_type = batch["mask"][i], batch["defect_type"][i]
+                mask = None if mask is None else binary_mask(mask)
                 path = Path(files[start + i]["image"]["path"] or f"{start + i}")
                 try:
-                    evaluator.update(
-                        anomaly_map, None if mask is None else binary_mask(mask), score, label, defect_type
-                    )
+                    evaluator.update(anomaly_map, mask, score, label, defect_type)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from None
                 prediction = {"index": start + i, "file": "/".join(path.parts[-2:]), "label": label}
@@ -278,10 +268,10 @@ def evaluate_pipeline(
                     heapq.heappop(worst[label])
                 bar.update()
 
-    timed = timings[1:] or timings
+    seconds, counts = zip(*(timings[1:] or timings), strict=True)
     metrics = evaluator.compute()
     metrics["resolution"] = pipe.config.image_size
-    metrics["seconds_per_image"] = sum(seconds for seconds, _ in timed) / sum(count for _, count in timed)
+    metrics["seconds_per_image"] = sum(seconds) / sum(counts)
     metrics["provenance"] = {
         "model": str(pipe.name_or_path),
         "diffusionad_hf": __version__,

@@ -63,8 +63,8 @@ def roc_vertices(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The exact curve from ascending `negatives` and ascending `positives` with `weights` (M, P).
 
-    Returns `thresholds` (K,), descending, `fp` (2K + 2,) and `tp` (M, 2K + 2). Each distinct positive score
-    contributes the counts just above it and at it, so that a tie between both classes is a slanted line.
+    Returns `thresholds` (K,), descending, `fp` (2K + 2,) and `tp` (M, 2K + 2). Each distinct positive score gives the
+    counts just above it and at it, so that a tie between both classes is a slanted line.
     """
     starts = np.flatnonzero(np.r_[True, positives[1:] != positives[:-1]])
     thresholds = positives[starts][::-1]
@@ -153,8 +153,7 @@ def pixel_metrics(anomaly_maps: Iterable[np.ndarray], masks: Iterable[np.ndarray
         masks: N masks (H, W), non-zero on defects, or None for an image without one.
 
     Returns:
-        `pixel_auroc`, `pixel_ap`, `pixel_f1_max`, `aupro_30`, `aupro_05`; empty if there is no defect or no
-        background pixel.
+        `pixel_auroc`, `pixel_ap`, `pixel_f1_max`, `aupro_30`, `aupro_05`; none without defect or background pixels.
 
     Raises:
         ValueError: If a map and its mask differ in size, or a map is not finite.

@@ -15,15 +15,12 @@ from .metrics import roc_vertices
 
 
 def save_plots(result: EvaluationResult, dataset: Any, folder: str | Path) -> list[Path]:
-    """Draw `roc_curve.png` (if there are both classes), `score_histogram.png` and `worst_cases.png` into `folder`.
+    """Draw `roc_curve.png` (given both classes), `score_histogram.png` and `worst_cases.png`; returns their paths.
 
     Args:
         result: of `evaluate_pipeline`.
         dataset: the one that it was computed on, for the pictures of the worst cases.
         folder: created if missing.
-
-    Returns:
-        Paths of the files written.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -42,7 +39,7 @@ def save_plots(result: EvaluationResult, dataset: Any, folder: str | Path) -> li
 
 
 def _new_figure(width: float, height: float) -> Any:
-    # Not pyplot: its global state leaks in servers and shows up in notebooks.
+    # Not pyplot, which keeps every figure in a global list.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
