@@ -62,15 +62,8 @@ def pipeline_from_checkpoint(checkpoint: str | Path) -> DiffusionADPipeline:
 
 def convert_unet_weights(weights: Mapping[str, torch.Tensor], unet: NormGuidedUNet2DModel) -> dict[str, torch.Tensor]:
     """
-    Renames the reference's UNet weights: its flat `down`, `middle` and `up` lists hold the residual blocks,
-    attentions and samplers of diffusers' blocks in the same order.
-
-    Args:
-        weights: State dict of the reference's `UNetModel`.
-        unet: A network of the same structure.
-
-    Returns:
-        `dict[str, torch.Tensor]`: State dict for `unet`.
+    Renames the state dict of the reference's `UNetModel` to that of `unet`, a network of the same structure: its flat
+    `down`, `middle` and `up` lists hold the residual blocks, attentions and samplers of diffusers' blocks in order.
     """
     modules = {
         "time_embedding.1": "time_embedding.linear_1",

@@ -325,8 +325,8 @@ def _hub_configs(repo_id: str) -> list[str]:
     return sorted(_ask_hub(require("datasets", "train").get_dataset_config_names, repo_id))
 
 
-def _hub_table(repo_id: str, config: str) -> tuple[Any, np.ndarray]:
-    """All splits of a configuration in one table, and the split that each row comes from."""
+def _hub_table(repo_id: str, config: str) -> tuple[Any, np.ndarray, np.ndarray]:
+    """All splits of a configuration in one table, the split that each row comes from, and its category."""
     datasets = require("datasets", "train")
     raw = _ask_hub(datasets.load_dataset, repo_id, config)
     table = datasets.concatenate_datasets(list(raw.values()))
@@ -341,7 +341,11 @@ def _hub_table(repo_id: str, config: str) -> tuple[Any, np.ndarray]:
             "there are any, mask (an Image), label (0 and 1, or class names like good and scratch), defect_type and "
             "category (text). Rename those that have other names with `dataset.rename_column` and push the result."
         )
-    return table, np.repeat(list(raw), [len(part) for part in raw.values()])
+    if "category" in features:
+        categories = _hub_values(table, "category")
+    else:
+        categories = np.full(len(table), repo_id.rpartition("/")[2], dtype=object)
+    return table, np.repeat(list(raw), [len(part) for part in raw.values()]), categories
 
 
 def _hub_values(table: Any, column: str) -> np.ndarray:
@@ -352,28 +356,19 @@ def _hub_values(table: Any, column: str) -> np.ndarray:
     return np.array(["" if value is None else str(value) for value in values], dtype=object)
 
 
-def _hub_row_categories(repo_id: str, table: Any) -> np.ndarray:
-    """Each row's category; without such a column all rows are one, named after the repository."""
-    if "category" in table.features:
-        return _hub_values(table, "category")
-    return np.full(len(table), repo_id.rpartition("/")[2], dtype=object)
-
-
 def _hub_categories(repo_id: str) -> list[str]:
     configs = _hub_configs(repo_id)
-    if len(configs) > 1:
-        return configs
-    return sorted(set(_hub_row_categories(repo_id, _hub_table(repo_id, configs[0])[0])))
+    return configs if len(configs) > 1 else sorted(set(_hub_table(repo_id, configs[0])[2]))
 
 
 def _load_hub(repo_id: str, category: str | None) -> Any:
     """One category of a Hub dataset: a configuration, or the rows of that `category`."""
     datasets = require("datasets", "train")
     configs = _hub_configs(repo_id)
-    table, origin = _hub_table(repo_id, _choose(category, configs, repo_id) if len(configs) > 1 else configs[0])
+    config = _choose(category, configs, repo_id) if len(configs) > 1 else configs[0]
+    table, origin, categories = _hub_table(repo_id, config)
     if len(configs) == 1:
-        row_categories = _hub_row_categories(repo_id, table)
-        origin[row_categories != _choose(category, sorted(set(row_categories)), repo_id)] = ""
+        origin[categories != _choose(category, sorted(set(categories)), repo_id)] = ""
 
     types = _hub_defect_types(table)
     normal, split = types == NORMAL, origin.copy()

@@ -50,7 +50,7 @@ def describe(image: torch.Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Familiarity:
-    """What normal images look like: their grids, (N, 1280) uint8, and the largest distance that is still familiar."""
+    """Grids of normal images, (N, 1280) uint8, and the largest distance from them that is still familiar."""
 
     grids: np.ndarray
     limit: float

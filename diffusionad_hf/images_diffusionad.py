@@ -73,15 +73,8 @@ def load_image(image: ImageInput, name: str = "image") -> torch.Tensor:
 
 def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:
     """
-    Resizes an image of [`load_image`] to the model's square resolution: bilinear, antialiased, ignoring the aspect
-    ratio as the reference does.
-
-    Args:
-        image: `(3, H, W)`, uint8 or float in [0, 1].
-        size: Side length in px.
-
-    Returns:
-        `torch.Tensor` of shape `(3, size, size)`: float32 in [0, 1].
+    Resizes an image of [`load_image`] to `(3, size, size)`, float32 in [0, 1]: bilinear, antialiased, ignoring the
+    aspect ratio as the reference does.
     """
     if tuple(image.shape[-2:]) != (size, size):
         image = F.interpolate(image[None], size=(size, size), mode="bilinear", antialias=True)[0]

@@ -1,4 +1,4 @@
-"""Pictures a person can act on: heat maps, outlines, masks and lists of regions from anomaly maps.
+"""Pictures that a person can act on: heat maps, outlines, masks and lists of regions from anomaly maps.
 
 An anomaly map is an (H, W) array in [0, 1], at the size of its image; every function here raises a ValueError for
 anything else. Pixels at or above a *pixel threshold* in [0, 1], which `region_threshold` derives from the image
@@ -66,11 +66,7 @@ def region_threshold(image_threshold: float | None) -> float:
     the model's resolution). It is clipped to [0.01, 0.99]: below, outlines would follow differences too faint for an
     8-bit picture; above, as with the infinite threshold of a calibration on too few images, none would show.
 
-    Args:
-        image_threshold: Calibrated threshold of the anomaly score, or None for an uncalibrated model, which gives 0.5.
-
-    Raises:
-        ValueError: If the threshold is NaN.
+    An uncalibrated model, with an `image_threshold` of None, gets 0.5.
     """
     if image_threshold is None:
         return DEFAULT_THRESHOLD
@@ -219,25 +215,21 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> Path:
 
     Raises:
         ValueError: If the suffix is no picture format, or the format cannot hold the image's mode.
-        OSError: If the folder cannot be made or written (the message names it and the reason).
+        OSError: If the folder cannot be made or written.
     """
     path = Path(path)
     image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format not in Image.SAVE:
         raise ValueError(f"cannot write {path}: {path.suffix or 'no suffix'!r} is not a picture format; use .png")
-    # Encoded first, to tell errors of the picture from errors of the folder.
+    # Encoded first: an OSError of the encoder is the picture's fault, not the folder's.
     encoded = io.BytesIO()
     try:
         image.save(encoded, format=image_format)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"cannot write {path}: {error}") from error
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            partial.write_bytes(encoded.getbuffer())
-    except OSError as error:
-        reason = "it is a file" if path.parent.is_file() else error.strerror
-        raise OSError(error.errno, f"cannot write {path.name} to the folder {path.parent}: {reason}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_bytes(encoded.getbuffer())
     return path
 
 

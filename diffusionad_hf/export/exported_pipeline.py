@@ -49,12 +49,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
     folder: Path
 
     def __call__(self, image: Any, **kwargs: Any) -> DiffusionADPipelineOutput | Any:
-        """
-        As [`DiffusionADPipeline.__call__`].
-
-        Raises:
-            ValueError: Also if timesteps, guidance weight or image size differ from those of the export.
-        """
+        """As [`DiffusionADPipeline.__call__`]; other timesteps or sizes than the export's raise a ValueError."""
         for name in ("small_timestep", "big_timestep", "guidance_weight"):
             fixed = self.scheduler.config[name]
             if kwargs.get(name) not in (None, fixed):
@@ -68,14 +63,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
             )
         return super().__call__(image, **kwargs)
 
-    def _inspect(
-        self,
-        pixels: torch.Tensor,
-        noise: torch.Tensor,
-        small_timestep: int,
-        big_timestep: int,
-        guidance_weight: float | None,
-    ) -> dict[str, torch.Tensor]:
+    def _inspect(self, pixels: torch.Tensor, noise: torch.Tensor, *fixed: Any) -> dict[str, torch.Tensor]:
         outputs = self.unet.run(pixels.float(), noise.float())
         return {name: outputs[name] for name in ("reconstruction", "probability")}
 
@@ -114,11 +102,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> "ExportedDiffusionADPipeline":
         """
-        Loads a folder of `diffusionad export`.
-
-        Args:
-            pretrained_model_name_or_path: The folder.
-            kwargs: Configuration values to replace, such as `threshold` or `false_alarm_rate`.
+        Loads a folder of `diffusionad export`; `kwargs` replace settings such as `threshold` or `false_alarm_rate`.
 
         Raises:
             OSError: If the folder is incomplete or the runtime cannot read it.
@@ -214,14 +198,13 @@ def _load_onnx(file: Path, precision: str) -> tuple[Run, str]:
 
     def run(pixels: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         values = session.run(names, {"pixels": pixels.numpy(), "noise": noise.contiguous().numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+        return dict(zip(names, map(torch.from_numpy, values), strict=True))
 
     return run, "f16" if precision == "fp16" else "f32"
 
 
 def _unreadable(file: Path, error: Exception) -> OSError:
-    said = one_line(error)[:200]
-    return OSError(f"{file}: the runtime cannot read this graph; copy the folder again, or export once more ({said})")
+    return OSError(f"{file}: cannot read this graph ({one_line(error)[:200]}); copy the folder again, or export anew.")
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -231,17 +214,16 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise OSError(f"{folder}: no {CONFIG_NAME} in it; give the whole folder that `diffusionad export` wrote.")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        newer, kind = int(record["_diffusionad_export"]) > EXPORT_FORMAT, record["format"]
+        if record["_diffusionad_export"] > EXPORT_FORMAT:
+            raise OSError(f"{file}: written by a newer version of this package: pip install --upgrade diffusionad-hf.")
+        files = GRAPH_FILES[record["format"]]
+        if missing := {"precision", "scheduler", "calibrated_with", *SETTINGS} - record.keys():
+            raise KeyError(min(missing))
     except (ValueError, KeyError, TypeError) as error:
-        raise OSError(f"{file}: damaged; copy the folder again, or export once more.") from error
-    if newer:
-        raise OSError(f"{file}: written by a newer version of this package: pip install --upgrade diffusionad-hf.")
-    if kind not in GRAPH_FILES:
-        raise OSError(f"{file}: the format '{kind}' is none of {', '.join(GRAPH_FILES)}; export the model again.")
-    missing = [f"'{name}'" for name in ("precision", "scheduler", "calibrated_with", *SETTINGS) if name not in record]
-    missing += [name for name in GRAPH_FILES[kind] if not (folder / name).is_file()]
-    if missing:
-        raise OSError(f"{folder}: {missing[0]} is missing; copy the whole folder of `diffusionad export`.")
+        raise OSError(f"{file}: damaged ({one_line(error)}); copy the folder again, or export once more.") from error
+    for name in files:
+        if not (folder / name).is_file():
+            raise OSError(f"{folder}: {name} is missing; copy the whole folder of `diffusionad export`.")
     return record
 
 

@@ -81,9 +81,6 @@ def export_pipeline(
             can, so that scores differ a little between processors.
         calibration_images: Normal images that the model was not trained on; needed for int8.
 
-    Returns:
-        [`ExportedDiffusionADPipeline`]: The model as exported.
-
     Raises:
         ValueError: If an argument is none of the above, a component is of a class that cannot be exported, or the
             graph does not give the pipeline's scores.
@@ -108,7 +105,11 @@ def export_pipeline(
         noise = pipe._seeded_noise(1)[0].unsqueeze(1)  # (2, 1, 3, S, S)
         samples = [{"pixels": image[None].numpy(), "noise": noise.numpy()} for image in quantised_on]
         write = {"openvino": _write_openvino, "onnx": _write_onnx}[format]
-        write(_InspectionGraph(pipe, half=(format, precision) == ("onnx", "fp16")), size, precision, samples, staging)
+        graph = _InspectionGraph(pipe, half=(format, precision) == ("onnx", "fp16"))
+        with warnings.catch_warnings(), torch.no_grad():
+            # The tracer warns about every size check in the networks; sizes are constants here.
+            warnings.simplefilter("ignore")
+            write(graph, size, precision, samples, staging)
         record = {
             "_class_name": ExportedDiffusionADPipeline.__name__,
             "_diffusionad_export": EXPORT_FORMAT,
@@ -220,8 +221,7 @@ def _write_openvino(
 ) -> None:
     openvino = require("openvino", "openvino")
     shapes = [openvino.PartialShape([-1, 3, size, size]), openvino.PartialShape([2, -1, 3, size, size])]
-    with _quiet_tracing():
-        model = openvino.convert_model(graph, example_input=_examples(size), input=shapes)
+    model = openvino.convert_model(graph, example_input=_examples(size), input=shapes)
     for port, name in zip((*model.inputs, *model.outputs), ("pixels", "noise", *_OUTPUTS), strict=True):
         port.get_tensor().set_names({name})
     if precision == "int8":
@@ -235,18 +235,17 @@ def _write_onnx(
     onnx = require("onnx", "openvino")
     file = folder / GRAPH_FILES["onnx"][0]
     axes = {name: {0: "batch"} for name in ("pixels", *_OUTPUTS)} | {"noise": {1: "batch"}}
-    with _quiet_tracing():
-        torch.onnx.export(
-            graph,
-            _examples(size),
-            str(file),
-            # The newer exporter takes a minute where this one takes two seconds, for the same graph.
-            dynamo=False,
-            opset_version=_ONNX_OPSET,
-            input_names=["pixels", "noise"],
-            output_names=list(_OUTPUTS),
-            dynamic_axes=axes,
-        )
+    torch.onnx.export(
+        graph,
+        _examples(size),
+        str(file),
+        # The newer exporter takes a minute for the same graph; this one takes two seconds.
+        dynamo=False,
+        opset_version=_ONNX_OPSET,
+        input_names=["pixels", "noise"],
+        output_names=list(_OUTPUTS),
+        dynamic_axes=axes,
+    )
     if precision == "int8":
         onnx.save(_quantised(onnx.load(file), samples), file)
 
@@ -262,14 +261,6 @@ def _quantised(model: Any, samples: list[dict[str, np.ndarray]]) -> Any:
         subset_size=len(samples),
         ignored_scope=nncf.IgnoredScope(patterns=list(_KEPT_IN_FLOAT), validate=False),
     )
-
-
-@contextmanager
-def _quiet_tracing() -> Iterator[None]:
-    """Silences the tracer, which warns about every size check in the networks; sizes are constants here."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager

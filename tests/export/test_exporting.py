@@ -379,14 +379,14 @@ def rewritten(folder, **changes):
         (lambda d: (d / "model.onnx").unlink(), "model.onnx is missing"),
         (lambda d: (d / "model.onnx").write_bytes((d / "model.onnx").read_bytes()[:5000]), "cannot read this graph"),
         (lambda d: rewritten(d, _diffusionad_export=99), "newer version"),
-        (lambda d: rewritten(d, scheduler=...), "'scheduler' is missing"),
-        (lambda d: rewritten(d, format="tflite"), "format 'tflite' is none of openvino, onnx"),
+        (lambda d: rewritten(d, scheduler=...), "damaged ('scheduler')"),
+        (lambda d: rewritten(d, format="tflite"), "damaged ('tflite')"),
     ],
     ids=["no config", "damaged config", "no graph", "truncated graph", "newer", "no timesteps", "unknown format"],
 )
 def test_a_folder_that_is_not_whole_says_what_is_missing(damage, words, onnx_dir, photo, tmp_path, capsys):
     damage(onnx_dir)
-    with pytest.raises(OSError, match=words):
+    with pytest.raises(OSError, match=re.escape(words)):
         load_model(onnx_dir)
     Image.fromarray(photo).save(tmp_path / "photo.png")
     assert main(["inspect", str(tmp_path / "photo.png"), "--model", str(onnx_dir)]) == 2
