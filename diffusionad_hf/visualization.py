@@ -39,23 +39,14 @@ _LIGHT, _DARK = (255, 255, 255), (16, 16, 20)
 
 @dataclass(frozen=True)
 class Region:
-    """One connected region of an anomaly map at or above the pixel threshold, in pixels of the image's own size.
+    """One connected region of an anomaly map at or above the pixel threshold, in pixels of the image's own size."""
 
-    Attributes:
-        box: `(x0, y0, x1, y1)`, half-open: `image.crop(region.box)` is the region.
-        area_px: Number of pixels in the region.
-        area_fraction: `area_px` over the number of pixels of the image.
-        peak: Largest map value in the region.
-        peak_xy: `(x, y)` of the peak; of equal peaks (a saturated map) the one closest to the region's centroid.
-        mean: Mean map value over the region.
-    """
-
-    box: tuple[int, int, int, int]
+    box: tuple[int, int, int, int]  # (x0, y0, x1, y1), half-open: `image.crop(region.box)` is the region
     area_px: int
-    area_fraction: float
-    peak: float
-    peak_xy: tuple[int, int]
-    mean: float
+    area_fraction: float  # of the image
+    peak: float  # largest map value
+    peak_xy: tuple[int, int]  # of equal peaks (a saturated map) the one closest to the region's centroid
+    mean: float  # of the map values
 
 
 def region_threshold(image_threshold: float | None) -> float:

@@ -179,19 +179,14 @@ def _count_tables(images: list[ImagePixels], thresholds: np.ndarray, fp: np.ndar
 
 @dataclass
 class EvaluationResult:
-    """What `evaluate_pipeline` found.
+    """What `evaluate_pipeline` found."""
 
-    Attributes:
-        metrics: see `AnomalyEvaluator.compute`; plus `resolution` (pixels, the model's own), `seconds_per_image` and
-            `provenance`.
-        predictions: one dict per image: `index` in the dataset, `file`, `label`, `defect_type`, `anomaly_score`, and
-            of a calibrated model `p_value` and `is_anomalous`.
-        worst: anomaly maps of the 8 anomalous images with the lowest scores and of the 8 normal ones with the highest,
-            {index: (H, W) float32}.
-    """
-
+    # See `AnomalyEvaluator.compute`; plus `resolution` (pixels, the model's own), `seconds_per_image`, `provenance`.
     metrics: dict[str, Any]
+    # For each image `index` in the dataset, `file`, `label`, `defect_type`, `anomaly_score`, and of a calibrated model
+    # `p_value` and `is_anomalous`.
     predictions: list[dict[str, Any]]
+    # Maps, by index, of the 8 anomalous images with the lowest scores and the 8 normal ones with the highest.
     worst: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def save_json(self, path: str | Path) -> Path:

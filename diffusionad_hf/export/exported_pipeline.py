@@ -38,13 +38,10 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
 
     Timesteps, guidance weight and image size are part of the graph and cannot be changed; of the intermediates it
     gives `reconstruction` and `probability`. The runtime uses as many threads as torch has when the model is loaded.
-
-    Attributes:
-        record (`dict`): Contents of `exported_model.json`: format, precision, versions, and on whose scores the
-            threshold was calibrated (`calibrated_with`).
     """
 
     config_name = CONFIG_NAME
+    # Contents of `exported_model.json`; `calibrated_with` says on whose scores the threshold was calibrated.
     record: dict[str, Any]
     folder: Path
 
@@ -128,14 +125,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
 
 
 class _Graph(nn.Module):
-    """
-    Takes the place of both networks in the pipeline.
-
-    Attributes:
-        run: The whole computation.
-        arithmetic: Runtime, precision and the type it computes in on this machine.
-        digest: Buffer with the SHA-256 of the graph's files, which tells models apart.
-    """
+    """Takes the place of both networks in the pipeline; `run` is the whole computation."""
 
     device = torch.device("cpu")
     dtype = torch.float32
@@ -143,21 +133,21 @@ class _Graph(nn.Module):
     def __init__(self, folder: Path, record: dict[str, Any]):
         super().__init__()
         self.config = SimpleNamespace(sample_size=record["image_size"], in_channels=3)
+        # Tells models apart.
         digest = hashlib.sha256()
         for name in GRAPH_FILES[record["format"]]:
             digest.update((folder / name).read_bytes())
         self.register_buffer("digest", torch.tensor(list(digest.digest()), dtype=torch.uint8))
         load = {"openvino": _load_openvino, "onnx": _load_onnx}[record["format"]]
         self.run, floats = load(folder / GRAPH_FILES[record["format"]][0], record["precision"])
+        # Runtime, precision and the type it computes in on this machine.
         self.arithmetic = f"{record['format']} {record['precision']} with {floats}"
 
 
 @functools.cache
 def _core_of(openvino: ModuleType) -> Any:
-    """
-    One core per process, never freed. Each installs an alternate signal stack and restores the previous one when it
-    is freed: two freed in the order of their creation leave a dangling stack, and the next signal kills the process.
-    """
+    # One per process, never freed. Each core installs an alternate signal stack and restores the previous one when it
+    # is freed: two freed in the order of their creation leave a dangling stack, and the next signal kills the process.
     return openvino.Core()
 
 

@@ -209,6 +209,7 @@ def test_noise_seed_and_top_k_are_kept(exports, calibrated):
     config = load_model(exports / "onnx").config
     for name in ("image_size", "top_k", "seed", "false_alarm_rate", "calibration_scores"):
         assert config[name] == calibrated.config[name]
+    assert stat.S_IMODE((exports / "onnx").stat().st_mode) == 0o755, "others may read it"
     record = json.loads((exports / "onnx" / "exported_model.json").read_text())
     assert record["precision"] == "fp32" and {"torch", "onnxruntime", "diffusionad-hf"} <= set(record["versions"])
 
@@ -241,16 +242,9 @@ def test_a_threshold_of_other_scores_is_said_on_loading(onnx_dir, caplog):
     pipe.register_to_config(calibration_scores=[0.2, 0.4])
     pipe.save_config(onnx_dir)
     load_model(onnx_dir)
+    rewritten(onnx_dir, calibration_scores=None, calibrated_with="another", threshold=None)
+    assert load_model(onnx_dir).threshold is None
     assert len(caplog.messages) == 1
-
-
-def test_without_a_threshold_there_is_none_to_warn_of(onnx_dir, caplog):
-    rewritten(onnx_dir, precision="int8", calibration_scores=None, threshold=None)
-    assert load_model(onnx_dir).threshold is None and not caplog.messages
-
-
-def test_others_than_its_owner_may_read_an_exported_model(exports):
-    assert stat.S_IMODE((exports / "onnx").stat().st_mode) == 0o755
 
 
 def test_saved_elsewhere_it_is_whole(exports, tmp_path, photo):
@@ -306,17 +300,13 @@ def test_exporting_says_which_images_were_left_out(tmp_path, model_dir, photo, c
 # ---- what cannot be
 
 
-def swapped(name):
-    pipe = make_pipeline()
-    other = {"segmenter": pipe.unet, "unet": AnomalySegmenter(base_channels=16), "scheduler": DDPMScheduler()}
-    pipe.register_modules(**{name: other[name]})
-    return pipe
-
-
 @pytest.mark.parametrize("name", ["unet", "segmenter", "scheduler"])
 def test_swapped_components_are_named(name, tmp_path):
+    swapped = make_pipeline()
+    other = {"segmenter": swapped.unet, "unet": AnomalySegmenter(base_channels=16), "scheduler": DDPMScheduler()}
+    swapped.register_modules(**{name: other[name]})
     with pytest.raises(ValueError, match=f"^{name}: is a .*; only .* can be exported"):
-        export_pipeline(swapped(name), tmp_path / "out")
+        export_pipeline(swapped, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -438,19 +428,17 @@ def test_int8_needs_images(pipe, model_dir, tmp_path, capsys):
     assert "nothing: no such file or folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [{"format": "tflite"}, {"precision": "int4"}], ids=["format", "precision"])
-def test_unknown_choices_are_named(arguments, pipe, tmp_path):
-    name, value = next(iter(arguments.items()))
+@pytest.mark.parametrize(("name", "value"), [("format", "tflite"), ("precision", "int4")])
+def test_unknown_choices_are_named(name, value, pipe, tmp_path):
     with pytest.raises(ValueError, match=f'{name}="{value}": must be one of'):
-        export_pipeline(pipe, tmp_path / "out", **arguments)
+        export_pipeline(pipe, tmp_path / "out", **{name: value})
 
 
-@pytest.mark.parametrize("argument", [{"small_timestep": 100}, {"big_timestep": 500}, {"guidance_weight": 0.5}])
-def test_what_is_fixed_in_the_graph_cannot_be_changed(argument, exports, photo):
+@pytest.mark.parametrize(("name", "value"), [("small_timestep", 100), ("big_timestep", 500), ("guidance_weight", 0.5)])
+def test_what_is_fixed_in_the_graph_cannot_be_changed(name, value, exports, photo):
     exported = load_model(exports / "onnx")
-    name, value = next(iter(argument.items()))
     with pytest.raises(ValueError, match=f"{name}={value}: this model was exported with"):
-        exported(photo, **argument)
+        exported(photo, **{name: value})
     # What it was exported with may be said.
     exported(photo, small_timestep=200, big_timestep=400, guidance_weight=1.0)
 
