@@ -52,7 +52,6 @@ logger = logging.getLogger(__name__)
 NORMAL = "good"
 """`defect_type` of normal images in every dataset, whatever the dataset itself calls them."""
 
-_NORMAL_NAMES = frozenset({"good", "ok", "normal"})
 _MASK_FOLDERS = ("ground_truth", "masks")
 _TEST_SHARE = 0.2  # of the normal images, if a dataset has defects but no split of its own
 _MOST_UNUSABLE = 0.05  # share of broken images to go on with
@@ -98,7 +97,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _is_normal(name: str) -> bool:
-    return name.lower() in _NORMAL_NAMES
+    return name.lower() in (NORMAL, "ok", "normal")
 
 
 def _normal_images(folder: Path) -> list[Path]:
@@ -274,8 +273,8 @@ def load_category(source: str | Path, category: str | None = None) -> Any:
 
     Raises:
         FileNotFoundError: If the folder or the Hub dataset does not exist.
-        ValueError: If the layout is not recognised; the category is not there; it has no normal training image; a mask
-            has no image, or a defective image no mask.
+        ValueError: If the layout or the category is unknown, there is no normal training image, a mask has no image, or
+            a defective image no mask.
         ImportError: If `datasets` is not installed.
     """
     datasets = require("datasets", "train")

@@ -72,10 +72,8 @@ def load_image(image: ImageInput, name: str = "image") -> torch.Tensor:
 
 
 def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:
-    """
-    Resizes an image of [`load_image`] to `(3, size, size)`, float32 in [0, 1]: bilinear, antialiased, ignoring the
-    aspect ratio as the reference does.
-    """
+    """Resizes an image of [`load_image`] to `(3, size, size)`, float32 in [0, 1]: bilinear, antialiased, as in the
+    reference without regard to the aspect ratio."""
     if tuple(image.shape[-2:]) != (size, size):
         image = F.interpolate(image[None], size=(size, size), mode="bilinear", antialias=True)[0]
     return image.float() / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)

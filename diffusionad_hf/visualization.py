@@ -98,7 +98,7 @@ def overlay(
     if image.size != (width, height):
         raise ValueError(f"anomaly_map is {width} x {height} pixels, but image is {image.width} x {image.height}")
     pivot = DEFAULT_THRESHOLD if threshold is None else threshold
-    levels = to_uint8(_centred_on(values, pivot))
+    levels = to_uint8(np.interp(values, (0, pivot, 1), (0, 0.5, 1)))
     heat = Image.fromarray(levels).convert("P")
     # Up to amber only: the pale end of the scale, half transparent on a bright photo, would look weaker than orange.
     heat.putpalette(_COLORS[np.arange(256) * 4 // 5].tobytes())
@@ -233,13 +233,6 @@ def _checked_map(anomaly_map: np.ndarray) -> np.ndarray:
             + (f" with values from {values.min():g} to {values.max():g}" if values.size else "")
         )
     return values.clip(0, 1)
-
-
-def _centred_on(values: np.ndarray, pivot: float) -> np.ndarray:
-    """Stretches [0, pivot] and [pivot, 1] to half of the scale each; 0 and 1 stay where they are."""
-    below = values * (0.5 / max(pivot, 1e-6))
-    above = 1 - (1 - values) * (0.5 / max(1 - pivot, 1e-6))
-    return np.where(values < pivot, below, above)
 
 
 def _label_regions(values: np.ndarray, threshold: float) -> np.ndarray:

@@ -50,12 +50,10 @@ class AnomalyEvaluator:
     def update(
         self, anomaly_map: np.ndarray, mask: np.ndarray | None, score: float, label: int, defect_type: str = ""
     ) -> None:
-        """Add an image with the label 0 (normal) or 1 (anomalous).
+        """Add an image with the label 0 (normal) or 1 (anomalous); masks are non-zero on defects.
 
-        An anomalous image without a mask (one of non-zero values on defects) counts in the image metrics alone.
-
-        Raises:
-            ValueError: If sizes differ, values are not finite, or a normal image has defect pixels.
+        An anomalous image without a mask counts in the image metrics alone. Raises a ValueError if sizes differ,
+        values are not finite, or a normal image has defect pixels.
         """
         label = int(label)
         if label not in (0, 1):
@@ -206,7 +204,7 @@ def evaluate_pipeline(
     Args:
         pipe: the pipeline; its `threshold`, if calibrated, decides the false-alarm and miss rates.
         dataset: a `datasets.Dataset` with the columns of `diffusionad_hf.data`, or a `DatasetDict`: its "test" split.
-        batch_size: images per call; None is the pipeline's default.
+        batch_size: as for the pipeline.
         progress: show a progress bar.
 
     Raises:

@@ -17,13 +17,8 @@ from .metrics import roc_vertices
 def save_plots(result: EvaluationResult, dataset: Any, folder: str | Path) -> list[Path]:
     """Draw `roc_curve.png` (given both classes), `score_histogram.png` and `worst_cases.png`; returns their paths.
 
-    Args:
-        result: of `evaluate_pipeline`.
-        dataset: the one that it was computed on, for the pictures of the worst cases.
-        folder: created if missing.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
+    The dataset is the one that the result was computed on; the folder is created if missing. Raises an ImportError if
+    matplotlib is not installed.
     """
     require("matplotlib", "train")
     if isinstance(dataset, dict):
