@@ -273,8 +273,8 @@ def load_category(source: str | Path, category: str | None = None) -> Any:
 
     Raises:
         FileNotFoundError: If the folder or the Hub dataset does not exist.
-        ValueError: If the layout or the category is unknown, there is no normal training image, a mask has no image, or
-            a defective image no mask.
+        ValueError: If layout or category are unknown, there is no normal training image, a mask has no image, or a
+            defective image no mask.
         ImportError: If `datasets` is not installed.
     """
     datasets = require("datasets", "train")

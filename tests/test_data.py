@@ -98,6 +98,7 @@ def test_images_are_paths_until_a_row_is_read(tmp_path):
 def test_flat_normal_images_all_train(tmp_path):
     data = load_category(make_flat(tmp_path / "bolts"), "bolts")
     assert counts(data) == {"train": {"good": 6}, "test": {}}
+    assert data["test"].column_names == data["train"].column_names
 
 
 def test_held_out_normals_of_a_plain_folder_depend_on_names_alone(tmp_path):

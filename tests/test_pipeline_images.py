@@ -42,12 +42,10 @@ def test_transparency_is_composited_on_white(mode, tmp_path):
 
 
 def test_transparency_of_arrays_is_composited_alike(tmp_path):
-    rng = np.random.default_rng(0)
-    rgba = rng.integers(0, 256, (9, 11, 4), dtype=np.uint8)
+    rgba = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
     from_file = load_image(save(Image.fromarray(rgba), tmp_path / "a.png"))
-    for image in (rgba, rgba.astype(np.float32) / 255):
-        values = load_image(image).float() * (1 if image.dtype == np.uint8 else 255)
-        assert (values - from_file).abs().max() <= 1
+    for image, scale in ((rgba, 1), (rgba.astype(np.float32) / 255, 255)):
+        assert (load_image(image).float() * scale - from_file).abs().max() <= 1
 
 
 def test_palette_with_transparency(tmp_path):
@@ -190,13 +188,9 @@ def test_arrays_that_are_no_image_say_why(array, reason):
 
 
 def test_which_image_of_a_list_is_wrong_is_said(pipe, photo):
-    with pytest.raises(InvalidImageError, match="image 1: holds NaN"):
-        pipe([photo, np.full((10, 10, 3), np.nan)])
-
-
-def test_things_that_are_no_image_at_all(pipe):
-    with pytest.raises(InvalidImageError, match="dict"):
-        pipe([{"image": 1}])
+    for bad, words in ((np.full((10, 10, 3), np.nan), "image 1: holds NaN"), ({"image": 1}, "dict")):
+        with pytest.raises(InvalidImageError, match=words):
+            pipe([photo, bad])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4", np.uint16, ">u2", np.int32, bool])
