@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ..files import one_line
-from ..flags import DashedParser
+from ..flags import DashedParser, as_flags
 from ..version import __version__
 from . import evaluate, export, hub, inspect, serve, train
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 2 something was wrong with the input, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
-        # It has a parser of its own.
+        # The trainer parses its own options.
         args = _parser().parse_args(["train"])
         args.arguments = argv[1:]
     else:
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("diffusionad: interrupted.", file=sys.stderr)
         return INTERRUPTED
     except (OSError, ValueError, ImportError, MemoryError) as error:
-        # What the user can mend is said in one line; anything else is a bug of ours and keeps its traceback.
-        print(f"diffusionad: error: {one_line(error)}", file=sys.stderr)
+        # One line for what the user can fix; anything else is a bug and keeps its traceback.
+        print(f"diffusionad: error: {as_flags(one_line(error))}", file=sys.stderr)
         return 2
 
 

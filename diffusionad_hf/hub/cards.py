@@ -1,4 +1,4 @@
-"""Model cards: what a model is, what was measured and what nobody knows, from files and never typed."""
+"""Model cards, written from the files of a model: what it is, what was measured, and what is not known."""
 
 import json
 import math
@@ -18,13 +18,13 @@ from ..pipeline_diffusionad import DiffusionADPipeline
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 TRAINING_NOTES = "TRAINING.md"
-"""What its maker wrote on how a model was trained; the card points to it."""
+"""The maker's notes on how a model was trained; the card links to them."""
 
-# What a verdict did on the test images; beside METRIC_NAMES, and in per cent.
+# Error rates of the verdicts, shown in per cent below the metrics.
 _RATES = {"false_alarm_rate": "false alarms (normal images rejected)", "miss_rate": "misses (anomalous images passed)"}
-# The columns of the table by kind of defect: the full set would not fit a page.
+# The columns of the table by kind of defect; all metrics would not fit on a page.
 _TYPE_COLUMNS = ("image_auroc", "pixel_auroc", "aupro_30", "miss_rate")
-# A kind of defect that passes as normal more often than not is a limit of the model.
+# Kinds of defect with a higher miss rate are listed among the model's limits.
 _MOSTLY_MISSED = 0.5
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)", re.IGNORECASE)
@@ -32,14 +32,7 @@ _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class DataSource:
-    """
-    A dataset as a card speaks of it.
-
-    Attributes:
-        name: As people write it.
-        license: Identifier of the data's licence, as the Hub writes it; `None` where it is not known.
-        url: Where it is described.
-    """
+    """A dataset: its name, the Hub's identifier of its licence if known, and its home page."""
 
     name: str
     license: str | None = None
@@ -47,7 +40,7 @@ class DataSource:
 
     @property
     def slug(self) -> str:
-        """The name as a tag: `"MVTec AD"` is `"mvtec-ad"`."""
+        """The name as a tag: `"mvtec-ad"` for `"MVTec AD"`."""
         return slug(self.name)
 
 
@@ -56,19 +49,19 @@ DATASETS = (
     DataSource("VisA", "cc-by-4.0", "https://github.com/amazon-science/spot-diff"),
     DataSource("Demo part", "mit"),
 )
-"""Datasets whose licence is known; any other name is taken as it is."""
+"""Datasets whose licence is known."""
 
 
 def find_data_source(name: str) -> DataSource:
     """
-    The dataset of that name, however it is spelt: `"mvtec"`, `"MVTec-AD"` and `"mvtec_ad"` are one.
+    Finds a dataset in any spelling: `"mvtec"`, `"MVTec-AD"` and `"mvtec_ad"` are the same. Other names are allowed.
 
     Raises:
         ValueError: If the name has no letter or digit.
     """
     asked = DataSource(name.strip())
     if not asked.slug:
-        raise ValueError(f'--dataset "{name}": give a name such as "MVTec AD".')
+        raise ValueError(f'`dataset` "{name}": give a name such as "MVTec AD".')
     for known in DATASETS:
         if asked.slug == known.slug or asked.slug == known.slug.removesuffix("-ad"):
             return known
@@ -77,17 +70,10 @@ def find_data_source(name: str) -> DataSource:
 
 def read_evaluation(path: Path, pipe: DiffusionADPipeline) -> dict[str, Any]:
     """
-    Reads what `diffusionad evaluate` measured, and checks that it was measured on a model like this one.
-
-    Args:
-        path: The JSON file.
-        pipe: The model that is to carry these results.
-
-    Returns:
-        `dict`: Its content; metrics are floats.
+    Reads a result of `diffusionad evaluate`.
 
     Raises:
-        ValueError: If it is no such file, or of a model of another resolution or threshold.
+        ValueError: If it is no such file, or was measured at another resolution or threshold than those of `pipe`.
     """
     try:
         evaluation = json.loads(path.read_text(encoding="utf-8"))
@@ -110,7 +96,7 @@ def read_evaluation(path: Path, pipe: DiffusionADPipeline) -> dict[str, Any]:
         )
     now = pipe.threshold
     if "false_alarm_rate" in evaluation or "miss_rate" in evaluation:
-        # An infinite threshold is absent from the file.
+        # The file omits an infinite threshold.
         then = math.inf if threshold is None else threshold
         if now is None or not (now == then or math.isclose(now, then, rel_tol=1e-6)):
             raise ValueError(
@@ -120,12 +106,7 @@ def read_evaluation(path: Path, pipe: DiffusionADPipeline) -> dict[str, Any]:
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """
-    Reads what the trainer recorded of a training; empty where there is no such file.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """Reads the options that the trainer recorded, if any; raises `ValueError` if the file is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -147,35 +128,30 @@ def build_card(
     folder: Path | None = None,
 ) -> ModelCard:
     """
-    The card of a model.
+    Writes the card of a model; its `validate` asks the Hub to check it.
 
     Args:
         pipe: The model.
-        repo_id: Where it will be found.
-        evaluation: As [`read_evaluation`] returns it; without one, the card says that nothing was measured.
-        training: As [`read_training`] returns it.
-        data: What it was trained and evaluated on.
-        category: Which product of that dataset.
-        license: Identifier of the weights' licence; that of the data where `None`.
-        previews: Names of the pictures in the folder `previews`.
-        folder: Where the model lies, saved: what the card says of its files is read off them.
-
-    Returns:
-        `ModelCard`: Checked by nobody yet; its `validate` asks the Hub.
+        repo_id: The repo that will hold it.
+        evaluation: From [`read_evaluation`]; without it, the card says that nothing was measured.
+        training: From [`read_training`].
+        data: Dataset that it was trained and evaluated on.
+        category: Category of the dataset.
+        license: Identifier of the weights' licence; by default that of the data.
+        previews: File names of the pictures in the folder `previews`.
+        folder: The saved model, to describe its files.
     """
     license = license or (data.license if data else None)
-    # Of a training in stages, which the notes then tell, only the last is recorded.
-    notes = bool(folder and (folder / TRAINING_NOTES).is_file())
     metadata = ModelCardData(
         library_name="diffusers",
-        # The Hub has no task of its own for anomaly detection; the output is a mask for each image.
+        # The Hub has no task for anomaly detection.
         pipeline_tag="image-segmentation",
         license=license,
         tags=["anomaly-detection", "diffusionad"]
         + [tag for tag in (data.slug if data else "", slug(category or "")) if tag],
         model_name=repo_id.split("/")[-1],
         eval_results=_eval_results(evaluation, data, category) if evaluation else None,
-        # Of ours: what `diffusionad list` shows.
+        # Not a field of the Hub's; `diffusionad list` shows it.
         category=category,
     )
     return ModelCard.from_template(
@@ -187,17 +163,16 @@ def build_card(
         previews=list(previews),
         weights=_weights_sentence(folder) if folder else "",
         has_modules=bool(folder and (folder / "pipeline_diffusionad.py").is_file()),
-        has_training_notes=notes,
+        has_training_notes=bool(folder and (folder / TRAINING_NOTES).is_file()),
         threshold=pipe.threshold,
         calibration=_calibration(pipe),
         evaluation=evaluation,
         metrics=_metric_rows(evaluation) if evaluation else [],
         defect_types=_defect_types(evaluation or {}),
-        speed=_speed(evaluation or {}),
-        training=_training_sentence(training or {}, "Last trained" if notes else "Trained"),
+        training=training or {},
         parameters=sum(p.numel() for model in (pipe.unet, pipe.segmenter) for p in model.parameters()),
         image_size=pipe.config.image_size,
-        has_encoder=bool(getattr(getattr(pipe.segmenter, "config", None), "encoder", None)),
+        has_encoder=bool(pipe.segmenter.config.get("encoder")),
     )
 
 
@@ -236,14 +211,18 @@ def _calibration(pipe: DiffusionADPipeline) -> dict[str, Any] | None:
 def _metric_rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
     intervals = evaluation.get("intervals", {})
     return [
-        {"name": name, "value": _shown(key, evaluation[key]), "interval": _shown_interval(key, intervals.get(key))}
+        {
+            "name": name,
+            "value": _shown(key, evaluation[key]),
+            "interval": " to ".join(_shown(key, bound) for bound in intervals.get(key, ())),
+        }
         for key, name in {**METRIC_NAMES, **_RATES}.items()
         if key in evaluation
     ]
 
 
 def _defect_types(evaluation: dict[str, Any]) -> dict[str, list]:
-    """The table by kind of defect, with the columns that at least one kind has."""
+    """The table by kind of defect, with the columns that at least one kind has a value for."""
     types = evaluation.get("defect_types", {})
     columns = [key for key in _TYPE_COLUMNS if any(key in results for results in types.values())]
     rows = [
@@ -267,12 +246,8 @@ def _shown(key: str, value: float) -> str:
     return f"{100 * value:.1f} %" if key in _RATES else f"{value:.3f}"
 
 
-def _shown_interval(key: str, interval: Sequence[float] | None) -> str:
-    return f"{_shown(key, interval[0])} to {_shown(key, interval[1])}" if interval else ""
-
-
 def _weights_sentence(folder: Path) -> str:
-    """What the files of weights hold, by variant."""
+    """The types of the saved weights, by variant."""
     dtypes: dict[str, str] = {}
     for file in sorted((folder / "unet").glob("*.safetensors")):
         variant = file.name.removesuffix(".safetensors").partition(".")[2]
@@ -286,22 +261,3 @@ def _weights_sentence(folder: Path) -> str:
     for name, dtype in dtypes.items():
         sentence += f'; `variant="{name}"` loads them as {dtype}' if dtype != stored else ""
     return sentence + "."
-
-
-def _speed(evaluation: dict[str, Any]) -> str:
-    if "seconds_per_image" not in evaluation:
-        return ""
-    seconds, provenance = evaluation["seconds_per_image"], evaluation.get("provenance", {})
-    hardware = provenance.get("hardware") or provenance.get("device")
-    batches = f"batches of {provenance['batch_size']}" if "batch_size" in provenance else None
-    details = ", ".join(filter(None, (provenance.get("dtype"), batches)))
-    return f"{seconds:.3g} s an image" + (f" on {hardware}" if hardware else "") + (f" ({details})" if details else "")
-
-
-def _training_sentence(training: dict[str, Any], verb: str) -> str:
-    if not {"max_train_steps", "train_batch_size"} <= training.keys():
-        return ""
-    # Gradient accumulation makes one step of several batches.
-    batch = training["train_batch_size"] * (training.get("gradient_accumulation_steps") or 1)
-    architecture = f", preset `{training['architecture']}`" if training.get("architecture") else ""
-    return f"{verb} for {training['max_train_steps']:,} steps of {batch} images{architecture}."

@@ -214,7 +214,7 @@ REFUSED = {
     "a read-only token": (REPO, {}, "read", "your token may not do that"),
     "somebody else's name": ("somebody/model", {}, "write", "your token may not do that"),
     "a name without owner": ("screw", {}, "write", "give ORG/NAME"),
-    "a name the client refuses": ("org/a b", {}, "write", '--repo-id "org/a b"'),
+    "a name the client refuses": ("org/a b", {}, "write", '`repo_id` "org/a b"'),
     "a name the Hub refuses": ("org/_.git", {}, "write", ".git"),
     "a licence the Hub does not know": (
         REPO,
@@ -223,12 +223,12 @@ REFUSED = {
         'refuses the model card: "license" must be',
     ),
     "a pull request to nothing": (REPO, {"create_pr": True}, "write", "no such repo"),
-    "a pull request to a branch": (REPO, {"create_pr": True, "revision": "v2"}, "write", "leave out --revision"),
+    "a pull request to a branch": (REPO, {"create_pr": True, "revision": "v2"}, "write", "leave out `revision`"),
     "no such folder": (REPO, {"model_dir": "nowhere"}, "write", "nowhere: no such folder"),
     "a folder without model": (REPO, {"model_dir": "."}, "write", "model_index.json"),
     "no such evaluation": (REPO, {"evaluation": "nowhere.json"}, "write", "nowhere.json: no such file"),
     "no such example": (REPO, {"examples": ["nowhere.png"]}, "write", "nowhere.png"),
-    "a data set without name": (REPO, {"dataset": "!"}, "write", "--dataset"),
+    "a data set without name": (REPO, {"dataset": "!"}, "write", "`dataset`"),
 }
 
 

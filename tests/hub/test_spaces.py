@@ -153,8 +153,8 @@ REFUSED = {
     "a read-only token": (SPACE, {}, "read", "your token may not do that"),
     "somebody else's name": ("somebody/space", {}, "write", "your token may not do that"),
     "a name without owner": ("space", {}, "write", "give ORG/NAME"),
-    "a model that cannot be": (SPACE, {"models": ["a b"]}, "write", '--models "a b"'),
-    "no app": (SPACE, {"app_dir": "nowhere"}, "write", "leave out app_dir"),
+    "a model that cannot be": (SPACE, {"models": ["a b"]}, "write", '`models` "a b"'),
+    "no app": (SPACE, {"app_dir": "nowhere"}, "write", "leave out `app_dir`"),
 }
 
 
