@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from ..files import require
 from .options import add_command
 
 
@@ -11,8 +12,4 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    try:
-        from ..training.loop import main
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{error.name} is not installed: pip install "diffusionad-hf[train]"') from error
-    return main(args.arguments)
+    return require("diffusionad_hf.training.loop", "train").main(args.arguments, prog="diffusionad train")

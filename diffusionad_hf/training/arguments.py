@@ -1,18 +1,17 @@
-"""What a training can be told, from Python, a preset or the command line."""
+"""The options of a training: from Python, a preset or the command line."""
 
 import argparse
 import json
-import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from ..flags import DashedParser
+from ..flags import DashedParser, as_flags
 from ..modeling_anomaly_segmenter import AnomalySegmenter
 from ..presets import PRESETS as ARCHITECTURES
 
 _PRESET_FOLDER = Path(__file__).parent / "presets"
-# The first option of each group of the help.
+# The first option of each group in --help.
 _GROUPS = {
     "data_dir": "data",
     "preset": "model",
@@ -23,7 +22,7 @@ _GROUPS = {
 
 
 def _option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, within: str = "") -> Any:
-    """A field; `within` is an interval such as `"[0, 1)"`."""
+    """A field; `within` is an interval, such as `"[0, 1)"`."""
     return field(default=default, metadata={"help": help, "choices": choices, "within": within})
 
 
@@ -45,12 +44,12 @@ class TrainingConfig:
         "into its own folder in the output folder; the same command again continues where it stopped.",
     )
     texture_dir: str | None = _option(
-        None, "Folder of texture images (such as DTD) to make anomalies from; without it, textures are generated."
+        None, "Folder of texture images (such as DTD) to make anomalies from; by default, textures are generated."
     )
     foreground_dir: str | None = _option(
         None,
-        "Folder with a mask of the object for each training image, named like it (one folder per category if all are "
-        "trained); without it, masks are estimated.",
+        "Folder with a mask of the object for each training image, named like the image (one folder per category if "
+        "all are trained); by default, masks are estimated.",
     )
     foreground: str = _option(
         "auto",
@@ -67,7 +66,7 @@ class TrainingConfig:
         "Defaults for all other options: fast, light, paper, perceptual, small, tiny, or a JSON file of your own.",
     )
     architecture: str = _option("small", "Size of the networks.", choices=tuple(ARCHITECTURES))
-    resolution: int = _option(256, "Side in px at which images are trained and inspected; a multiple of 32.")
+    resolution: int = _option(256, "Side of the images in px, for training and inspection; a multiple of 32.")
     prediction_type: str | None = _option(
         None,
         "What the UNet predicts: the noise (the paper), the image, or the velocity. By default paper predicts the "
@@ -78,9 +77,9 @@ class TrainingConfig:
         None, "Start from the weights of this pipeline folder or Hub id, which must have the same size."
     )
     detach_reconstruction: bool = _option(
-        False, "Let the UNet learn from its own loss alone, and not from the masks through the reconstruction as well."
+        False, "Train the UNet on its own loss only: no gradients of the mask losses through the reconstruction."
     )
-    gradient_checkpointing: bool = _option(False, "Trade time for memory, in both networks.")
+    gradient_checkpointing: bool = _option(False, "Use less memory and more time, in both networks.")
     channels_last: bool = _option(False, "Use the channels-last memory format.")
     compile: bool = _option(False, "Compile the networks with torch.compile; the first step takes long.")
 
@@ -120,9 +119,7 @@ class TrainingConfig:
     )
     seed: int = _option(0, "Fixes data order, anomalies, noise and initial weights.", within="[0, inf)")
 
-    output_dir: str = _option(
-        MISSING, "Folder to write the pipeline to; checkpoints, curve and logs are kept in it too."
-    )
+    output_dir: str = _option(MISSING, "Folder to write to: the pipeline, checkpoints, the training curve and logs.")
     save_dtype: str = _option("float32", "Type of the saved weights.", choices=("float32", "float16"))
     checkpointing_steps: int = _option(500, "Steps between checkpoints to resume from.", within="[1, inf)")
     checkpoints_total_limit: int = _option(2, "Checkpoints to keep.", within="[1, inf)")
@@ -133,7 +130,7 @@ class TrainingConfig:
     false_alarm_rate: float = _option(0.05, "The rate that the calibrated threshold promises.", within="(0, 1)")
     push_to_hub: bool = _option(False, "Publish each model as soon as it is trained.")
     hub_model_prefix: str | None = _option(
-        None, "With push_to_hub: ORG/PREFIX, to publish as ORG/PREFIX-<dataset>-<category>."
+        None, "With `push_to_hub`: ORG/PREFIX, to publish as ORG/PREFIX-<dataset>-<category>."
     )
     hub_private_repo: bool = _option(False, "Create private repos on the Hub.")
     dataset_name: str | None = _option(
@@ -155,8 +152,8 @@ class TrainingConfig:
             )
         if self.train_batch_size == 1 and self.resolution == multiple:
             raise ValueError(
-                f"`train_batch_size` 1: at `resolution` {multiple} the smallest map has one pixel, from which batch "
-                "norm cannot take statistics; give 2 or more."
+                f"`train_batch_size` 1: too small for batch norm at `resolution` {multiple}, where the smallest map "
+                "has a single pixel; give 2 or more."
             )
         if self.foreground_dir is not None and self.foreground in ("texture", "whole"):
             raise ValueError(
@@ -171,22 +168,22 @@ class TrainingConfig:
             )
         if self.push_to_hub and (self.hub_model_prefix or "").count("/") != 1:
             raise ValueError(
-                f"`hub_model_prefix` {self.hub_model_prefix}: `push_to_hub` needs ORG/PREFIX, ORG being your user "
-                "name or an organization of yours."
+                f"`hub_model_prefix` {self.hub_model_prefix}: `push_to_hub` needs ORG/PREFIX, ORG being your name or "
+                "an organization of yours."
             )
 
 
-def parse_arguments(argv: list[str] | None = None) -> TrainingConfig:
-    """Reads the command line; a preset gives the defaults of the flags that are not on it."""
-    parser = _parser()
-    # On its own and first, as its values are the defaults that --help shows.
+def parse_arguments(argv: list[str] | None = None, prog: str = "train.py") -> TrainingConfig:
+    """Reads the command line; a preset sets the defaults of the other flags."""
+    parser = _parser(prog)
+    # The preset first, as its values are the defaults that --help shows.
     first = DashedParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=parser.get_default("preset"))
     try:
         parser.set_defaults(**load_preset(first.parse_known_args(argv)[0].preset))
         return TrainingConfig(**vars(parser.parse_args(argv)))
     except ValueError as error:
-        parser.error(re.sub(r"`(\w+)`", lambda name: f"--{name[1].replace('_', '-')}", str(error)))
+        parser.error(as_flags(str(error)))
 
 
 def load_preset(name: str) -> dict[str, Any]:
@@ -220,7 +217,7 @@ def _check_value(option: Field, value: Any) -> None:
     if value is None and option.default is None:
         return
     kind, name = _kind(option), option.name
-    # A whole number is a number, but true is not 1.
+    # An int is a valid float, but a bool is not a valid int.
     if type(value) is not kind and (kind, type(value)) != (float, int):
         raise ValueError(f"`{name}` {json.dumps(value, default=str)}: must be of type {kind.__name__}.")
     choices, within = option.metadata["choices"], option.metadata["within"]
@@ -232,9 +229,9 @@ def _check_value(option: Field, value: Any) -> None:
             raise ValueError(f"`{name}` {value}: must lie in {within}.")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = DashedParser(
-        prog="train.py",
+        prog=prog,
         description="Trains DiffusionAD on normal images of one product and writes a calibrated pipeline folder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -248,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
             f"--{option.name.replace('_', '-')}",
             default=None if required else option.default,
             required=required,
-            help=option.metadata["help"],
+            help=as_flags(option.metadata["help"]),
             **settings,
         )
     return parser

@@ -1,4 +1,4 @@
-"""From one category to all of a dataset: trained one after another, each published as soon as it is done."""
+"""Trains all categories of a dataset one after another, and publishes each as soon as it is trained."""
 
 import json
 import logging
@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from ..data import list_categories
 from ..hub.cards import find_data_source
+from ..hub.checks import check_hub_id
 from ..hub.publishing import publish_model
 from .arguments import TrainingConfig
 from .checkpoints import check_same_training
@@ -26,14 +25,14 @@ ALL = "all"
 
 
 def train_all(args: TrainingConfig, train: Callable[[TrainingConfig], int]) -> int:
-    """Trains every category in a folder of its own; finished ones are skipped, failed ones do not stop the others.
+    """Trains every category into its own folder: skips finished ones, and goes on if one fails.
 
-    Returns 0; 2 if a category failed; or the code of a `train` that was interrupted.
+    Returns 0; 2 if a category failed; or the exit code of an interrupted training.
     """
     categories = together(lambda: list_categories(args.data_dir))
     folders = {name: Path(args.output_dir) / _slug(name) for name in categories}
     if len(set(folders.values())) < len(folders):
-        raise ValueError(f"`category` {ALL}: the names {', '.join(categories)} are not distinct as names of folders.")
+        raise ValueError(f"`category` {ALL}: the names {', '.join(categories)} are not distinct as folder names.")
     failed = {}
     for number, (name, folder) in enumerate(folders.items(), start=1):
         logger.info(f"Category {number} of {len(folders)}: {name}")
@@ -57,42 +56,35 @@ def train_all(args: TrainingConfig, train: Callable[[TrainingConfig], int]) -> i
 
 
 def train_and_publish(args: TrainingConfig, train: Callable[[TrainingConfig], int]) -> int:
-    """Trains one category, unless it is finished and to be resumed, and publishes it if asked to."""
-    if args.resume_from_checkpoint == "latest" and _is_finished(args):
+    """Trains one category, unless it is resumed and finished already, and publishes it if asked to."""
+    finished = args.resume_from_checkpoint == "latest" and _is_finished(args)
+    if finished:
         logger.info(f"{args.output_dir} was finished before.")
-        code = 0
-    else:
-        code = train(args)
+    code = 0 if finished else train(args)
     if code == 0 and args.push_to_hub:
         together(lambda: _publish(args), main_only=True)
     return code
 
 
 def check_publishing(args: TrainingConfig) -> None:
-    """Finds out before a long training what would keep its result from being published."""
+    """Checks before a long training whether its result can be published."""
     if not get_token():
         raise OSError("`push_to_hub`: needs a Hugging Face token; log in with `hf auth login`, or set HF_TOKEN.")
-    repo_id = _repo_id(args)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"`hub_model_prefix` {args.hub_model_prefix}: {' '.join(str(error).split())}") from error
+    check_hub_id(_repo_id(args), "hub_model_prefix")
 
 
 def _is_finished(args: TrainingConfig) -> bool:
-    """Whether the output folder holds the outcome of this training; raises `ValueError` if of another one."""
+    """Whether the output folder holds the result of this training; raises `ValueError` if of a different one."""
     file = Path(args.output_dir) / ARGUMENTS_FILE
     if not file.is_file():
         return False
     try:
         recorded = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: damaged ({error}); delete it, and the training is finished again.") from error
-    now = vars(args).copy()
-    for name in ("mixed_precision", "prediction_type"):
-        if now[name] is None:
-            # What accelerate is configured for and what the networks are made for is known only once it runs.
-            del now[name]
+        raise ValueError(f"{file}: damaged ({error}); delete it to finish the training again.") from error
+    # Left out if not given: the defaults of these two are only known once a training runs.
+    late = ("mixed_precision", "prediction_type")
+    now = {name: value for name, value in vars(args).items() if value is not None or name not in late}
     check_same_training(recorded, now, f"`output_dir` {args.output_dir}")
     return recorded["max_train_steps"] == args.max_train_steps
 
@@ -100,15 +92,11 @@ def _is_finished(args: TrainingConfig) -> bool:
 def _publish(args: TrainingConfig) -> None:
     repo_id = _repo_id(args)
     try:
+        dataset = _dataset_name(args)
         url = publish_model(
-            args.output_dir,
-            repo_id,
-            private=args.hub_private_repo,
-            dataset=_dataset_name(args),
-            category=args.category,
+            args.output_dir, repo_id, private=args.hub_private_repo, dataset=dataset, category=args.category
         )
     except (OSError, ValueError) as error:
-        # What went wrong with the Hub says nothing about the training.
         raise OSError(
             f"{error} The trained model is safe in {args.output_dir}; publish it with: diffusionad publish "
             f"{args.output_dir} --repo-id {repo_id}"
@@ -128,8 +116,8 @@ def _repo_id(args: TrainingConfig) -> str:
 
 
 def _slug(name: str) -> str:
-    """A category's name as one of a folder or a repo, wherever on the Hub it comes from."""
+    """A category's name as the name of a folder or a repo."""
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")
     if not slug:
-        raise ValueError(f'`category` {ALL}: "{name}" is no name for a folder; train it by itself.')
+        raise ValueError(f'`category` {ALL}: "{name}" cannot be a folder name; train it by itself.')
     return slug

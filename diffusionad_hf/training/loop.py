@@ -52,15 +52,15 @@ _LOSSES = ("loss", "noise", "focal", "smooth_l1")
 _PATIENCE = timedelta(hours=3)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a training; returns the exit code."""
+def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
+    """Runs a training from the command line of `prog`; returns the exit code."""
     handler = logging.StreamHandler()
     handler.setFormatter(_FlagFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     # The Hub client's HTTP library, by version; and Accelerate, which tells of every file of every checkpoint.
     for name in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    args = parse_arguments(argv)
+    args = parse_arguments(argv, prog)
     try:
         if args.push_to_hub:
             check_publishing(args)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, ImportError) as error:
         # Whatever the user can mend is said in one line; anything else is a defect of ours and keeps its traceback.
         if int(os.environ.get("RANK", 0)) == 0:
-            print(as_flags(f"train.py: error: {error}"), file=sys.stderr)
+            print(as_flags(f"{prog}: error: {error}"), file=sys.stderr)
         return 2
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -34,6 +34,19 @@ def test_flags_with_underscores_are_accepted(tmp_path, capsys):
     assert "some_where" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["publish", "folder", "--repo-id", "screw"], '--repo-id "screw": give ORG/NAME'),
+        (["publish", "folder", "--repo-id", "org/x", "--create-pr", "--revision", "v2"], "leave out --revision"),
+        (["deploy-space", "--repo-id", "org/x", "--models", "a b"], '--models "a b"'),
+    ],
+)
+def test_messages_of_the_library_name_flags(arguments, words, capsys):
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_an_interruption_has_an_exit_code_of_its_own(monkeypatch, capsys):
     def interrupted(**_):
         raise KeyboardInterrupt
@@ -45,10 +58,12 @@ def test_an_interruption_has_an_exit_code_of_its_own(monkeypatch, capsys):
 def test_train_hands_on_every_argument(monkeypatch):
     given = []
     monkeypatch.setitem(
-        sys.modules, "diffusionad_hf.training.loop", SimpleNamespace(main=lambda argv: given.extend(argv) or 7)
+        sys.modules,
+        "diffusionad_hf.training.loop",
+        SimpleNamespace(main=lambda argv, prog: given.extend([prog, *argv]) or 7),
     )
     arguments = ["--data_dir", "d", "--help", "--preset=tiny", "--resume_from_checkpoint", "latest"]
-    assert main(["train", *arguments]) == 7 and given == arguments
+    assert main(["train", *arguments]) == 7 and given == ["diffusionad train", *arguments]
 
 
 @pytest.mark.parametrize(

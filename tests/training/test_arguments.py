@@ -83,6 +83,10 @@ def test_every_option_is_given_nonsense_and_help(capsys):
     said = capsys.readouterr().out
     assert stopped.value.code == 0 and "_" not in "".join(part for part in said.split() if part.startswith("--"))
     assert all(f"--{name.replace('_', '-')}" in said for name in OPTIONS)
+    assert said.startswith("usage: train.py ")
+    with pytest.raises(SystemExit):
+        train.main(["--help"], prog="diffusionad train")
+    assert capsys.readouterr().out.startswith("usage: diffusionad train ")
 
 
 @pytest.mark.parametrize("option, value, others", [*CASES, ("foreground_dir", "masks", {"foreground": "whole"})])
