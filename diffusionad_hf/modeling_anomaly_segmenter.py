@@ -1,4 +1,4 @@
-"""The segmentation network: reads the anomaly off an image and its reconstruction."""
+"""The segmentation network: compares an image with its reconstruction."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,10 +25,10 @@ def _conv(in_channels: int, out_channels: int) -> list[nn.Module]:
 
 @contextmanager
 def _kept_statistics(block: nn.Module) -> Iterator[None]:
-    """Whatever batch norms add to their running statistics is forgotten at the end."""
+    """Restores the running statistics of the batch norms at the end."""
     norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
     kept = [dict(norm.named_buffers()) for norm in norms]
-    # Copies take the updates: the originals are saved for the backward pass, which refuses changed tensors.
+    # Updates go into copies: the originals are saved for the backward pass, which refuses modified tensors.
     for norm, buffers in zip(norms, kept, strict=True):
         for name, buffer in buffers.items():
             setattr(norm, name, buffer.clone())
@@ -44,8 +44,7 @@ class AnomalySegmenter(ModelMixin, ConfigMixin):
     r"""
     A six-level UNet of (convolution, batch norm, ReLU) pairs with bilinear upsampling.
 
-    Source: `models/Seg_subnetwork.py` of the reference, without its final sigmoid: logits keep the losses and half
-    precision exact.
+    As `models/Seg_subnetwork.py` of the reference, but returns logits, which are more precise than probabilities.
 
     Args:
         in_channels (`int`): Channels of image and reconstruction together.
@@ -55,7 +54,7 @@ class AnomalySegmenter(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
 
-    # Every level halves the map, so the sides of an input must be multiples of this many px.
+    # Every level but the first halves the map, so the sides of an input must be multiples of this.
     size_multiple = 2 ** (len(_LEVELS) - 1)
 
     @register_to_config
@@ -81,12 +80,7 @@ class AnomalySegmenter(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """
-        As [`ModelMixin.from_pretrained`], but a missing tensor is an error: diffusers goes on with random values.
-
-        Raises:
-            ValueError: If a tensor is missing.
-        """
+        """As [`ModelMixin.from_pretrained`], but raises `ValueError` if tensors are missing, instead of going on."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if missing:
@@ -115,6 +109,6 @@ class AnomalySegmenter(ModelMixin, ConfigMixin):
     def _run(self, block: nn.Module, sample: torch.Tensor) -> torch.Tensor:
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return block(sample)
-        # The second forward pass, on the way back, must not count the batch into the running statistics again.
+        # The recomputation must not update the running statistics a second time.
         contexts = lambda: (nullcontext(), _kept_statistics(block))  # noqa: E731
         return checkpoint(block, sample, use_reentrant=False, context_fn=contexts)

@@ -1,5 +1,5 @@
-"""A segmentation network that has seen the world: compares image and reconstruction in the features of a small frozen
-encoder, and the image's features with those of normal images that it remembers.
+"""A segmentation network on the features of a small frozen encoder: compares those of an image with those of its
+reconstruction and with a memory of normal images.
 """
 
 import os
@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-# This file travels to the Hub beside the weights and is imported there on its own: it imports nothing of this package,
-# and the name `ModelMixin` has to stand in its namespace for diffusers to recognise it.
+# This file is saved beside the weights and runs on its own there, so it must not import other modules of this package.
+# Diffusers recognises a model's file by the name `ModelMixin` in it.
 __all__ = ["ModelMixin", "PerceptualSegmenter"]
 
 # EfficientNet-Lite0 up to its 11th block: expansion, kernel, stride and channels of each (arXiv 1905.11946; "Lite":
@@ -28,22 +28,19 @@ _BLOCKS = (
     *((6, 3, 2, 80), (6, 3, 1, 80), (6, 3, 1, 80)),
     *((6, 5, 1, 112), (6, 5, 1, 112), (6, 5, 1, 112)),
 )
-# After which blocks features are taken, and their channels at strides 4, 8 and 16.
+# Blocks whose outputs are the features, at strides 4, 8 and 16, and their channels.
 _TAKEN = (2, 4, 10)
 _CHANNELS = tuple(_BLOCKS[block][3] for block in _TAKEN)
 _DESCRIBED = _CHANNELS[1] + _CHANNELS[2]
-# Of ImageNet, which the encoder has learnt from.
+# Statistics of ImageNet, on which the encoder was trained.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
-# The encoders there are, each with the file of its weights.
+# Available encoders and the files of their weights.
 _ENCODERS = {"efficientnet-lite0": "efficientnet_lite0.safetensors"}
 
 
 class _FrozenConv(nn.Module):
-    """
-    A convolution that nothing trains, a batch norm folded into it. Its weights are buffers, which no optimiser, no
-    clipping of gradients and no `requires_grad_` reaches. Padded as TensorFlow does: any input is taken.
-    """
+    """A convolution with a folded batch norm and TensorFlow's padding; its weights are buffers, so never trained."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -62,7 +59,7 @@ class _FrozenConv(nn.Module):
         for size in (sample.shape[-1], sample.shape[-2]):
             total = max((-(-size // self.stride) - 1) * self.stride + kernel - size, 0)
             padding += [total // 2, total - total // 2]
-        # A padding that is the same on all sides is done on the way.
+        # The convolution itself can pad equally on all sides.
         same = padding[0] if len(set(padding)) == 1 else None
         if same is None:
             sample = F.pad(sample, padding)
@@ -70,7 +67,7 @@ class _FrozenConv(nn.Module):
 
 
 class _Block(nn.Module):
-    """Widens, filters every channel on its own, narrows; the input is added where the shape is kept."""
+    """Inverted residual: expand, depthwise convolution, project; with a skip connection if the shape is kept."""
 
     def __init__(self, in_channels: int, expansion: int, kernel: int, stride: int, out_channels: int):
         super().__init__()
@@ -114,30 +111,30 @@ def _conv(in_channels: int, out_channels: int, kernel: int = 3) -> list[nn.Modul
 
 class PerceptualSegmenter(ModelMixin, ConfigMixin):
     r"""
-    Reads the anomaly off an image and its reconstruction, in the features of a frozen encoder.
+    Compares an image with its reconstruction in the features of a frozen encoder.
 
-    Both go through the encoder as one batch; the decoder gets the image's features at strides 4, 8 and 16 and how far
-    they are from the reconstruction's. With a memory it also gets how far they are from the nearest features of
-    normal images (as PatchCore, arXiv 2106.08265), channel by channel and as one distance, to which the decoder's
-    answer is a correction. Once trained, the distance also has a vote of its own, which the decoder could not learn to
-    outvote: what no synthetic defect has taught still stands out.
+    The decoder gets the image's features at strides 4, 8 and 16 and their absolute differences from the
+    reconstruction's. With a memory it also gets the differences from the nearest features of normal images (as
+    PatchCore, arXiv 2106.08265), per channel and as one distance. The logits are the decoder's output plus that
+    distance, scaled and shifted; after training `distance_vote` adds to the scale, so that anomalies unlike the
+    synthetic ones stand out too.
 
-    A new network has random weights, in the encoder too: [`load_encoder`] gives it those that have seen ImageNet.
+    A new network is random, encoder included: [`load_encoder`] loads its ImageNet weights.
 
     Args:
-        encoder (`str`): `"efficientnet-lite0"`, the only one there is.
+        encoder (`str`): Only `"efficientnet-lite0"`.
         width (`int`): Channels of the decoder.
-        memory_size (`int`): How many features of normal images are remembered; 0 for no memory.
-        image_dropout (`float`): How often, in training, the decoder has to do without the image's own features: by
-            them it recognises the synthetic defects, and less of the others.
-        distance_vote (`float`): By how much a distance twice as large as is normal raises the logits, training aside.
+        memory_size (`int`): Number of features of normal images in the memory; 0 for no memory.
+        image_dropout (`float`): Probability in training of hiding the image's own features from the decoder, which
+            would otherwise learn to recognise the synthetic anomalies by them.
+        distance_vote (`float`): How much a distance twice as large as normal raises the logits, except in training.
         in_channels (`int`): Channels of image and reconstruction together; 6.
 
     Raises:
         ValueError: If the encoder is unknown, or the channels are not 6.
     """
 
-    # The widest stride. Other sizes are taken too, padded at the far sides.
+    # The widest stride. Other sizes work too, with padding.
     size_multiple = 16
 
     @register_to_config
@@ -152,19 +149,19 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if encoder not in _ENCODERS:
+            known = ", ".join(_ENCODERS)
             raise ValueError(
-                f'encoder="{encoder}": unknown to this version, which knows {", ".join(_ENCODERS)}; pip install '
-                "--upgrade diffusionad-hf."
+                f'encoder="{encoder}": unknown to this version, which has {known}; upgrade diffusionad-hf.'
             )
         if in_channels != 6:
             raise ValueError(f"in_channels={in_channels}: must be 6, an RGB image and its reconstruction.")
-        # Not "encoder": diffusers would give the configured name instead.
+        # The attribute "encoder" would return the config's value.
         self.backbone = _Encoder()
         inputs = [2 * channels for channels in _CHANNELS]
         if memory_size:
             inputs[1] += _DESCRIBED + 1
             self.register_buffer("memory", torch.zeros(memory_size, _DESCRIBED))
-            # Of which image each feature is, for training; and how far normal features are from the nearest one.
+            # The image that each feature comes from; the mean distance of normal features from the nearest one.
             self.register_buffer("memory_images", torch.full((memory_size,), -1, dtype=torch.int32))
             self.register_buffer("memory_scale", torch.ones(()))
             self.distance_weight = nn.Parameter(torch.ones(()))
@@ -181,12 +178,7 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """
-        As [`ModelMixin.from_pretrained`], but a missing tensor is an error: diffusers goes on with random values.
-
-        Raises:
-            ValueError: If a tensor is missing.
-        """
+        """As [`ModelMixin.from_pretrained`], but raises `ValueError` if tensors are missing, instead of going on."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if missing:
@@ -195,13 +187,13 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
 
     def load_encoder(self, path: str | os.PathLike | None = None) -> "PerceptualSegmenter":
         """
-        Gives the encoder its ImageNet weights, for a new network; a saved one brings them along.
+        Loads the encoder's ImageNet weights, for a new network; a saved one contains them.
 
         Args:
-            path: A safetensors file; the one that lies beside this module when `None`.
+            path: A safetensors file; by default the one beside this module.
 
         Raises:
-            OSError: If the file is missing or damaged; the message names it.
+            OSError: If the file is missing or damaged.
         """
         path = Path(path) if path is not None else Path(__file__).with_name(_ENCODERS[self.config.encoder])
         again = "install diffusionad-hf again"
@@ -210,7 +202,7 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
         try:
             self.backbone.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
-            raise OSError(f"{path}: the encoder's weights are damaged or those of another one; {again}.") from error
+            raise OSError(f"{path}: the encoder's weights are damaged or of another one; {again}.") from error
         return self
 
     def forward(
@@ -219,22 +211,22 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
         """
         Args:
             sample (`torch.Tensor` of shape `(N, 6, H, W)`): Image and reconstruction in [0, 1], concatenated.
-            images (`torch.Tensor` of shape `(N,)`, *optional*): In training, the numbers of the images as
-                [`remember`] was given them: what is remembered of an image itself does not count for it.
-            chance (`torch.Tensor` of shape `(N,)`, *optional*): In training, a number in [0, 1) for each: below
-                `image_dropout`, the decoder has to do without the image's own features.
+            images (`torch.Tensor` of shape `(N,)`, *optional*): In training, the positions of the images in
+                [`remember`]'s, so that an image is not compared with its own features.
+            chance (`torch.Tensor` of shape `(N,)`, *optional*): In training, a number in [0, 1) per image, which hides
+                its own features from the decoder if below `image_dropout`.
 
         Returns:
             `torch.Tensor` of shape `(N, 1, H, W)`: Logits of a pixel being anomalous.
 
         Raises:
-            ValueError: If there are other than 6 channels.
+            ValueError: If there are not 6 channels.
         """
         if sample.ndim != 4 or sample.shape[1] != 6:
             raise ValueError(
                 f"sample: has shape {tuple(sample.shape)}, must be (N, 6, H, W): an RGB image and its reconstruction."
             )
-        # Not `chunk`: in an exported graph it would keep the number of images that it was traced with.
+        # `chunk` would fix the number of images in an exported graph.
         pairs = [taken.unflatten(0, (2, -1)) for taken in self.backbone(torch.cat(sample.chunk(2, dim=1)))]
         seen = 1.0
         if chance is not None:
@@ -260,32 +252,32 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def describe(self, images: torch.Tensor) -> torch.Tensor:
-        """What can be remembered of images `(N, 3, H, W)` in [0, 1]: `(N, 152, H / 8, W / 8)`."""
+        """The features to remember of images `(N, 3, H, W)` in [0, 1]: `(N, 152, H / 8, W / 8)`."""
         _, middle, coarse = self.backbone(images)
         return _describe(middle, coarse)
 
     @torch.no_grad()
     def remember(self, images: Iterable[torch.Tensor], pool: int = 50_000, seed: int = 0) -> None:
         """
-        Fills the memory with features of normal images, as different ones as there are: the one farthest from all
-        that are chosen already is the next (greedy coreset of PatchCore).
+        Fills the memory with diverse features of normal images: always the one farthest from all chosen before
+        (greedy coreset of PatchCore).
 
         Args:
-            images: `(3, H, W)` in [0, 1] each, with one number each, counted from 0.
-            pool: How many features, drawn at random, the choice is among.
-            seed: Of what is drawn.
+            images: `(3, H, W)` in [0, 1] each.
+            pool: How many features to choose from, drawn at random.
+            seed: Seed of the draws.
         """
         generator = torch.Generator().manual_seed(seed)
         features = self.memory.new_empty(0, _DESCRIBED, dtype=torch.float32)
-        owner, lots = self.memory_images[:0], features[:, 0]
+        owner, keys = self.memory_images[:0], features[:, 0]
         for number, image in enumerate(images):
             found = self.describe(image[None].to(self.memory))[0].flatten(1).T
-            # Those with the highest lots so far stay, in the order of their lots: no more than the pool is ever kept.
+            # A uniform sample of all features so far, in the memory of one pool: those with the highest random keys.
             drawn = torch.rand(len(found), generator=generator).to(found.device)
-            lots, kept = torch.cat([lots, drawn]).topk(min(pool, len(lots) + len(drawn)))
+            keys, kept = torch.cat([keys, drawn]).topk(min(pool, len(keys) + len(drawn)))
             features = torch.cat([features, found.float()])[kept]
             owner = torch.cat([owner, owner.new_full((len(found),), number)])[kept]
-        # Distances are kept well enough by 64 random directions (Johnson-Lindenstrauss), which are cheaper.
+        # 64 random projections preserve distances well enough (Johnson-Lindenstrauss) and are cheaper.
         directions = torch.randn(_DESCRIBED, 64, generator=generator).to(features)
         short = features @ directions
         chosen = torch.zeros(self.config.memory_size, dtype=torch.long, device=features.device)
@@ -296,12 +288,11 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
         self.memory.copy_(features[chosen])
         self.memory_images.copy_(owner[chosen])
         self.memory_scale.fill_(1)
-        sample = slice(0, 4000)
-        nearest = self._nearest(features[sample], owner[sample, None])[1]
-        self.memory_scale.copy_(nearest.mean().clamp(min=1e-3))
+        distance = self._nearest(features[:4000], owner[:4000, None])[1]
+        self.memory_scale.copy_(distance.mean().clamp(min=1e-3))
 
     def _recall(self, described: torch.Tensor, images: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is remembered that is nearest to features `(N, 152, h, w)`, and how far: `(N, 1, h, w)`, normally 1."""
+        """The nearest features in the memory to `(N, 152, h, w)`, and the distances, `(N, 1, h, w)`, normally 1."""
         size = described.shape[-2:]
         rows = described.permute(0, 2, 3, 1).flatten(0, 2)
         owner = None if images is None else images.to(rows.device).repeat_interleave(size[0] * size[1])[:, None]
@@ -310,8 +301,8 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
         return nearest, distance / self.memory_scale
 
     def _nearest(self, rows: torch.Tensor, owner: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """For `(M, 152)`, the nearest in the memory that is not of the same image, and its distance, `(M, 1)`."""
-        # Half precision would lose the difference of two big squares.
+        """For `(M, 152)`, the nearest features in the memory of other images, and the distances, `(M, 1)`."""
+        # In half precision, the difference of two large squares would be lost.
         memory = self.memory.float()
         squared = torch.addmm(memory.square().sum(1), rows.detach().float(), memory.T, alpha=-2)
         if owner is not None:
@@ -322,7 +313,7 @@ class PerceptualSegmenter(ModelMixin, ConfigMixin):
 
 
 def _describe(middle: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
-    """Features of strides 8 and 16 as one map, each place with its neighbourhood, of which the border has less."""
+    """Features of strides 8 and 16 as one map, averaged over 3 x 3 neighbourhoods."""
     middle, coarse = (F.avg_pool2d(part, 3, 1, 1) for part in (middle, coarse))
     return torch.cat([middle, _resize(coarse, middle)], dim=1)
 

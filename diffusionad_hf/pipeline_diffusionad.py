@@ -22,8 +22,8 @@ from PIL import Image
 
 from .images_diffusionad import ImageInput, InvalidImageError, load_image, resize_image, to_uint8
 
-# This file is saved beside the weights, and plain diffusers runs it from there: only the siblings that it imports
-# relatively are there too. Other modules of this package are imported by name, and only if installed: see `_package`.
+# This file is saved beside the weights, and plain diffusers runs it from there, together with the siblings that it
+# imports relatively. Other modules of this package are imported by name, and only if it is installed: see `_package`.
 __all__ = [
     "DiffusionADPipeline",
     "DiffusionADPipelineOutput",
@@ -36,14 +36,14 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
-# By class: the module, both as a file in the component's folder and in the installed package.
+# Modules of our component classes, both in the component's folder and in the installed package.
 _COMPONENT_MODULES = {
     "NormGuidedUNet2DModel": "modeling_norm_guided_unet",
     "AnomalySegmenter": "modeling_anomaly_segmenter",
     "PerceptualSegmenter": "modeling_perceptual_segmenter",
     "NormGuidedScheduler": "scheduling_norm_guided",
 }
-# Increased whenever older versions of this package cannot read a saved pipeline correctly.
+# Increased when older versions of this package can no longer read a saved pipeline correctly.
 _FORMAT = 1
 # Images per pass, and pixels per pass on a CPU: four images of 128 px, one of 256 px.
 _MOST_AT_ONCE = 16
@@ -53,7 +53,7 @@ _CPU_PIXELS_AT_ONCE = 256**2
 @dataclass
 class DiffusionADPipelineOutput(BaseOutput):
     """
-    What the pipeline found, one entry per image and in the order of the input.
+    The pipeline's results, one entry per image in the order of the input.
 
     Args:
         anomaly_map (`list`): Per image, the probability of each pixel being anomalous, in [0, 1], at the image's own
@@ -61,14 +61,14 @@ class DiffusionADPipelineOutput(BaseOutput):
             images (`"pil"`).
         anomaly_score (`np.ndarray` of shape `(N,)`): Mean of the `top_k` largest values of each map at the model's
             resolution.
-        reconstruction (`list`): Per image, what it would look like without a defect, at the image's own size: arrays
-            of shape `(H, W, 3)` in [0, 1], tensors of shape `(3, H, W)` (`"pt"`) or RGB images (`"pil"`).
+        reconstruction (`list`): Per image, its reconstruction without a defect, at the image's own size: arrays of
+            shape `(H, W, 3)` in [0, 1], tensors of shape `(3, H, W)` (`"pt"`) or RGB images (`"pil"`).
         is_anomalous (`np.ndarray` of shape `(N,)`, *optional*): Whether the score exceeds the threshold; `None`
             without one.
         p_value (`np.ndarray` of shape `(N,)`, *optional*): Probability of a score at least as high on a normal image;
-            `None` where the model is not calibrated.
-        intermediates (`dict[str, torch.Tensor]`, *optional*): Every intermediate tensor, at the model's resolution,
-            of shape `(N, C, H, W)`; only with `return_intermediates=True`.
+            `None` if the model is not calibrated.
+        intermediates (`dict[str, torch.Tensor]`, *optional*): Every intermediate tensor, `(N, C, S, S)`; only with
+            `return_intermediates=True`.
     """
 
     anomaly_map: list
@@ -83,20 +83,20 @@ class DiffusionADPipeline(DiffusionPipeline):
     r"""
     Anomaly detection by norm-guided one-step denoising (DiffusionAD, arXiv 2303.08730).
 
-    An image is noised at two scales; the UNet predicts from each what it would look like without a defect, the big
-    scale guiding the small one; a segmentation network compares image and reconstruction.
+    An image is noised at two scales; the UNet reconstructs it from each in one step, the big scale guiding the small
+    one; a segmentation network compares image and reconstruction.
 
     Args:
         unet ([`UNet2DModel`]): Predicts the noise in a noised image.
         segmenter ([`ModelMixin`]): Turns image and reconstruction, `(N, 6, H, W)`, into logits, `(N, 1, H, W)`.
         scheduler ([`DDPMScheduler`]): A `NormGuidedScheduler`, which owns timesteps and guidance weight.
-        image_size (`int`, *optional*): Side length in px at which images are inspected; the UNet's `sample_size` when
-            `None`.
+        image_size (`int`, *optional*): Side length in px at which images are inspected; by default the UNet's
+            `sample_size`.
         top_k (`int`): How many of the largest map values the score averages.
-        seed (`int`): Seed of the noise, which is the same for every image: scores are repeatable and independent of
-            batching.
+        seed (`int`): Seed of the noise, which is the same for every image, so that scores are repeatable and do not
+            depend on the batch.
         calibration_scores (`list[float]`, *optional*): Scores of held-out normal images; see `diffusionad calibrate`.
-        false_alarm_rate (`float`): The share of normal images that the calibrated threshold may call anomalous.
+        false_alarm_rate (`float`): Share of normal images that the calibrated threshold may call anomalous.
         threshold (`float`, *optional*): Overrides the calibrated threshold.
     """
 
@@ -132,7 +132,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     @property
     def threshold(self) -> float | None:
-        """Scores above it are anomalous: the configured one, else the calibrated one; `None` without either."""
+        """Scores above it are anomalous. The configured threshold, else the calibrated one, else `None`."""
         if self.config.threshold is not None:
             return self.config.threshold
         if self.config.calibration_scores is None:
@@ -141,7 +141,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     @property
     def default_batch_size(self) -> int:
-        """Images per pass unless the caller says otherwise; on a CPU, as many as fit its cache."""
+        """Images per pass by default; on a CPU, as many as fit its cache."""
         if self._execution_device.type != "cpu":
             return _MOST_AT_ONCE
         return min(_MOST_AT_ONCE, max(1, _CPU_PIXELS_AT_ONCE // self.config.image_size**2))
@@ -171,10 +171,9 @@ class DiffusionADPipeline(DiffusionPipeline):
             image: A PIL image, a path, a numpy array `(H, W)`, `(H, W, C)` or a batch `(N, H, W, C)`, a tensor `(C, H,
                 W)` or a batch `(N, C, H, W)`, or a list of them, sizes mixed. Integers are scaled by their type's
                 range, floats lie in [0, 1].
-            batch_size (`int`, *optional*): Images per pass; [`default_batch_size`] when `None`. Does not change the
+            batch_size (`int`, *optional*): Images per pass, by default [`default_batch_size`]; does not change the
                 result. Halved, with a warning, if that many do not fit into memory.
-            generator (`torch.Generator`, *optional*): Draws the noise, image after image, instead of the configured
-                seed.
+            generator (`torch.Generator`, *optional*): Draws separate noise for each image, instead of the seed.
             noise (`torch.Tensor` of shape `(2, N, C, H, W)`, *optional*): The noise itself, small scale first.
             num_noises (`int`): Average the maps of this many noise draws: a little more accurate, and that many times
                 slower.
@@ -193,7 +192,7 @@ class DiffusionADPipeline(DiffusionPipeline):
             ValueError: If an argument is out of range; the message names it.
             MemoryError: If not even a single image fits into memory.
         """
-        # 0. Resolve the defaults of this checkpoint and check the inputs.
+        # 0. Defaults and checks.
         images = self._as_list(image)
         small_timestep = self.scheduler.config.small_timestep if small_timestep is None else small_timestep
         big_timestep = self.scheduler.config.big_timestep if big_timestep is None else big_timestep
@@ -235,7 +234,7 @@ class DiffusionADPipeline(DiffusionPipeline):
                 top = flat.topk(min(self.config.top_k, flat.shape[1]), dim=1).values
                 scores.append(top.mean(dim=1).cpu())
                 if output_type != "pt" and all(size == tuple(probability.shape[-2:]) for size in sizes):
-                    # Nothing to resize on the device: one transfer for all.
+                    # No resizing left to do on the device: one transfer for all.
                     probability, reconstruction = probability.cpu(), reconstruction.cpu()
                 for i, size in enumerate(sizes):
                     maps.append(self._postprocess(probability[i], size, output_type))
@@ -272,13 +271,8 @@ class DiffusionADPipeline(DiffusionPipeline):
         small_timestep: int,
         big_timestep: int,
         output_type: str,
-    ) -> int:
-        """
-        Checks the arguments of a call before any work is done.
-
-        Returns:
-            `int`: The number of images.
-        """
+    ) -> None:
+        """Checks the arguments of a call."""
         if not images:
             raise ValueError("image: the list is empty; give at least one image.")
         for item in images:
@@ -307,7 +301,6 @@ class DiffusionADPipeline(DiffusionPipeline):
                 raise ValueError(f"noise: has shape {tuple(noise.shape)}, must be {expected} (scale, image, C, H, W).")
             if generator is not None or num_noises != 1:
                 raise ValueError("noise: give it alone, without generator= or num_noises=.")
-        return len(images)
 
     def _inspect_in_memory(
         self, pixels: torch.Tensor, noise: torch.Tensor, *arguments: Any
@@ -328,7 +321,7 @@ class DiffusionADPipeline(DiffusionPipeline):
                     size = self.config.image_size
                     raise MemoryError(
                         f"not even one image of {size} x {size} px fits into the memory of {pixels.device} beside the "
-                        f"model ({' '.join(str(error).split())}): free some, or use a smaller model."
+                        f"model ({' '.join(str(error).split())}): free some memory, or use a smaller model."
                     ) from error
             # Outside the handler: the exception would keep the failed pass's tensors alive.
             self._largest_batch = at_once // 2
@@ -345,17 +338,16 @@ class DiffusionADPipeline(DiffusionPipeline):
         big_timestep: int,
         guidance_weight: float | None,
     ) -> dict[str, torch.Tensor]:
-        """One pass: images `(B, 3, S, S)` and noise `(2, B, 3, S, S)` to every intermediate tensor, in float32."""
-
+        """One pass over images `(B, 3, S, S)` with noise `(2, B, 3, S, S)`; returns all tensors, in float32."""
         # Channels-last is faster on a CPU; on a GPU, the layout of the UNet's weights decides.
         layout = torch.channels_last if pixels.device.type == "cpu" else torch.contiguous_format
 
         def predict(noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
             output = self.unet(noised.to(self.unet.dtype, memory_format=layout), timesteps).sample
-            # A copy: CUDA graphs reuse the memory of one network's output for the next one's.
+            # Copied because CUDA graphs reuse the memory of an output.
             return output.to(torch.float32, copy=True)
 
-        # The mathematics stays in float32, whatever the networks compute in.
+        # In float32, whatever type the networks compute in.
         step = self.scheduler.reconstruct(predict, pixels, noise, small_timestep, big_timestep, guidance_weight)
         pair = torch.cat([pixels, step.reconstruction], dim=1)  # (B, 6, S, S)
         # Channels-last takes at least a fifth less time on a CPU; the convolutions keep the layout.
@@ -371,7 +363,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         )
 
     def _seeded_noise(self, count: int) -> list[torch.Tensor]:
-        # Drawn on the CPU, whatever the device, so that a score does not depend on the machine.
+        # Drawn on the CPU, so that scores do not depend on the device.
         generator = torch.Generator("cpu").manual_seed(self.config.seed)
         return [self._draw(generator) for _ in range(count)]
 
@@ -383,7 +375,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     @staticmethod
     def _postprocess(tensor: torch.Tensor, size: tuple[int, int], output_type: str) -> Any:
-        """`(C, S, S)` in [0, 1] to an image of its own size `(H, W)`, one channel without a channel axis."""
+        """Converts `(C, S, S)` in [0, 1] to an image of size `(H, W)`; drops the axis of a single channel."""
         if tuple(tensor.shape[-2:]) != size:
             tensor = F.interpolate(tensor[None], size=size, mode="bilinear", align_corners=False)[0]
         if output_type == "pt":
@@ -396,10 +388,8 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
-        Writes `model_index.json`, and the modules of our classes beside it and in the components' folders.
-
-        With them, plain `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the folder without this
-        package.
+        Writes `model_index.json`, and the modules of our classes, with which plain diffusers loads the folder without
+        this package: `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
@@ -427,18 +417,18 @@ class DiffusionADPipeline(DiffusionPipeline):
             raise ValueError(
                 "it was written by a newer version of this package: pip install --upgrade diffusionad-hf."
             )
-        # The list form makes diffusers run the repo's code, which is meant for users without this package.
+        # From a list, diffusers would run the repo's code, which is for users without this package.
         if _package() and isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][-1]
         return config
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Reads `model_index.json`, its components pointing at the classes of the installed package."""
+        """Reads `model_index.json`; its components become the classes of the installed package."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, value in config.items():
-            if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)) or not _package():
+        for name, value in config.items() if _package() else ():
+            if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)):
                 continue
             if value[1] in _COMPONENT_MODULES:
                 value[0] = f"{_package()}.{_COMPONENT_MODULES[value[1]]}"
@@ -447,14 +437,14 @@ class DiffusionADPipeline(DiffusionPipeline):
             elif value[0] != "diffusers":
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: component '{name}' is a {value[0]}.{value[1]}, which is "
-                    "neither of this package nor of diffusers and is not run."
+                    "not loaded: it is neither from this package nor from diffusers."
                 )
         return loaded
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DiffusionADPipeline":
         """
-        Loads a pipeline from a folder or from the Hub; safetensors only, and no code of the repo is run.
+        Loads a pipeline from a folder or the Hub: safetensors only, and no code of the repo is run.
 
         Args:
             pretrained_model_name_or_path: A folder written by `save_pretrained`, or a Hub id such as
@@ -463,12 +453,12 @@ class DiffusionADPipeline(DiffusionPipeline):
                 `local_files_only`, ...; and any configuration value of this class, such as `threshold`.
 
         Raises:
-            OSError: If the model is not there or not whole; the message names it and the way out.
+            OSError: If the model is missing or incomplete; the message names it and says what to do.
         """
         kwargs["use_safetensors"] = True
         if not _package():
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # By name, because diffusers fetches what is imported relatively from the repo.
+        # Imported by name: diffusers would look for relatively imported modules in the repo.
         loading = importlib.import_module(f"{_package()}.loading")
         return loading.load_pretrained(super().from_pretrained, os.fspath(pretrained_model_name_or_path), **kwargs)
 
@@ -478,15 +468,8 @@ class DiffusionADPipeline(DiffusionPipeline):
 
 def conformal_p_value(calibration_scores: Sequence[float], score: np.ndarray | float) -> np.ndarray:
     """
-    Probability that a normal image scores at least as high: `(1 + #{scores >= s}) / (n + 1)` (split conformal
-    prediction).
-
-    Args:
-        calibration_scores: Scores of n held-out normal images.
-        score: One score or an array of them.
-
-    Returns:
-        `np.ndarray`: Of the shape of `score`, in (0, 1].
+    Probability that a normal image scores at least as high (split conformal prediction): `(1 + #{scores >= s}) / (n +
+    1)` for n scores of held-out normal images. Takes one score or an array of them.
     """
     ordered = np.sort(np.asarray(calibration_scores, dtype=np.float64))
     at_least = len(ordered) - np.searchsorted(ordered, np.asarray(score, dtype=np.float64), side="left")
@@ -495,18 +478,11 @@ def conformal_p_value(calibration_scores: Sequence[float], score: np.ndarray | f
 
 def conformal_threshold(calibration_scores: Sequence[float], false_alarm_rate: float) -> float:
     """
-    The lowest threshold that keeps the stated false-alarm rate: `score > threshold` if and only if the p-value is at
-    most the rate.
-
-    Args:
-        calibration_scores: Scores of n held-out normal images.
-        false_alarm_rate: Share of normal images that may be called anomalous, in (0, 1).
-
-    Returns:
-        `float`: The k-th largest score, k = floor(rate (n + 1)); infinity where n is too small to promise that rate.
+    The lowest threshold that keeps the false-alarm rate: `score > threshold` if and only if the p-value is at most the
+    rate. It is the k-th largest of the n scores, k = floor(rate (n + 1)), or infinity if n is too small for the rate.
     """
     ordered = np.sort(np.asarray(calibration_scores, dtype=np.float64))
-    # Rounding: (1 / 49) * 49 may fall just short of 1, and 0.07 * 100 is 7.000000000000001.
+    # Tolerates rounding: (1 / 49) * 49 may be just below 1.
     k = int(np.floor(false_alarm_rate * (len(ordered) + 1) + 1e-9))
     return float(ordered[-k]) if k else float("inf")
 
@@ -515,8 +491,8 @@ def conformal_threshold(calibration_scores: Sequence[float], false_alarm_rate: f
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: a class of its own on CUDA, only words in a `RuntimeError` elsewhere."""
-    # In this order: PyTorch on Linux, Windows and Apple's GPU; oneDNN, cuDNN, cuBLAS.
+    """Whether memory ran out, which only CUDA reports by a class of its own."""
+    # PyTorch on Linux, Windows and Apple GPUs; oneDNN; cuDNN; cuBLAS.
     words = (
         "can't allocate memory",
         "not enough memory",
@@ -533,7 +509,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _package() -> str:
-    """The installed package that this module belongs to; empty if it runs as a repo's code."""
+    """The installed package that this module belongs to; empty if this is the copy in a repo."""
     return "" if __name__.startswith("diffusers_modules") else __name__.rpartition(".")[0]
 
 

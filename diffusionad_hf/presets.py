@@ -9,11 +9,10 @@ from .modeling_perceptual_segmenter import PerceptualSegmenter
 from .pipeline_diffusionad import DiffusionADPipeline
 from .scheduling_norm_guided import NormGuidedScheduler
 
-# `paper` is the size of the published models, and predicts the noise as they do. The others predict the image: narrow
-# networks learn that in fewer steps, as they need not carry the noise from one end to the other. `tiny`
-# attends from 16 px down: on a CPU, half of its time went into the 32 px maps. `light` is `tiny` on patches instead of
-# pixels, in half the time. `perceptual`, for everyone who does not reproduce the paper, compares in the features of an
-# encoder that knows natural images and remembers normal ones; its reconstructions come from patches of 4 px.
+# `paper` is the size of the published models and predicts the noise, as they do. The others predict the image, which
+# narrow networks learn in fewer steps. `tiny` has self-attention only up to 16 px: on a CPU, attention at 32 px took
+# half of its time. `light` is `tiny` on patches of 2 px, in half the time. `perceptual`, the trainer's default, works
+# on patches of 4 px, with a segmenter on the features of a pretrained encoder and a memory of normal images.
 _SMALL = {"base_channels": 32, "segmenter_base_channels": 16, "prediction_type": "sample"}
 _TINY = {**_SMALL, "base_channels": 16, "norm_num_groups": 16, "largest_attention_map": 16}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -33,15 +32,15 @@ def build_pipeline(
     preset: str = "small", resolution: int = 256, prediction_type: str | None = None
 ) -> DiffusionADPipeline:
     """
-    An untrained pipeline of a named size.
+    Builds an untrained pipeline of a named size.
 
     Args:
         preset: `"perceptual"`, `"paper"`, `"small"`, `"tiny"` or `"light"`.
         resolution: Side length of the images in px; a multiple of 32.
-        prediction_type: What the UNet is to predict, see [`NormGuidedScheduler`]; the preset's own when `None`.
+        prediction_type: What the UNet predicts, see [`NormGuidedScheduler`]; by default the preset's.
 
     Raises:
-        ValueError: If the preset or the prediction is unknown, or the networks cannot take the resolution.
+        ValueError: If the preset or prediction type is unknown, or the resolution does not fit the networks.
     """
     if preset not in PRESETS:
         raise ValueError(f'preset="{preset}": must be one of {", ".join(PRESETS)}.')
@@ -51,7 +50,7 @@ def build_pipeline(
         segmenter = PerceptualSegmenter(memory_size=unet_sizes.pop("memory_size")).load_encoder()
     else:
         segmenter = AnomalySegmenter(base_channels=unet_sizes.pop("segmenter_base_channels"))
-    own_prediction_type = unet_sizes.pop("prediction_type", "epsilon")
+    default_prediction_type = unet_sizes.pop("prediction_type", "epsilon")
     config = NormGuidedUNet2DModel.size_config(resolution=resolution, **unet_sizes)
     smallest_map = config["patch_size"] * 2 ** (len(config["block_out_channels"]) - 1)
     multiple = math.lcm(segmenter.size_multiple, smallest_map)
@@ -63,5 +62,5 @@ def build_pipeline(
     return DiffusionADPipeline(
         unet=NormGuidedUNet2DModel(**config),
         segmenter=segmenter,
-        scheduler=NormGuidedScheduler(prediction_type=prediction_type or own_prediction_type),
+        scheduler=NormGuidedScheduler(prediction_type=prediction_type or default_prediction_type),
     )

@@ -1,5 +1,6 @@
 """The noise-to-norm mathematics: noising at two scales, one-step prediction, re-noising and norm guidance."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,13 +15,12 @@ __all__ = ["NormGuidedScheduler", "NormGuidedSchedulerOutput", "SchedulerMixin"]
 @dataclass
 class NormGuidedSchedulerOutput(BaseOutput):
     """
-    Every step from two noised images to the norm-guided reconstruction, each of shape `(N, C, H, W)`.
+    Every intermediate result of the norm-guided reconstruction, of shape `(N, C, H, W)`.
 
     Args:
         noised_small, noised_big (`torch.Tensor`): The images, noised at both scales.
         noise_pred_small, noise_pred_big (`torch.Tensor`): The noise predicted in them.
-        pred_original_small (`torch.Tensor`): One-step prediction from the small noise scale.
-        pred_original_big (`torch.Tensor`): One-step prediction from the big noise scale.
+        pred_original_small, pred_original_big (`torch.Tensor`): One-step predictions of the image from them.
         renoised (`torch.Tensor`): The big scale's prediction, noised again to the small scale.
         reconstruction (`torch.Tensor`): The norm-guided one-step reconstruction, in [-1, 1].
     """
@@ -37,22 +37,21 @@ class NormGuidedSchedulerOutput(BaseOutput):
 
 class NormGuidedScheduler(DDPMScheduler):
     r"""
-    A [`DDPMScheduler`] that also knows the norm-guided one-step denoising of DiffusionAD (arXiv 2303.08730, section
-    III; `models/DDPM.py` of the reference). Timesteps are given per sample. Pipeline, training and export all call
+    A [`DDPMScheduler`] with the norm-guided one-step denoising of DiffusionAD (arXiv 2303.08730, section III;
+    `models/DDPM.py` of the reference). Timesteps are given per sample. Pipeline, training and export all call
     [`reconstruct`].
 
     Args:
         small_timestep (`int`): Timestep of the small noise scale at inference (keeps detail, may keep the defect).
         big_timestep (`int`): Timestep of the big noise scale at inference (erases both).
-        timestep_boundary (`int`): Training draws small timesteps below it and big ones from it up.
+        timestep_boundary (`int`): Training draws small timesteps below it, and big ones at or above it.
         prediction_type (`str`): What the network predicts: `"epsilon"`, the noise (the reference); `"sample"`, the
-            clean image, so that a narrow network need not carry noise from its input to its output; or
-            `"v_prediction"`.
-        guidance_weight (`float`): How strongly the big scale's answer pulls the small one's; 0 turns guidance off.
+            clean image, which narrow networks learn faster; or `"v_prediction"`.
+        guidance_weight (`float`): Weight of the big scale's guidance; 0 turns it off.
         *: Every argument of [`DDPMScheduler`], with the reference's values as defaults.
 
     Raises:
-        ValueError: If there is no such `prediction_type`.
+        ValueError: If the `prediction_type` is unknown.
     """
 
     @register_to_config
@@ -80,25 +79,10 @@ class NormGuidedScheduler(DDPMScheduler):
     ):
         if prediction_type not in ("epsilon", "sample", "v_prediction"):
             raise ValueError(f'prediction_type="{prediction_type}": must be epsilon, sample or v_prediction.')
-        super().__init__(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-            variance_type=variance_type,
-            clip_sample=clip_sample,
-            prediction_type=prediction_type,
-            thresholding=thresholding,
-            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
-            clip_sample_range=clip_sample_range,
-            sample_max_value=sample_max_value,
-            timestep_spacing=timestep_spacing,
-            steps_offset=steps_offset,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-        )
-        # In float64 until the last cast, as the reference: 1 - a(0) = 1e-4 loses three digits in float32, and
-        # gradients with it.
+        # By now, all arguments are in the config.
+        stock = inspect.signature(DDPMScheduler).parameters
+        super().__init__(**{name: self.config[name] for name in stock if name in self.config})
+        # In float64, as in the reference: 1 - a(0) = 1e-4 would lose three digits in float32.
         alphas_cumprod = torch.cumprod(1 - self.betas.double(), dim=0)
         self._signal_scale = alphas_cumprod.sqrt().float()
         self._noise_scale = (1 - alphas_cumprod).sqrt().float()
@@ -118,10 +102,8 @@ class NormGuidedScheduler(DDPMScheduler):
         self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Draws the two noise scales of a training batch, uniformly below and from `timestep_boundary`.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Small and big timesteps, each of shape `(batch_size,)`.
+        Draws small and big timesteps for training, `(batch_size,)` each, uniformly on both sides of
+        `timestep_boundary`.
         """
         source = generator.device if generator is not None else device
         boundary, last = self.config.timestep_boundary, self.config.num_train_timesteps
@@ -135,8 +117,7 @@ class NormGuidedScheduler(DDPMScheduler):
         velocity `sqrt(a) eps - sqrt(1 - a) x_0`.
 
         Args:
-            model_output (`torch.Tensor` of shape `(N, C, H, W)`): The network's output.
-            sample (`torch.Tensor` of shape `(N, C, H, W)`): The noised images x_t.
+            model_output, sample (`torch.Tensor` of shape `(N, C, H, W)`): The output, and the noised images x_t.
             timesteps (`torch.Tensor` of shape `(N,)`): Timestep of each image.
         """
         if self.config.prediction_type == "epsilon":
@@ -158,8 +139,7 @@ class NormGuidedScheduler(DDPMScheduler):
         One-step prediction of the clean image (paper, eq. 6): `clamp((x_t - sqrt(1 - a) eps) / sqrt(a), -1, 1)`.
 
         Args:
-            noise_pred (`torch.Tensor` of shape `(N, C, H, W)`): Predicted noise.
-            sample (`torch.Tensor` of shape `(N, C, H, W)`): The noised images x_t.
+            noise_pred, sample (`torch.Tensor` of shape `(N, C, H, W)`): Predicted noise, and the noised images x_t.
             timesteps (`torch.Tensor` of shape `(N,)`): Timestep of each image.
         """
         signal_scale, noise_scale = self._scales(timesteps, sample)
@@ -176,21 +156,21 @@ class NormGuidedScheduler(DDPMScheduler):
         guidance_weight: float | None = None,
     ) -> NormGuidedSchedulerOutput:
         """
-        From images to their norm-guided reconstructions: noise at both scales, one pass of the network, guide.
+        Reconstructs images: adds noise at both scales, runs the network once, applies the guidance.
 
         Args:
-            predict (`Callable`): The network: noised images of both scales, `(2N, C, H, W)`, small scale first, and
-                their timesteps, `(2N,)`, to its output, `(2N, C, H, W)`.
+            predict (`Callable`): The network: maps noised images of both scales, `(2N, C, H, W)`, small scale first,
+                and their timesteps, `(2N,)`, to its output, `(2N, C, H, W)`.
             images (`torch.Tensor` of shape `(N, C, H, W)`): Clean images.
             noise (`torch.Tensor` of shape `(2, N, C, H, W)`): The noise, small scale first.
-            small_timestep, big_timestep (`int` or `torch.Tensor` of shape `(N,)`): The noise scales, one for all
-                images or one for each.
-            guidance_weight (`float`, *optional*): w; the configured weight when `None`.
+            small_timestep, big_timestep (`int` or `torch.Tensor` of shape `(N,)`): The noise scales, shared or per
+                image.
+            guidance_weight (`float`, *optional*): By default the configured weight.
 
         Returns:
-            [`NormGuidedSchedulerOutput`]: The reconstruction and every step to it.
+            [`NormGuidedSchedulerOutput`]: The reconstruction and all intermediate results.
         """
-        # A single timestep keeps its shape, (1,): traced, the factors that follow from it are constants of the graph.
+        # A shared timestep keeps the shape (1,), so that its factors become constants of a traced graph.
         t_small, t_big = (torch.as_tensor(t, device=images.device).view(-1) for t in (small_timestep, big_timestep))
         noised_small = self.add_noise(images, noise[0], t_small)
         noised_big = self.add_noise(images, noise[1], t_big)
@@ -219,17 +199,8 @@ class NormGuidedScheduler(DDPMScheduler):
         """
         Norm-guided one-step denoising (paper, section III-C; `norm_guided_one_step_denoising` of the reference).
 
-        The big scale's prediction is noised again to the small scale and pulls the small scale's predicted noise:
-        `eps' = eps_s - w sqrt(1 - a_s) (x_s^ - x_s)`.
-
-        Args:
-            noise_pred_small, noise_pred_big (`torch.Tensor` of shape `(N, C, H, W)`): Predicted noise at both scales.
-            sample_small, sample_big (`torch.Tensor` of shape `(N, C, H, W)`): The noised images.
-            timesteps_small, timesteps_big (`torch.Tensor` of shape `(N,)`): Their timesteps.
-            guidance_weight (`float`, *optional*): w; the configured weight when `None`.
-
-        Returns:
-            [`NormGuidedSchedulerOutput`]: The reconstruction and what led to it.
+        The big scale's prediction, noised again to the small scale as `x_s^`, guides the small scale's noise:
+        `eps' = eps_s - w sqrt(1 - a_s) (x_s^ - x_s)`. Arguments and result are those of [`reconstruct`], per scale.
         """
         weight = self.config.guidance_weight if guidance_weight is None else guidance_weight
         pred_original_big = self.predict_original(noise_pred_big, sample_big, timesteps_big)
