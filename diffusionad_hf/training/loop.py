@@ -48,7 +48,7 @@ logger = logging.getLogger("training")
 
 INTERRUPTED = 130
 _LOSSES = ("loss", "noise", "focal", "smooth_l1")
-# While the main process validates, publishes or waits for a slow disk, the others wait for it.
+# How long processes wait for the main one while it validates or publishes.
 _PATIENCE = timedelta(hours=3)
 
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(_FlagFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    # The Hub client's HTTP library, by version; and Accelerate, which tells of every file of every checkpoint.
+    # The HTTP library of either version of the Hub client logs every request, Accelerate every file it saves.
     for name in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     args = parse_arguments(argv, prog)
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
             run = train_all if args.category == ALL else train_and_publish
             return run(args, partial(train, interrupt=interrupt))
     except (OSError, ValueError, ImportError) as error:
-        # Whatever the user can mend is said in one line; anything else is a defect of ours and keeps its traceback.
+        # One line for what the user can fix; anything else is a bug and keeps its traceback.
         if int(os.environ.get("RANK", 0)) == 0:
             print(as_flags(f"{prog}: error: {error}"), file=sys.stderr)
         return 2
@@ -84,8 +84,8 @@ class _FlagFormatter(logging.Formatter):
 
 
 def start_processes() -> None:
-    """Joins the processes that were launched together, of which the main one speaks."""
-    # Several processes on a machine without an accelerator are meant for its CPU, however they were launched.
+    """Joins the processes that were launched together; only the main one logs."""
+    # Without an accelerator, several processes share the CPU, whatever the launcher said.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=_PATIENCE)
     if not state.is_main_process:
@@ -95,7 +95,7 @@ def start_processes() -> None:
 
 
 def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
-    """One category, from its images to the calibrated pipeline folder; returns the exit code."""
+    """Trains on one category and writes the calibrated pipeline; returns the exit code."""
     output_dir = Path(args.output_dir)
     together(lambda: output_dir.mkdir(parents=True, exist_ok=True))
     trackers = None if args.report_to == "none" else args.report_to
@@ -108,13 +108,13 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
     found = together(lambda: find_start(args, output_dir))
     set_seed(args.seed)
 
-    # 1. Data: normal images to train on, held-out ones to choose and calibrate with, and where anomalies may lie.
+    # 1. Data: images to train on, held-out ones to choose and calibrate the model with, and synthetic anomalies.
     train_set, held_out, synthesizer, validation = together(lambda: prepare_data(args))
 
     # 2. Networks, optimiser, averaged weights.
     pipe = together(lambda: build_networks(args))
     if found is None and pipe.segmenter.config.get("memory_size"):
-        logger.info("Remembering what the normal images look like.")
+        logger.info("Filling the memory with features of normal images.")
         pipe.segmenter.to(accelerator.device).remember(train_set.pixels(i) for i in range(len(train_set)))
     objective = DiffusionADObjective(pipe.unet, pipe.segmenter, pipe.scheduler, args.detach_reconstruction).train()
     groups = [
@@ -160,9 +160,8 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
     running: dict[str, float] = state["losses"]
     running.pop("distillation", None)  # of an earlier version
     parts: list[torch.Tensor] = []
-    broken: list[torch.Tensor] = []
-    done, speaks = state["step"], accelerator.is_main_process
-    with tqdm(total=args.max_train_steps, initial=done, desc="training", disable=not speaks) as bar:
+    done, silent = state["step"], not accelerator.is_main_process
+    with tqdm(total=args.max_train_steps, initial=done, desc="training", disable=silent) as bar:
         for batch in loader:
             with accelerator.accumulate(objective):
                 for group, rate in zip(optimizer.param_groups, learning_rates(args, state["step"]), strict=True):
@@ -175,23 +174,20 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
                 optimizer.step()
                 optimizer.zero_grad()
             parts.append(torch.stack([losses[name].detach() for name in _LOSSES]))
-            broken.append(broken_samples(inputs["images"], batch["index"]))
             if not accelerator.sync_gradients:
                 continue
-            # One transfer from the device a step, and the only one; whether to stop, all processes decide alike.
+            # The only transfer from the device per step; all processes agree on whether to stop.
             stop = torch.full_like(parts[0][:1], interrupt.requested)
             *values, stop = accelerator.reduce(torch.cat([torch.stack(parts).mean(0), stop]), "mean").tolist()
             for name, value in zip(_LOSSES, values, strict=True):
                 if not math.isfinite(value):
-                    refuse_broken(accelerator.gather(torch.cat(broken)), train_set, state["step"])
                     raise ValueError(
                         f"the {name} loss is {value} at step {state['step']}: lower the learning rates, or train with "
-                        f"`mixed_precision` no. {output_dir} keeps the checkpoints from before."
+                        f"`mixed_precision` no. The checkpoints so far are in {output_dir}."
                     )
-                # An exponential average, as single batches tell little.
+                # An exponential average, because single batches are noisy.
                 running[name] = value if name not in running else 0.95 * running[name] + 0.05 * value
             parts.clear()
-            broken.clear()
             state["step"] += 1
             if averaged is not None:
                 averaged.update_parameters(plain)
@@ -219,13 +215,13 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
         logger.info(f"Interrupted at step {state['step']}; resume with `resume_from_checkpoint` latest.")
         return INTERRUPTED
 
-    # 5. The chosen weights, calibrated on the held-out normal images.
+    # 5. The best weights, calibrated on the held-out normal images.
     together(lambda: finish(args, arguments, held_out, accelerator.device), main_only=True)
     return 0
 
 
 def find_start(args: TrainingConfig, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from; `None` to start afresh, which a folder that holds a training refuses."""
+    """The checkpoint to resume from, or `None`; refuses to start a new training in the folder of another one."""
     if not args.resume_from_checkpoint:
         refuse_former_training(output_dir)
         return None
@@ -237,20 +233,20 @@ def find_start(args: TrainingConfig, output_dir: Path) -> Path | None:
 
 
 def prepare_data(args: TrainingConfig) -> tuple[NormalImages, NormalImages, AnomalySynthesizer, Validation]:
-    """What to train on, what is held out, what makes the anomalies, and what measures the model."""
+    """The training set, the held-out set, the synthesizer of anomalies and the validation."""
     images, kind, foregrounds = load_images(args)
     train_set, held_out = (
         NormalImages(Subset(images, rows), args.resolution, None if foregrounds is None else Subset(foregrounds, rows))
         for rows in split_holdout(len(images), args.holdout_fraction, args.seed)
     )
-    logger.info(f"{len(train_set)} normal images to train on, {len(held_out)} held out, taken for images of {kind}s.")
+    logger.info(f"{len(train_set)} normal images to train on, {len(held_out)} held out, treated as images of {kind}s.")
     if len(train_set) < args.train_batch_size:
         logger.warning(f"`train_batch_size` {args.train_batch_size}: every batch holds some image more than once.")
-    textures: Textures
-    if args.texture_dir is not None:
-        textures = FolderTextures(args.texture_dir, args.resolution)
-    else:
-        textures = ProceduralTextures(args.resolution, seed=args.seed)
+    textures: Textures = (
+        ProceduralTextures(args.resolution, seed=args.seed)
+        if args.texture_dir is None
+        else FolderTextures(args.texture_dir, args.resolution)
+    )
     anomalies: dict[str, Any] = {
         "seed": args.seed,
         "self_augmentation_probability": 0.5 if kind == "object" else 0.0,
@@ -263,7 +259,7 @@ def prepare_data(args: TrainingConfig) -> tuple[NormalImages, NormalImages, Anom
 
 
 def build_networks(args: TrainingConfig) -> DiffusionADPipeline:
-    """The pipeline to train, from random weights or those of another one."""
+    """The pipeline to train, with random weights or those of `init_from`."""
     pipe = build_pipeline(args.architecture, args.resolution, args.prediction_type)
     if args.init_from is not None:
         start_from(args.init_from, pipe)
@@ -273,27 +269,25 @@ def build_networks(args: TrainingConfig) -> DiffusionADPipeline:
         if args.channels_last:
             network.to(memory_format=torch.channels_last)
         if args.compile:
-            # In place: names of weights, copies and checkpoints stay what they are.
+            # In place, which keeps the names of the weights.
             network.compile()
     return pipe
 
 
 def start_from(model: str, pipe: DiffusionADPipeline) -> None:
-    """Takes the weights of another pipeline; raises `ValueError` where its networks are others."""
+    """Loads the weights of another pipeline; raises `ValueError` if its networks differ."""
     source = DiffusionADPipeline.from_pretrained(model, dtype=torch.float32)
     theirs, ours = (p.scheduler.config.prediction_type for p in (source, pipe))
     if theirs != ours:
         raise ValueError(
-            f"`init_from` {model}: its UNet predicts {theirs}, this one is to predict {ours}; give `prediction_type` "
-            f"{theirs}."
+            f"`init_from` {model}: its UNet predicts {theirs}, not {ours}; give `prediction_type` {theirs}."
         )
     for name in ("unet", "segmenter"):
         try:
             getattr(pipe, name).load_state_dict(getattr(source, name).state_dict())
         except RuntimeError as error:
             raise ValueError(
-                f"`init_from` {model}: its {name} is of another size; give the `architecture` and `resolution` "
-                "that it was trained with."
+                f"`init_from` {model}: its {name} has another size; give its `architecture` and `resolution`."
             ) from error
 
 
@@ -307,27 +301,21 @@ def prepare_batch(
     """
     Synthesises the anomalies of a batch and draws its noise and timesteps.
 
-    All that is random about a sample is a function of the seed, the epoch and its index, so it depends neither on how
-    many processes share the work nor on whether the training was resumed.
+    Everything random about a sample depends only on the seed, the epoch and its index: not on the number of processes,
+    nor on whether the training was resumed.
     """
-    # The loader's memory is pinned: the device copies while this process goes on.
+    # Asynchronous, as the loader pins its memory.
     batch = {
         name: values.to(device, non_blocking=True) if name in ("image", "foreground") else values
         for name, values in batch.items()
     }
     foreground = batch.get("foreground")
     made = []
-    # A batch may straddle two epochs.
+    # A batch may contain the end of one epoch and the start of the next.
     for epoch in batch["epoch"].unique(sorted=True).tolist():
         rows = (batch["epoch"] == epoch).nonzero()[:, 0]
-        made.append(
-            synthesizer(
-                batch["image"][rows],
-                batch["index"][rows].tolist(),
-                epoch,
-                None if foreground is None else foreground[rows],
-            )
-        )
+        allowed = None if foreground is None else foreground[rows]
+        made.append(synthesizer(batch["image"][rows], batch["index"][rows].tolist(), epoch, allowed))
     images = torch.cat([part.images for part in made])
     drawing, timing = torch.Generator(device), torch.Generator()
     noise, timesteps, chance = [], [], []
@@ -350,28 +338,8 @@ def prepare_batch(
     }
 
 
-def broken_samples(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """For each of the images, `(N, 3, H, W)`, its number in the dataset if it is not finite, else -1."""
-    whole = images.isfinite().flatten(1).all(1)
-    return torch.where(whole, -1, index.to(images.device, non_blocking=True))
-
-
-def refuse_broken(broken: torch.Tensor, train_set: NormalImages, step: int) -> None:
-    """Raises `ValueError` that names the sample where [`broken_samples`] found one: no learning rate helps then."""
-    for index in broken[broken >= 0].tolist():
-        subset: Any = train_set.images
-        row = subset.indices[index]
-        raise ValueError(
-            f"training image {row} ({subset.dataset.names[row]}) is not finite at step {step}, once its "
-            "anomaly is made: a defect of the synthesis, please report it with this line and the options of the run."
-        )
-
-
 class Interrupt:
-    """
-    Turns the first Ctrl-C, or a scheduler's request to end, into one to stop after the step in hand; the second kills
-    as usual.
-    """
+    """On the first SIGINT or SIGTERM, requests a stop after the current step; the second one acts as usual."""
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -390,4 +358,4 @@ class Interrupt:
         self.requested = True
         for number, handler in self._former.items():
             signal.signal(number, handler)
-        print("\nStopping after this step, with a checkpoint; once more to stop at once.", file=sys.stderr)
+        print("\nStopping after this step, with a checkpoint; press again to stop at once.", file=sys.stderr)

@@ -2,12 +2,12 @@
 
 The distributions are those of the reference (`data/dataset_beta_thresh.py`, `data/perlin.py`), which builds one image
 at a time with OpenCV and imgaug. Every random number of a sample comes from a counter-based stream keyed on (seed,
-epoch, index), so a sample is the same alone, in any batch, and with any number of workers or processes.
+epoch, index), so a sample does not depend on its batch or on the number of workers and processes.
 
-Deviations from the reference, all small: colours are float32, not rounded to 8 bits between operations; brightness
-changes act on the luma alone, where imgaug draws one of several colour spaces; the object's foreground is binary,
-where the reference keeps the grey edge left by resizing it; the "random part" that textured categories take as
-foreground is a rectangle, where the reference downloads mask files.
+Small deviations from the reference: colours are float32, not rounded to 8 bits between operations; brightness changes
+act on the luma alone (imgaug draws one of several colour spaces); the object's foreground is binary (the reference
+keeps the grey edge of a resized one); the foreground of textured categories is a random rectangle (the reference
+downloads mask files).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ OPACITY = (0.2, 0.8)  # bounds of an anomaly's opacity, drawn uniformly for each
 TILES = 8  # strips per axis of the self-augmented source
 MAX_ATTEMPTS = 50  # Perlin fields tried before an image stays normal
 ATTEMPTS_AT_ONCE = 8  # bounds memory: this many fields an image are evaluated together
-IMAGES_AT_ONCE = 1  # on a CPU, where one image stays in the cache; a GPU takes the batch whole, with the same outcome
+IMAGES_AT_ONCE = 1  # on a CPU, so that an image stays in the cache; a GPU takes the whole batch; same result
 
-# Every sample draws this many uniform numbers, used or not, so that no option shifts the meaning of the others.
+# Every sample draws all of these uniform numbers, used or not, so that no option changes the others' numbers.
 _DRAWS = {
     "anomalous": 1,
     "cells": 2,
@@ -54,17 +54,17 @@ _DRAWS = {
 
 
 class Textures(Protocol):
-    """Anything with a bank of textures, such as those of `training.textures`."""
+    """A source of textures, such as those of `training.textures`."""
 
     bank: Tensor
 
 
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """A batch of which some images carry a synthetic anomaly.
+    """A batch in which some images have a synthetic anomaly.
 
     Attributes:
-        images: `(N, 3, H, W)`, dtype and device of the input. Equal to the input bit for bit wherever `masks` is 0.
+        images: `(N, 3, H, W)`, dtype and device of the input; bit for bit the input where `masks` is 0.
         masks: `(N, 1, H, W)` float32, 1 on the anomaly.
         labels: `(N,)` int64, 1 where the mask is not empty.
     """
@@ -78,21 +78,17 @@ class AnomalySynthesizer:
     """Puts synthetic anomalies on normal images (paper, section 3.4; reference: `perlin_synthetic`).
 
     Args:
-        textures: source of foreign texture; its `bank` is `(K, 3, S, S)` uint8, resized where S is not the image size.
-        seed: with the epoch and an image's index it fixes everything drawn for that image.
+        textures: source of foreign texture; its `bank` is `(K, 3, S, S)` uint8, resized to the images if necessary.
+        seed: with the epoch and an image's index it determines everything drawn for that image.
         anomaly_probability: share of the images that get an anomaly.
         self_augmentation_probability: share of the anomalies made from the image itself (colours changed, 8 x 8 tiles
-            shuffled) and not from a texture. The reference: 0.5 for objects, 0 for textured categories.
-        line_probability: share of the anomalies that are thin lines, where the noise crosses 0 in a random part of the
-            image, and not blobs. Not in the reference, whose anomalies teach little about scratches and cracks.
-        displaced_probability: share of the anomalies made from the image itself, moved by 0.1 to 0.4 of its size and
-            fully opaque, where that shows: a feature that is out of place. Not in the reference either.
-        erased_probability: share of the anomalies that cover some structure, one that stands alone where there is one,
-            with a plain piece of the product: a feature that is missing, which only comparing with the reconstruction
-            gives away. Not in the reference.
-
-    Raises:
-        ValueError: if the bank is empty or of another shape or type.
+            shuffled) instead of a texture. The reference: 0.5 for objects, 0 for textured categories.
+        line_probability: share of the anomalies that are thin lines (zero crossings of the noise, in a random part of
+            the image) instead of blobs, for scratches and cracks. Not in the reference.
+        displaced_probability: share of the anomalies that are opaque copies of another part of the image, moved by 0.1
+            to 0.4 of its size, for misplaced features. Not in the reference.
+        erased_probability: share of the anomalies that cover some structure, preferably an isolated one, with a plain
+            piece of the product, for missing features. Not in the reference.
     """
 
     def __init__(
@@ -106,16 +102,13 @@ class AnomalySynthesizer:
         displaced_probability: float = 0.0,
         erased_probability: float = 0.0,
     ) -> None:
-        bank = textures.bank
-        if bank.dtype != torch.uint8 or bank.ndim != 4 or bank.shape[1] != 3 or bank.numel() == 0:
-            raise ValueError(f"textures.bank must be (K, 3, S, S) uint8, K > 0, not {tuple(bank.shape)} {bank.dtype}")
         self.seed = seed
         self.anomaly_probability = anomaly_probability
         self.self_augmentation_probability = self_augmentation_probability
         self.line_probability = line_probability
         self.displaced_probability = displaced_probability
         self.erased_probability = erased_probability
-        self._bank = bank
+        self._bank = textures.bank
 
     @torch.no_grad()
     def __call__(
@@ -125,27 +118,22 @@ class AnomalySynthesizer:
 
         Args:
             images: `(N, 3, H, W)` floating point in [0, 1], on any device; not modified.
-            indices: N indices of the images in their dataset, at least 0.
+            indices: N indices of the images in their dataset.
             epoch: at least 0.
-            foreground: `(N, 1, H, W)`, above 0.5 where an anomaly may lie. None, for textured categories: a random
+            foreground: `(N, 1, H, W)`, above 0.5 where an anomaly may be. None, for textured categories: a random
                 rectangle for each image.
-
-        Raises:
-            ValueError: if a shape, type or range is not as above.
         """
-        indices = [int(index) for index in indices]
-        _check_inputs(images, indices, epoch, foreground)
         height, width = images.shape[-2:]
         masks = torch.zeros(len(images), 1, height, width, device=images.device)
         labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
 
-        streams = [_stream(self.seed, epoch, index) for index in indices]
+        streams = [_stream(self.seed, epoch, int(index)) for index in indices]
         draws = _named(np.stack([stream.random(sum(_DRAWS.values())) for stream in streams]))
         chosen = np.flatnonzero(draws["anomalous"][:, 0] < self.anomaly_probability)
         result = images.clone()
         step = max(len(chosen), 1) if images.is_cuda else IMAGES_AT_ONCE
         for rows in (chosen[i : i + step] for i in range(0, len(chosen), step)):
-            # A slice is a view, which spares a copy of the one image.
+            # For a single image, a slice avoids a copy.
             where = slice(rows[0], rows[0] + 1) if len(rows) == 1 else torch.from_numpy(rows).to(images.device)
             part = {name: values[rows] for name, values in draws.items()}
             if foreground is None:
@@ -156,7 +144,7 @@ class AnomalySynthesizer:
             normal = images[where].to(torch.promote_types(images.dtype, torch.float32))
             source = self._sources(normal.float(), part).to(normal.dtype)
             low, high = OPACITY
-            # The reference weighs the image, not the anomaly, with beta in U(0.2, 0.8): by symmetry the same.
+            # The reference draws the image's weight from U(0.2, 0.8), which is the same by symmetry.
             opacity = low + part["opacity"] * (high - low)
             displaced = part["displaced"][:, 0] < self.displaced_probability
             if displaced.any():
@@ -169,29 +157,28 @@ class AnomalySynthesizer:
             if erased.any():
                 own = select(normal, erased)
                 filled = erase(own, select(allowed, erased), part["erased"][erased, 1:])
-                reach = max(height, width) // 64 * 2 + 1  # the feature's faint edges too, or they would stay
+                reach = max(height, width) // 64 * 2 + 1  # to cover the feature's faint edges too
                 covered = F.max_pool2d(_differs(own, filled), reach, 1, reach // 2)
                 mask = replace(mask, erased, select(allowed, erased) * covered)
                 source = replace(source, erased, filled)
                 opacity[erased] = 1
             opacity = column(opacity, normal)
-            blended = torch.addcmul(normal, mask * opacity, source.sub_(normal))  # outside: plus 0, the same bits
+            blended = torch.addcmul(normal, mask * opacity, source.sub_(normal))  # exactly `normal` outside the mask
             result[where] = blended.to(images.dtype)
             masks[where] = mask
             labels[where] = mask.flatten(1).amax(1).long()
         return SyntheticBatch(result, masks, labels)
 
     def _masks(self, streams: list[np.random.Generator], draws: dict[str, np.ndarray], allowed: Tensor) -> Tensor:
-        """Thresholded, rotated Perlin noise inside `allowed`, all `(n, 1, H, W)` of 0 and 1.
+        """Thresholded, rotated Perlin noise inside `allowed`, both `(n, 1, H, W)` of 0 and 1.
 
-        Like the reference, a field that marks nothing on the foreground is redrawn, up to 50 fields in all; then the
-        mask stays empty and the image normal.
+        As in the reference, a field with nothing inside is redrawn, up to 50 times; after that the mask stays empty.
         """
         low, high = PERLIN_SCALES
         cells = 2 ** (low + (draws["cells"] * (high - low)).astype(np.int64))
         lines = draws["line"][:, 0] < self.line_probability
         displaced = draws["displaced"][:, 0] < self.displaced_probability
-        # Many cells make a thicket of lines, and pieces too small to cover a feature.
+        # More cells would give many tangled lines, and displaced pieces too small to cover a feature.
         cells[lines | displaced] = np.minimum(cells[lines | displaced], 4)
         nodes = 2 ** (high - 1) + 1
         height, width = allowed.shape[-2:]
@@ -220,12 +207,12 @@ class AnomalySynthesizer:
             best = torch.from_numpy(np.arange(len(left)) * count + hit.argmax(1)).to(allowed.device)
             masks = replace(masks, pending, tried.flatten(0, 1).index_select(0, best))
             pending[left] = ~hit.any(1)
-            # One field, then one, two, four ... more for the images still without a mask: few wasted, few rounds.
+            # Then 1, 2, 4, 8, 8 ... more fields for the images still without a mask.
             first, count = first + count, min(max(first, 1), ATTEMPTS_AT_ONCE)
         return masks
 
     def _sources(self, normal: Tensor, draws: dict[str, np.ndarray]) -> Tensor:
-        """What the anomalies are made of: `(n, 3, H, W)` float32 in [0, 1]."""
+        """The anomalies' content: `(n, 3, H, W)` float32 in [0, 1]."""
         if self._bank.device != normal.device:
             self._bank = self._bank.to(normal.device)
         from_self = draws["source"][:, 0] < self.self_augmentation_probability
@@ -234,7 +221,7 @@ class AnomalySynthesizer:
             picked = (draws["texture"][~from_self, 0] * len(self._bank)).astype(np.int64)
             textures = self._bank.index_select(0, torch.from_numpy(picked).to(normal.device)).float().div_(255)
             if textures.shape[-2:] != normal.shape[-2:]:
-                # A mean of ones may come out as 1.0000001.
+                # Rounding may exceed 1.
                 textures = F.interpolate(textures, normal.shape[-2:], mode="bilinear", antialias=True).clamp_(0, 1)
             source = replace(source, ~from_self, textures)
         source = change_colors(source, draws["operations"], draws["parameters"])
@@ -247,9 +234,9 @@ class AnomalySynthesizer:
 
 
 def perlin_noise(angles: Tensor, cells: np.ndarray, height: int, width: int) -> Tensor:
-    """Perlin noise with a number of cells of its own for each field (reference: `rand_perlin_2d_np`).
+    """Perlin noise, each field with its own number of cells (reference: `rand_perlin_2d_np`).
 
-    Only indexing and element-wise arithmetic, no matrix product: a field's bits do not depend on the batch around it.
+    Uses only indexing and element-wise arithmetic, so that the bits of a field do not depend on its batch.
 
     Args:
         angles: `(B, G, G)` directions of the gradients in radians at nodes (row, column); a field with (r, c) cells
@@ -271,11 +258,11 @@ def perlin_noise(angles: Tensor, cells: np.ndarray, height: int, width: int) -> 
 
     column, tx, fade_x = (x[:, None].expand(batch, nodes, width) for x in positions(1, width))
     row, ty, fade_y = (x.reshape(-1, 1) for x in positions(0, height))
-    # A corner's ramp, dy cos + dx sin, is linear in dy: interpolate slope and offset along x in every row of nodes ...
+    # A corner's ramp, dy cos + dx sin, is linear in dy: interpolate its slope and offset along x on every row
     slope, offset = angles.cos(), angles.sin()
     slope = torch.lerp(slope.gather(2, column), slope.gather(2, column + 1), fade_x).flatten(0, 1)
     offset = torch.lerp(offset.gather(2, column) * tx, offset.gather(2, column + 1) * (tx - 1), fade_x).flatten(0, 1)
-    # ... and then along y between the two rows of nodes around each pixel.
+    # then along y between the two rows of nodes around each pixel.
     top = row.flatten() + torch.arange(batch, device=angles.device).repeat_interleave(height) * nodes
     above = torch.addcmul(offset.index_select(0, top), slope.index_select(0, top), ty)
     below = torch.addcmul(offset.index_select(0, top + 1), slope.index_select(0, top + 1), ty - 1)
@@ -283,17 +270,14 @@ def perlin_noise(angles: Tensor, cells: np.ndarray, height: int, width: int) -> 
 
 
 def shuffle_tiles(images: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-    """Shuffles the 8 x 8 tiles of `(N, 3, H, W)` images, one order for all rows and one for all columns (reference).
+    """Shuffles the 8 x 8 tiles of `(N, 3, H, W)` images by rows and by columns, as the reference does.
 
-    Rows of tiles take any order. Columns do so among the even ones, which go left, and the odd ones, which go right.
-    Sides that 8 does not divide have a shorter last strip.
-
-    Args:
-        rows, columns: `(N, 16)` uniform numbers, one a strip.
+    Rows of tiles are shuffled. Columns are too, but even ones end up on the left and odd ones on the right. If 8 does
+    not divide a side, its last strip is shorter. `rows` and `columns` are `(N, 16)` uniform numbers, one per strip.
     """
     height, width = images.shape[-2:]
     row, column = np.arange(height) // (height // TILES), np.arange(width) // (width // TILES)
-    # All pixels of a strip share its number, so a stable sort of the pixels moves whole strips.
+    # The pixels of a strip share a number, so a stable sort moves whole strips.
     orders = (rows[:, row], columns[:, column] + column % 2)
     row_order, column_order = (
         torch.from_numpy(np.argsort(order, axis=1, kind="stable")).to(images.device) for order in orders
@@ -306,15 +290,15 @@ def shuffle_tiles(images: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tens
 def _lines(noise: Tensor, cells: np.ndarray, u: np.ndarray) -> Tensor:
     """Where the noise `(n, count, 1, H, W)` crosses 0: lines of about 1 to 2 px in 128, `u` `(n,)` says how wide."""
     height, width = noise.shape[-2:]
-    # Across a zero the noise changes by about 1.2 a cell, so this many px around the crossing lie below the bound.
+    # The noise has a slope of about 1.2 per cell at its zeros, which turns a width in px into a bound of its values.
     bound = (0.3 + 0.7 * u) * max(height, width) / 128 * 1.2 * (cells / (height, width)).max(axis=1)
     bound = torch.from_numpy(bound).to(noise)[:, None, None, None, None]
-    # Rotation leaves exact zeros in the corners, which are no crossings.
+    # The exact zeros that rotation leaves in the corners are not crossings.
     return (noise.abs() < bound).logical_and_(noise != 0).to(noise.dtype)
 
 
 def _move(images: Tensor, u: np.ndarray) -> Tensor:
-    """Moves each image by 0.1 to 0.4 of its size in its own direction; what leaves at one side enters at the other."""
+    """Moves each image cyclically by 0.1 to 0.4 of its size in a direction of its own."""
     height, width = images.shape[-2:]
     angle, distance = 2 * np.pi * u[:, 0], 0.1 + 0.3 * u[:, 1]
     down = np.rint(np.sin(angle) * distance * height).astype(np.int64)
@@ -323,13 +307,13 @@ def _move(images: Tensor, u: np.ndarray) -> Tensor:
 
 
 def _differs(images: Tensor, others: Tensor) -> Tensor:
-    """1 where two images differ visibly, `(N, 1, H, W)`: by 0.06 and more on average over 3 x 3 px."""
+    """1 where two images differ visibly, by more than 0.06 on average over 3 x 3 px; `(N, 1, H, W)`."""
     difference = (images - others).abs().amax(1, keepdim=True)
     return F.avg_pool2d(difference, 3, 1, 1, count_include_pad=False).sub_(0.06).gt_(0)
 
 
 def _rectangles(u: np.ndarray, height: int, width: int) -> Tensor:
-    """The random part of a textured image in which an anomaly may lie: sides of 0.3 to 1 of the image's, any place."""
+    """Random rectangles in which the anomalies of textures lie, with 0.3 to 1 of the sides of the image."""
     inside = []
     for axis, size in enumerate((height, width)):
         length = (0.3 + 0.7 * u[:, axis : axis + 1]) * size
@@ -341,24 +325,10 @@ def _rectangles(u: np.ndarray, height: int, width: int) -> Tensor:
 
 def _stream(seed: int, epoch: int, index: int) -> np.random.Generator:
     key = np.array([seed, epoch], dtype=np.uint64)
-    counter = np.array([0, 0, 0, index], dtype=np.uint64)  # the highest word: streams of two indices never meet
+    counter = np.array([0, 0, 0, index], dtype=np.uint64)  # in the highest word, so that streams never overlap
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def _named(draws: np.ndarray) -> dict[str, np.ndarray]:
     ends = np.cumsum(list(_DRAWS.values()))
     return dict(zip(_DRAWS, np.split(draws, ends[:-1], axis=1), strict=True))
-
-
-def _check_inputs(images: Tensor, indices: list[int], epoch: int, foreground: Tensor | None) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"images must be (N, 3, H, W) floating point, not {tuple(images.shape)} {images.dtype}")
-    if len(images) == 0 or min(images.shape[-2:]) < TILES:
-        raise ValueError(f"images must be at least one and at least {TILES} pixels a side, not {tuple(images.shape)}")
-    if len(indices) != len(images):
-        raise ValueError(f"indices must hold one index for each of the {len(images)} images, not {len(indices)}")
-    if min(indices) < 0 or epoch < 0:
-        raise ValueError(f"indices and epoch must be at least 0, not {min(indices)} and {epoch}")
-    expected = (len(images), 1, *images.shape[-2:])
-    if foreground is not None and tuple(foreground.shape) != expected:
-        raise ValueError(f"foreground must be {expected} to match the images, not {tuple(foreground.shape)}")

@@ -339,37 +339,6 @@ def test_each_source_gets_three_different_operations(monkeypatch):
     assert calls.sum(0).min() > 35  # 60 expected of each
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"bank": torch.zeros(0, 3, 8, 8, dtype=torch.uint8)}, "textures.bank"),
-        ({"bank": torch.zeros(4, 3, 8, 8)}, "textures.bank"),
-        ({"bank": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, "textures.bank"),
-    ],
-)
-def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        make_synthesizer(**options)
-
-
-@pytest.mark.parametrize(
-    ("shape", "indices", "epoch", "mask_shape", "message"),
-    [
-        ((2, 1, 16, 16), [0, 1], 0, None, "images must be"),
-        ((0, 3, 16, 16), [], 0, None, "at least one"),
-        ((1, 3, 4, 16), [0], 0, None, "8 pixels"),
-        ((2, 3, 16, 16), [0], 0, None, "indices must hold"),
-        ((2, 3, 16, 16), [0, 1], -1, None, "at least 0"),
-        ((2, 3, 16, 16), [0, 1], 0, (2, 1, 8, 8), "foreground"),
-        ((2, 3, 16, 16), [0, 1], 0, (1, 1, 16, 16), "foreground"),
-    ],
-)
-def test_bad_inputs_are_named(shape, indices, epoch, mask_shape, message):
-    foreground = None if mask_shape is None else torch.ones(mask_shape)
-    with pytest.raises(ValueError, match=message):
-        make_synthesizer()(torch.zeros(shape), indices, epoch, foreground)
-
-
 OURS = {"line_probability": 0.4, "displaced_probability": 0.4, "erased_probability": 0.4}
 
 
