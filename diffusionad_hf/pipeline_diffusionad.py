@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,44 +204,38 @@ class DiffusionADPipeline(DiffusionPipeline):
 
         maps, scores, reconstructions, kept = [], [], [], []
         starts = range(0, len(images), batch_size)
-        bar = self.progress_bar(total=len(starts)) if len(starts) > 1 else nullcontext()
-        with bar as progress:
-            for start in starts:
-                # 1. Decode and resize: (B, 3, S, S) in [0, 1], and each image's own size.
-                batch = enumerate(images[start : start + batch_size], start)
-                decoded = [load_image(item, name=f"image {i}") for i, item in batch]
-                sizes = [(item.shape[-2], item.shape[-1]) for item in decoded]
-                pixels = torch.stack([resize_image(item, self.config.image_size) for item in decoded]).to(device)
+        for start in self.progress_bar(starts) if len(starts) > 1 else starts:
+            # 1. Decode and resize: (B, 3, S, S) in [0, 1], and each image's own size.
+            batch = enumerate(images[start : start + batch_size], start)
+            decoded = [load_image(item, name=f"image {i}") for i, item in batch]
+            sizes = [(item.shape[-2], item.shape[-1]) for item in decoded]
+            pixels = torch.stack([resize_image(item, self.config.image_size) for item in decoded]).to(device)
 
-                # 2. Noise both scales, denoise in one step each, guide, segment; averaged over the noise draws.
-                probability = reconstruction = torch.zeros((), device=device)
-                for draw in range(num_noises):
-                    if noise is not None:
-                        pair = noise[:, start : start + len(pixels)]  # (2, B, 3, S, S)
-                    elif generator is not None:
-                        pair = torch.stack([self._draw(generator) for _ in sizes], dim=1)
-                    else:
-                        pair = draws[draw].unsqueeze(1).expand(-1, len(pixels), -1, -1, -1)
-                    step = self._inspect_in_memory(
-                        pixels, pair.to(device), small_timestep, big_timestep, guidance_weight
-                    )
-                    probability = probability + step["probability"] / num_noises
-                    reconstruction = reconstruction + step["reconstruction"] / num_noises
+            # 2. Noise both scales, denoise in one step each, guide, segment; averaged over the noise draws.
+            probability = reconstruction = torch.zeros((), device=device)
+            for draw in range(num_noises):
+                if noise is not None:
+                    pair = noise[:, start : start + len(pixels)]  # (2, B, 3, S, S)
+                elif generator is not None:
+                    pair = torch.stack([self._draw(generator) for _ in sizes], dim=1)
+                else:
+                    pair = draws[draw].unsqueeze(1).expand(-1, len(pixels), -1, -1, -1)
+                step = self._inspect_in_memory(pixels, pair.to(device), small_timestep, big_timestep, guidance_weight)
+                probability = probability + step["probability"] / num_noises
+                reconstruction = reconstruction + step["reconstruction"] / num_noises
 
-                # 3. Score at the model's resolution; maps and reconstructions at each image's own size.
-                flat = probability.flatten(1)
-                top = flat.topk(min(self.config.top_k, flat.shape[1]), dim=1).values
-                scores.append(top.mean(dim=1).cpu())
-                if output_type != "pt" and all(size == tuple(probability.shape[-2:]) for size in sizes):
-                    # No resizing left to do on the device: one transfer for all.
-                    probability, reconstruction = probability.cpu(), reconstruction.cpu()
-                for i, size in enumerate(sizes):
-                    maps.append(self._postprocess(probability[i], size, output_type))
-                    reconstructions.append(self._postprocess(reconstruction[i].clamp(0, 1), size, output_type))
-                if return_intermediates:
-                    kept.append({name: tensor.cpu() for name, tensor in step.items()})
-                if progress is not None:
-                    progress.update()
+            # 3. Score at the model's resolution; maps and reconstructions at each image's own size.
+            flat = probability.flatten(1)
+            top = flat.topk(min(self.config.top_k, flat.shape[1]), dim=1).values
+            scores.append(top.mean(dim=1).cpu())
+            if output_type != "pt" and all(size == tuple(probability.shape[-2:]) for size in sizes):
+                # No resizing left to do on the device: one transfer for all.
+                probability, reconstruction = probability.cpu(), reconstruction.cpu()
+            for i, size in enumerate(sizes):
+                maps.append(self._postprocess(probability[i], size, output_type))
+                reconstructions.append(self._postprocess(reconstruction[i].clamp(0, 1), size, output_type))
+            if return_intermediates:
+                kept.append({name: tensor.cpu() for name, tensor in step.items()})
         self.maybe_free_model_hooks()
 
         # 4. Verdicts.
@@ -463,9 +456,6 @@ class DiffusionADPipeline(DiffusionPipeline):
         return loading.load_pretrained(super().from_pretrained, os.fspath(pretrained_model_name_or_path), **kwargs)
 
 
-# ---- conformal calibration ------------------------------------------------------------------------------------------
-
-
 def conformal_p_value(calibration_scores: Sequence[float], score: np.ndarray | float) -> np.ndarray:
     """
     Probability that a normal image scores at least as high (split conformal prediction): `(1 + #{scores >= s}) / (n +
@@ -487,9 +477,6 @@ def conformal_threshold(calibration_scores: Sequence[float], false_alarm_rate: f
     return float(ordered[-k]) if k else float("inf")
 
 
-# ---- out of memory --------------------------------------------------------------------------------------------------
-
-
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, which only CUDA reports by a class of its own."""
     # PyTorch on Linux, Windows and Apple GPUs; oneDNN; cuDNN; cuBLAS.
@@ -503,9 +490,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
         "CUBLAS_STATUS_ALLOC_FAILED",
     )
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def _package() -> str:

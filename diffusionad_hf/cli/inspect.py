@@ -26,24 +26,23 @@ def add_commands(commands: Any) -> None:
         "inspect",
         "inspect images: score, verdict, and where the defects are",
         _inspect,
-        epilog="exit code: 0 when all images were inspected, 2 when some could not be read (the others are done "
-        "and the failures listed; with --parquet they are rows with an error, and the code is 0)\n\n"
+        epilog="exit code: 0 if all images were inspected, 2 if some could not be read (0 with --parquet: its table\n"
+        "contains the errors)\n\n"
         "example: diffusionad inspect photos/ --model org/diffusionad-mvtec-screw --output-dir report --csv r.csv\n\n"
-        "More images than you want to wait for: --parquet writes them in blocks, and the same command goes on where\n"
-        "one was interrupted or killed. With all GPUs of a machine, or as many processes on its CPU (there too only\n"
-        "with --multi_gpu: without it accelerate starts one):\n"
+        "For many images, --parquet writes the results in blocks; run the same command again after an interruption.\n"
+        "All GPUs of a machine, or several processes on its CPU, work on it together with\n"
         "  accelerate launch --multi_gpu --num_processes 8 -m diffusionad_hf inspect \\\n"
         "      --dataset org/photos --split train --model org/diffusionad-mvtec-screw --parquet results.parquet\n"
-        "With a Ray cluster: --engine ray. Several machines need FILE's folder, local images and all that `datasets`\n"
-        "downloads in common.",
+        "and a Ray cluster with --engine ray. Several machines need a shared disk for FILE, local images and what\n"
+        "`datasets` downloads.",
     )
-    parser.add_argument("input", nargs="*", metavar="INPUT", help="image files, folders and all below, or patterns")
+    parser.add_argument("input", nargs="*", metavar="INPUT", help="images, folders (with subfolders) or glob patterns")
     parser.add_argument("--file-list", type=Path, help="instead of INPUTs: a text file with a path on each line")
     parser.add_argument(
         "--dataset",
         metavar="D",
-        help="instead of INPUTs, with --parquet: Hub id, folder or file that the library `datasets` loads; Parquet is "
-        "read where it is, all else is downloaded first",
+        help="instead of INPUTs, with --parquet: Hub id, folder or file that `datasets` can load; Parquet is read in "
+        "place, everything else downloaded first",
     )
     parser.add_argument("--dataset-config", metavar="C", help="configuration of the dataset, if it has several")
     parser.add_argument("--dataset-revision", metavar="R", help="branch, tag or commit of a dataset on the Hub")
@@ -57,20 +56,18 @@ def add_commands(commands: Any) -> None:
         "--parquet",
         metavar="FILE",
         type=Path,
-        help="write a row per image as Parquet: in blocks of 16 batches (in FILE.blocks), from which an interrupted "
-        "run goes on, then merged; of a folder DIR, the table is DIR/results.parquet",
+        help="write a row per image as Parquet, to FILE or to results.parquet in a folder; first in blocks of 16 "
+        "batches, from which an interrupted run continues",
     )
     parser.add_argument(
         "--engine",
         choices=("local", "accelerate", "ray"),
-        help="who inspects the blocks: this process, those of `accelerate launch`, or a Ray cluster (RAY_ADDRESS, or "
-        "the one on this machine), with one and the same table (default: accelerate if launched by it, else local)",
+        help="what inspects the blocks: this process, those of `accelerate launch`, or a Ray cluster (RAY_ADDRESS, or "
+        "on this machine) (default: accelerate if launched by it, else local)",
     )
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument(
-        "--threshold", type=float, help="call scores above it anomalous, instead of the calibrated one"
-    )
-    chosen.add_argument("--false-alarm-rate", type=options.rate, help="use a calibrated threshold of this rate")
+    chosen.add_argument("--threshold", type=float, help="use this threshold instead of the calibrated one")
+    chosen.add_argument("--false-alarm-rate", type=options.rate, help="use the calibrated threshold for this rate")
 
     parser = options.add_command(
         commands,
@@ -109,7 +106,7 @@ def _inspect(args: argparse.Namespace) -> int:
         for result in tqdm(found, total=len(files), desc="inspecting", unit="image", file=sys.stderr):
             results.append(result)
     finally:
-        # Also when interrupted or when the disk is full: what is done is done.
+        # Keep the results so far, also after an interruption or a full disk.
         if args.json is not None:
             write_report(args.json, args.model, results)
         if args.csv is not None:
@@ -127,10 +124,8 @@ def _num_processes() -> int:
 
 
 def _load_inspector(args: argparse.Namespace, device: str | None) -> Any:
-    overrides = {"threshold": args.threshold, "false_alarm_rate": args.false_alarm_rate}
-    pipe = options.load_pipeline(
-        args, device, **{name: value for name, value in overrides.items() if value is not None}
-    )
+    given = {name: getattr(args, name) for name in ("threshold", "false_alarm_rate")}
+    pipe = options.load_pipeline(args, device, **{name: value for name, value in given.items() if value is not None})
     if args.false_alarm_rate is not None and pipe.config.calibration_scores is None:
         raise ValueError(f"--false-alarm-rate: {args.model} is not calibrated; run `diffusionad calibrate` first.")
     return pipe
@@ -160,13 +155,13 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
         raise ValueError("--json and --csv hold all results in memory; leave them out with --parquet.")
     name = args.engine or ("accelerate" if _num_processes() > 1 else "local")
     if name != "accelerate" and _num_processes() > 1:
-        raise ValueError(f"--engine {name}: is one process; leave out `accelerate launch`.")
+        raise ValueError(f"--engine {name}: runs in one process; leave out `accelerate launch`.")
     target, folder = args.parquet, args.parquet.with_name(f"{args.parquet.name}.blocks")
     if args.parquet.is_dir() or not args.parquet.suffix:
-        # Readers of folders of Parquet files pass over names that begin with an underscore.
+        # Readers of Parquet folders ignore names with a leading underscore.
         target, folder = args.parquet / "results.parquet", args.parquet / "_blocks"
     with ExitStack() as stack:
-        # Told to stop, by a scheduler or by the launcher after another process crashed: clean up as after Ctrl-C.
+        # A scheduler's SIGTERM, or the launcher's after a crash of another process: clean up as after Ctrl-C.
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         engines = {"local": LocalEngine, "accelerate": AccelerateEngine, "ray": RayEngine}
         engine = stack.enter_context(engines[name](args.device))
@@ -177,7 +172,7 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
         missing = engine.decide(run.missing)
         done = run.num_images - run.count(missing)
         if engine.is_main and done:
-            print(f"{folder}: goes on after {done} images that are done.", file=sys.stderr)
+            print(f"{folder}: continues after {done} images that are done.", file=sys.stderr)
         blocks = engine.share(missing)
         share = f" (process 1 of {engine.num_processes})" if engine.num_processes > 1 else ""
         bar = {"desc": f"inspecting{share}", "unit": "image", "file": sys.stderr, "disable": not engine.is_main}
@@ -211,7 +206,6 @@ def _find_inputs(args: argparse.Namespace, target_dir: Path) -> Any:
         return FileInputs(read_list(args.file_list))
     files, failures = find_images(args.input)
     if failures:
-        # Better now than after a day's work.
         raise ValueError(" ".join(failure.error for failure in failures))
     return FileInputs(files)
 

@@ -1,4 +1,4 @@
-"""What the commands share: options and their types, loading of models, checks, tables."""
+"""Shared by the commands: options, loading of models and images, checks, tables."""
 
 import argparse
 import os
@@ -9,14 +9,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Torch and diffusers take seconds to import: here and in all commands, whatever needs them is imported when a command
-# runs, so that --help answers at once.
+# Torch and diffusers take seconds to import, so commands import whatever needs them only when they run.
 
 
 def add_command(
     commands: Any, name: str, help: str, run: Callable[[argparse.Namespace], int], **kwargs: Any
 ) -> argparse.ArgumentParser:
-    """Adds a command, of which `run` returns the exit code; `kwargs` are those of `ArgumentParser`."""
+    """Adds a command; `run` returns its exit code, and `kwargs` are for `ArgumentParser`."""
     kwargs = {"description": help, "formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs}
     parser = commands.add_parser(name, help=help, **kwargs)
     parser.set_defaults(run=run)
@@ -53,7 +52,7 @@ def rate(text: str) -> float:
 
 
 def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs: Any) -> Any:
-    """Loads `--model` onto a device, or the GPU if there is one; `kwargs` replace values of its configuration."""
+    """Loads `--model` onto a device, by default a GPU if there is one; `kwargs` override its configuration."""
     import torch
     from diffusers.utils import logging
 
@@ -73,7 +72,7 @@ def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs:
 
 
 def check_writable(*folders: Path | None) -> None:
-    """Makes folders and tries to write to them; better now than after a day's work."""
+    """Creates folders and checks before the work that they are writable."""
     for folder in filter(None, folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +84,7 @@ def check_writable(*folders: Path | None) -> None:
 
 
 def read_normal_images(inputs: Sequence[str], size: int) -> tuple[list, list[str]]:
-    """The images that inputs name, at the model's resolution, and why others were left out."""
+    """Reads images at the model's resolution; also returns why others were left out."""
     from ..inspection.inspection import find_images, read_small
     from ..inspection.records import Failure
 
@@ -100,14 +99,14 @@ def read_normal_images(inputs: Sequence[str], size: int) -> tuple[list, list[str
 
 
 def report_left_out(reasons: Sequence[str]) -> int:
-    """Says which images were left out, and why; returns the exit code."""
+    """Prints why images were left out; returns the exit code."""
     for reason in reasons:
         print(f"  left out: {reason}", file=sys.stderr)
     return 2 if reasons else 0
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Cells in columns."""
+    """Aligns cells in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

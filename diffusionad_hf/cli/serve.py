@@ -1,4 +1,4 @@
-"""`diffusionad demo` and `diffusionad serve`: the embedded model at work, and the web demo."""
+"""`diffusionad demo` and `diffusionad serve`."""
 
 import argparse
 import os
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..files import bundled, require
-from . import inspect
 from .options import add_command
 
 
@@ -44,16 +43,14 @@ def _demo(args: argparse.Namespace) -> int:
     photos, model = bundled("space/examples"), bundled("space/checkpoints/demo-part")
     if photos.is_relative_to(Path.cwd()):
         photos = photos.relative_to(Path.cwd())
-    # Nothing is asked of the Hub.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    parser = argparse.ArgumentParser()
-    inspect.add_commands(parser.add_subparsers())
-    asked = parser.parse_args(["inspect", str(photos), "--model", str(model), "--output-dir", args.output_dir])
-    return asked.run(asked)
+    from .main import main
+
+    return main(["inspect", str(photos), "--model", str(model), "--output-dir", args.output_dir])
 
 
 def _serve(args: argparse.Namespace) -> int:
-    # Gradio and the app read these on import.
+    # Gradio and the app read these when imported.
     settings = {
         "DIFFUSIONAD_MODELS": args.model and ",".join(args.model),
         "GRADIO_SERVER_NAME": args.host,

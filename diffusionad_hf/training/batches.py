@@ -1,4 +1,4 @@
-"""Batches of images on any device: some of their rows, shifts and rotations."""
+"""Operations on batches of images, on any device."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ def rotate(x: Tensor, degrees: np.ndarray) -> Tensor:
     row = (np.arange(height) - (height - 1) / 2)[:, None]
     column = (np.arange(width) - (width - 1) / 2)[:, None]
     cos, sin = np.cos(radians)[:, None, None], np.sin(radians)[:, None, None]
-    # Complex numbers, because (x, y) pairs add much faster as these: real part x, imaginary part y, both in [-1, 1].
+    # As complex numbers, which add much faster than (x, y) pairs; both parts lie in [-1, 1].
     dx, dy = 2 / (width - 1), 2j / (height - 1)
     along_rows, along_columns = row * (cos * dy - sin * dx), (column * (cos * dx + sin * dy)).transpose(0, 2, 1)
     along_rows, along_columns = (
@@ -24,7 +24,7 @@ def rotate(x: Tensor, degrees: np.ndarray) -> Tensor:
 
 
 def shift(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Each image moved by whole px, `(N,)`, cyclically."""
+    """Moves each image cyclically by `(N,)` px."""
     height, width = images.shape[-2:]
     rows = (torch.arange(height, device=images.device) - down[:, None]) % height
     columns = (torch.arange(width, device=images.device) - right[:, None]) % width
@@ -33,12 +33,12 @@ def shift(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 
 def select(x: Tensor, rows: np.ndarray) -> Tensor:
-    """`x[rows]` for a mask of rows; `x` itself where that is all of them."""
+    """`x[rows]` for a mask of rows; `x` itself if it selects all."""
     return x if rows.all() else x.index_select(0, torch.from_numpy(np.flatnonzero(rows)).to(x.device))
 
 
 def replace(x: Tensor, rows: np.ndarray, values: Tensor) -> Tensor:
-    """`x` with `values` in a mask of rows; `values` itself where that is all of them."""
+    """`x` with `values` in a mask of rows; `values` itself if it selects all."""
     return values if rows.all() else x.index_copy_(0, torch.from_numpy(np.flatnonzero(rows)).to(x.device), values)
 
 

@@ -1,4 +1,4 @@
-"""Normal images of one category, none of which has to stay in memory, and the order in which they are trained on."""
+"""The normal images of one category, which need not fit in memory, and the order in which they are trained on."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from torch.utils.data import Dataset, Sampler
 from ..images_diffusionad import load_image, resize_image, to_uint8
 
 _CACHE_BYTES = 2**30
-# The spread of a calibrated false-alarm rate is below one percentage point with so many; more are better trained on.
+# Enough for a calibrated false-alarm rate with a standard deviation below one percentage point.
 _MOST_HELD_OUT = 500
 
 
 class TableImages(Sequence):
-    """The images of a `datasets` table: paths of files, or images decoded when asked for if the table holds them."""
+    """The images of a `datasets` table: file paths, or images decoded on access if the table contains them."""
 
     def __init__(self, table: Any):
         encoded = table.cast_column("image", type(table.features["image"])(decode=False)).select_columns("image")
@@ -35,7 +35,7 @@ class TableImages(Sequence):
 
 
 class PackedMasks(Sequence):
-    """Square `(S, S)` bool masks at a bit a pixel: 10,000 of 256 px take 82 MB."""
+    """Square `(S, S)` bool masks, packed to one bit per pixel."""
 
     def __init__(self, masks: Iterable[np.ndarray]):
         self._packed = []
@@ -53,10 +53,9 @@ class PackedMasks(Sequence):
 
 
 class NormalImages(Dataset):
-    """Normal images at the model's resolution, with the object's foreground `(1, S, S)` where there is one.
+    """Normal images at the model's resolution, with the object's foreground `(1, S, S)` if given.
 
-    Items are asked for as `(epoch, index)`. Resized images are kept in memory up to 1 GiB in all, and beyond that
-    decoded when asked for.
+    Items are accessed by `(epoch, index)`. Resized images are cached if all of them fit into 1 GiB.
     """
 
     def __init__(self, images: Sequence[Any], resolution: int, foregrounds: Sequence[torch.Tensor] | None = None):
@@ -78,7 +77,7 @@ class NormalImages(Dataset):
         return self._cache[index].float() / 255
 
     def read(self, index: int) -> torch.Tensor:
-        """As [`pixels`], decoded anew and not kept."""
+        """As [`pixels`], but without the cache."""
         return resize_image(load_image(self.images[index], name=f"training image {index}"), self.resolution)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
@@ -92,8 +91,8 @@ class NormalImages(Dataset):
 class StepSampler(Sampler):
     """Batches of `(epoch, index)`, a pure function of the seed and the step.
 
-    The epochs' permutations form one endless row, of which every step and every process takes its part: the order does
-    not depend on the number of processes, and a resumed run needs nothing but its step.
+    Steps and processes take consecutive parts of one endless sequence of permutations, so the order does not depend on
+    the number of processes, and a resumed run only needs its step.
     """
 
     def __init__(self, length: int, batch_size: int, batches: range, seed: int, process: int = 0, processes: int = 1):
@@ -117,7 +116,7 @@ class StepSampler(Sampler):
 
 
 def split_holdout(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Splits `count` images at random: rows to train on, and at most 500 to choose and calibrate the model with."""
+    """Splits the rows of `count` images at random: those to train on, and at most 500 held out."""
     if count < 2:
         raise ValueError(f"{count} normal image(s): at least 2 are needed, one to train on and one to calibrate with.")
     order = np.random.default_rng((seed, 0x5EED)).permutation(count)

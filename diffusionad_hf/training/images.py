@@ -1,4 +1,4 @@
-"""The normal images of a category and where on them anomalies may lie, whatever the number of images."""
+"""Loads the normal images of a category and the foregrounds on which anomalies may lie."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +13,12 @@ from .arguments import TrainingConfig
 from .dataset import NormalImages, PackedMasks, TableImages, spread
 from .foreground import MOST_LEARNT_FROM, ForegroundEstimator, find_foregrounds, load_foreground
 
-# Aspect ratios may differ by the rounding of a resize.
+# Tolerates the rounding of a resize.
 _SAME_SHAPE = 0.02
 
 
 def load_images(args: TrainingConfig) -> tuple[TableImages, str, Sequence[torch.Tensor] | None]:
-    """The category's normal images, "object" or "texture", and where anomalies may lie: `(1, S, S)` for each image, or
-    `None` for random parts of a texture.
-    """
+    """The normal images, "object" or "texture", and the foreground of each, `(1, S, S)`; `None` for textures."""
     usable, _ = check_images(load_category(args.data_dir, args.category)["train"])
     images = TableImages(usable)
     size = args.resolution
@@ -36,16 +34,16 @@ def load_images(args: TrainingConfig) -> tuple[TableImages, str, Sequence[torch.
 
 
 def learn_foreground(reader: NormalImages, kind: str) -> ForegroundEstimator:
-    """An estimator of foregrounds that has seen some of the images."""
+    """An estimator of foregrounds, fitted to some of the images."""
     return ForegroundEstimator([_uint8(reader, i) for i in spread(len(reader), MOST_LEARNT_FROM)], kind)
 
 
 def estimated_foregrounds(
     estimator: ForegroundEstimator, reader: NormalImages, rows: Sequence[int]
 ) -> Iterator[np.ndarray]:
-    """The foreground of each of some images, `(S, S)` bool, one thread an image."""
+    """The estimated foregrounds of some images, `(S, S)` bool each."""
     with ThreadPoolExecutor() as pool:
-        # In parts, as a pool keeps all the results that nobody has taken yet.
+        # In parts, because `map` keeps all results in memory until they are consumed.
         for first in range(0, len(rows), 64):
             yield from pool.map(lambda row: estimator(_uint8(reader, row)), rows[first : first + 64])
 
@@ -53,13 +51,13 @@ def estimated_foregrounds(
 def given_foregrounds(
     folder: str, images: TableImages, size: int, rows: Sequence[int] | None = None
 ) -> Iterator[np.ndarray]:
-    """The user's masks of some images, or of all, `(S, S)` bool, read one at a time."""
+    """The user's masks of all images, or of some, `(S, S)` bool each."""
     rows = range(len(images)) if rows is None else rows
     for row, path in zip(rows, find_foregrounds(folder, [str(images.names[row]) for row in rows]), strict=True):
         mask = load_foreground(path)
         height, width = mask.shape
         with _open(images[row]) as image:
-            # A quarter turn in the file's tags is undone when the image is loaded.
+            # Loading an image applies the rotation in its EXIF tags.
             shown = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
         if abs(width * shown[1] / (height * shown[0]) - 1) > _SAME_SHAPE:
             raise ValueError(

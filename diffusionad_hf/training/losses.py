@@ -14,7 +14,7 @@ FOCAL_WEIGHT = 5.0
 def binary_focal_loss(
     logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.5, gamma: float = 4.0
 ) -> torch.Tensor:
-    """Mean of `alpha (1 - p_t)^gamma CE` (reference: `BinaryFocalLoss`, whose alpha weighs both classes alike)."""
+    """Mean of `alpha (1 - p_t)^gamma CE` (reference: `BinaryFocalLoss`, with the same alpha for both classes)."""
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return (alpha * (1 - torch.exp(-cross_entropy)) ** gamma * cross_entropy).mean()
 
@@ -23,11 +23,10 @@ def noise_loss(
     noise_pred: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | float = 1.0
 ) -> torch.Tensor:
     """
-    Mean squared error of both scales, over the NORMAL samples only (paper, eq. 9); 0 for a batch without one.
+    Mean squared error at both scales, over the NORMAL samples only (paper, eq. 9); 0 for a batch without any.
 
     Args:
-        noise_pred: Predicted noise, `(2, N, C, H, W)`, small scale first.
-        noise: The noise itself, alike.
+        noise_pred, noise: `(2, N, C, H, W)`, small scale first.
         labels: `(N,)`, 0 for normal samples.
         weights: `(2, N)`, see [`noise_weights`].
     """
@@ -38,11 +37,11 @@ def noise_loss(
 
 def noise_weights(scheduler: NormGuidedScheduler, timesteps: torch.Tensor) -> torch.Tensor:
     """
-    How much a squared error of the noise counts, of the shape of `timesteps`.
+    Weights of the squared errors of the noise, in the shape of `timesteps`: 1, as in the paper, unless the network
+    predicts the image.
 
-    1, as in the paper, unless the network predicts the image itself: an error of the image is one of the noise
-    `sqrt(SNR)` times as large, a hundred times at the first timestep, which would leave the others no say. There it is
-    `min(1, 1 / SNR)`, the min-SNR weighting of arXiv 2303.09556 with gamma = 1.
+    An error of the image is `sqrt(SNR)` times as large in the noise, a hundred times at the first timestep. There the
+    weight is `min(1, 1 / SNR)`, the min-SNR weighting of arXiv 2303.09556 with gamma = 1.
     """
     ratio = scheduler.signal_to_noise(timesteps)
     return (1 / ratio).clamp(max=1) if scheduler.config.prediction_type == "sample" else torch.ones_like(ratio)
@@ -50,10 +49,9 @@ def noise_weights(scheduler: NormGuidedScheduler, timesteps: torch.Tensor) -> to
 
 class DiffusionADObjective(nn.Module):
     """
-    Both networks and their common loss as one module, which is what distributed wrappers want.
+    Both networks and their common loss as one module, as distributed wrappers require.
 
-    The gradient of the mask losses flows through the norm-guided reconstruction into the UNet, as in the paper, unless
-    `detached`.
+    Gradients of the mask losses flow through the reconstruction into the UNet, as in the paper, unless `detached`.
     """
 
     def __init__(
@@ -83,12 +81,12 @@ class DiffusionADObjective(nn.Module):
             labels: `(N,)`, 1 for samples with an anomaly.
             noise: `(2, N, 3, H, W)`, small scale first.
             timesteps_small, timesteps_big: `(N,)`.
-            index: `(N,)`, the images' numbers in the dataset, for a segmenter that remembers them.
-            chance: `(N,)`, a number in [0, 1) for each, by which that segmenter goes without some images' features.
+            index, chance: `(N,)`, for a segmenter with a memory: the images' indices in the dataset, and random
+                numbers in [0, 1).
 
         Returns:
-            `dict[str, torch.Tensor]`: The scalars `loss` (what to minimise), `noise`, `focal`, `smooth_l1`; and
-            `logits` `(N, 1, H, W)` and `reconstruction` `(N, 3, H, W)`.
+            `dict[str, torch.Tensor]`: The scalars `loss` (to minimise), `noise`, `focal` and `smooth_l1`; `logits`,
+            `(N, 1, H, W)`; `reconstruction`, `(N, 3, H, W)`.
         """
         step = self.scheduler.reconstruct(self._predict, images, noise, timesteps_small, timesteps_big)
         noise_pred, reconstruction = torch.stack([step.noise_pred_small, step.noise_pred_big]), step.reconstruction
@@ -109,7 +107,7 @@ class DiffusionADObjective(nn.Module):
         """The UNet's output for both scales, `(2N, 3, H, W)`."""
         if not (self.unet.is_gradient_checkpointing and torch.is_grad_enabled()):
             return self._output(noised, timesteps)
-        # On top of the UNet's own checkpoints, which alone leave one scale's in memory while the other's are used.
+        # In addition to the UNet's own checkpoints, to keep only one scale's activations in memory at a time.
         scales = zip(noised.chunk(2), timesteps.chunk(2), strict=True)
         return torch.cat([checkpoint(self._output, *scale, use_reentrant=False) for scale in scales])
 

@@ -7,7 +7,7 @@ import torch
 
 from .arguments import TrainingConfig
 
-# Those whose rates at a step do not depend on how many there will be.
+# Their learning rates do not depend on the total number of steps.
 STEADY_SCHEDULES = ("constant", "reference")
 
 
@@ -16,8 +16,7 @@ def learning_rates(args: TrainingConfig, step: int) -> tuple[float, float]:
     warmup = min(1.0, (step + 1) / args.lr_warmup_steps) if args.lr_warmup_steps else 1.0
     progress = step / args.max_train_steps
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    # The reference steps a cosine of T_max = 10 once a batch and never restarts it, so that the rate swings with a
-    # period of 20.
+    # The reference steps a CosineAnnealingLR with T_max = 10 once per batch: the rate oscillates with a period of 20.
     swing = 0.5 * (1 + math.cos(math.pi * step / 10))
     unet, segmenter = {
         "constant": (1.0, 1.0),
@@ -29,14 +28,14 @@ def learning_rates(args: TrainingConfig, step: int) -> tuple[float, float]:
 
 
 def averaging(decay: float) -> Callable:
-    """An update rule for `torch.optim.swa_utils.AveragedModel`: an exponential average that starts up quickly."""
+    """An update rule for `torch.optim.swa_utils.AveragedModel`: an exponential average with a warm-up."""
 
     @torch.no_grad()
     def update(averages, values, count) -> None:
         if not averages[0].is_floating_point():
             torch._foreach_copy_(averages, values)
             return
-        # Short trainings would never leave their initial weights at the full decay.
+        # With the full decay, short trainings would hardly move away from the initial weights.
         now = min(decay, (1 + float(count)) / (10 + float(count)))
         torch._foreach_lerp_(averages, values, 1 - now)
 

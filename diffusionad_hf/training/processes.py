@@ -14,10 +14,7 @@ def together(work: Callable[[], T]) -> T: ...
 @overload
 def together(work: Callable[[], T], *, main_only: Literal[True]) -> T | None: ...
 def together(work: Callable[[], T], *, main_only: bool = False) -> T | None:
-    """Runs `work` on every process, or on the main one alone; a failure is raised on all of them.
-
-    Without that the others would wait for the failed one, or train on without it.
-    """
+    """Runs `work` on every process, or only on the main one; a failure is raised on all of them."""
     state = PartialState()
     result = failure = None
     if state.is_main_process or not main_only:

@@ -161,7 +161,7 @@ def test_what_is_missing_is_done_and_what_is_there_is_not_done_again(
     (folder / f".{BLOCKS[1]}.0123abcd.partial").write_bytes(b"PAR1 and no more")
     kept = written(target)
     assert run(*arguments) == 0
-    assert "goes on after 12 images that are done" in capfd.readouterr().err
+    assert "continues after 12 images that are done" in capfd.readouterr().err
     assert written(target).items() >= kept.items() and target.read_bytes() == whole.read_bytes()
     assert not list(folder.glob("*.partial"))
 
