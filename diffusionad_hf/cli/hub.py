@@ -23,16 +23,14 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--revision", metavar="BRANCH", help="branch to publish to; created if it does not exist")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead; the repo must exist")
     parser.add_argument("--collection", metavar="TITLE", help="add the repo to this collection of the same owner")
-    parser.add_argument("--dataset", metavar="NAME", help='what it was trained on, such as "MVTec AD"')
-    parser.add_argument("--category", help="which product of it; as recorded by the trainer")
+    parser.add_argument("--dataset", metavar="NAME", help='dataset it was trained on, such as "MVTec AD"')
+    parser.add_argument("--category", help="category of the dataset; by default as the trainer recorded it")
     parser.add_argument("--license", help="of the weights, such as mit; by default that of a known dataset")
     parser.add_argument("--evaluation", help="result of `evaluate`; by default MODEL_DIR/evaluation.json")
-    parser.add_argument(
-        "--examples", nargs="+", default=[], metavar="IMAGE", help="shown on the card with their results"
-    )
+    parser.add_argument("--examples", nargs="+", default=[], metavar="IMAGE", help="images to show with their results")
 
     parser = add_command(commands, "list", "list the models on the Hub", _list)
-    parser.add_argument("--org", help="only those of this organization or user")
+    parser.add_argument("--org", help="only models of this organization or user")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     parser = add_command(
@@ -40,8 +38,7 @@ def add_commands(commands: Any) -> None:
         "deploy-space",
         "serve the web demo on the Hub",
         _deploy_space,
-        description="Creates or updates a Gradio Space with the inspection page and prints its URL. The same again "
-        "makes no commit.",
+        description="Creates or updates a Gradio Space with the inspection page and prints its URL.",
         epilog="Private models need a token: add it to the Space's settings as the secret HF_TOKEN.",
     )
     parser.add_argument("--repo-id", required=True, metavar="ORG/SPACE", help="created if it does not exist")
@@ -50,7 +47,7 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="ID",
-        help="Hub ids, or organizations for all of theirs; by default the demo model",
+        help="Hub ids, or organizations for all of their models; by default the demo model",
     )
     parser.add_argument("--private", action="store_true", help="create it private")
     parser.add_argument("--app-dir", metavar="DIR", help="the app's folder; by default that of this package")

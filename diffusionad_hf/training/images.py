@@ -56,7 +56,8 @@ def given_foregrounds(
     for row, path in zip(rows, find_foregrounds(folder, [str(images.names[row]) for row in rows]), strict=True):
         mask = load_foreground(path)
         height, width = mask.shape
-        with _open(images[row]) as image:
+        source = images[row]
+        with Image.open(source) if isinstance(source, str) else source as image:
             # Loading an image applies the rotation in its EXIF tags.
             shown = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
         if abs(width * shown[1] / (height * shown[0]) - 1) > _SAME_SHAPE:
@@ -65,10 +66,6 @@ def given_foregrounds(
                 f"{shown[1]}: make a mask of the image's size."
             )
         yield np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
-
-
-def _open(image: str | Image.Image) -> Image.Image:
-    return Image.open(image) if isinstance(image, str) else image
 
 
 def _uint8(reader: NormalImages, row: int) -> np.ndarray:

@@ -40,8 +40,8 @@ def noise_weights(scheduler: NormGuidedScheduler, timesteps: torch.Tensor) -> to
     Weights of the squared errors of the noise, in the shape of `timesteps`: 1, as in the paper, unless the network
     predicts the image.
 
-    An error of the image is `sqrt(SNR)` times as large in the noise, a hundred times at the first timestep. There the
-    weight is `min(1, 1 / SNR)`, the min-SNR weighting of arXiv 2303.09556 with gamma = 1.
+    An error of the image is `sqrt(SNR)` times as large in the noise, a hundred times at the first timestep. Its weight
+    is therefore `min(1, 1 / SNR)`, the min-SNR weighting of arXiv 2303.09556 with gamma = 1.
     """
     ratio = scheduler.signal_to_noise(timesteps)
     return (1 / ratio).clamp(max=1) if scheduler.config.prediction_type == "sample" else torch.ones_like(ratio)

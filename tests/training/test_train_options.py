@@ -128,7 +128,7 @@ def test_init_from_starts_with_the_weights_of_another_model(data, two_steps, tmp
     for name, tensor in weights(two_steps).items():
         network, _, key = name.partition(".")
         assert torch.equal(getattr(pipe, network).state_dict()[key], tensor), name
-    with pytest.raises(ValueError, match="another size; give the `architecture`"):
+    with pytest.raises(ValueError, match="another size; give its `architecture`"):
         built(preset="small", resolution=32, init_from=two_steps)
 
 
