@@ -214,7 +214,7 @@ def _metric_rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
         {
             "name": name,
             "value": _shown(key, evaluation[key]),
-            "interval": " to ".join(_shown(key, bound) for bound in intervals.get(key, ())),
+            "interval": " to ".join(_shown(key, bound) for bound in intervals.get(key) or ()),
         }
         for key, name in {**METRIC_NAMES, **_RATES}.items()
         if key in evaluation
