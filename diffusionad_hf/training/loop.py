@@ -160,6 +160,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
     running: dict[str, float] = state["losses"]
     running.pop("distillation", None)  # of an earlier version
     parts: list[torch.Tensor] = []
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     done, silent = state["step"], not accelerator.is_main_process
     with tqdm(total=args.max_train_steps, initial=done, desc="training", disable=silent) as bar:
         for batch in loader:
@@ -173,6 +174,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
                     accelerator.clip_grad_norm_(objective.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+            seen.append((inputs["images"], batch["index"]))
             parts.append(torch.stack([losses[name].detach() for name in _LOSSES]))
             if not accelerator.sync_gradients:
                 continue
@@ -181,6 +183,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
             *values, stop = accelerator.reduce(torch.cat([torch.stack(parts).mean(0), stop]), "mean").tolist()
             for name, value in zip(_LOSSES, values, strict=True):
                 if not math.isfinite(value):
+                    refuse_broken(accelerator, seen, train_set, state["step"])
                     raise ValueError(
                         f"the {name} loss is {value} at step {state['step']}: lower the learning rates, or train with "
                         f"`mixed_precision` no. The checkpoints so far are in {output_dir}."
@@ -188,6 +191,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
                 # An exponential average, because single batches are noisy.
                 running[name] = value if name not in running else 0.95 * running[name] + 0.05 * value
             parts.clear()
+            seen.clear()
             state["step"] += 1
             if averaged is not None:
                 averaged.update_parameters(plain)
@@ -336,6 +340,21 @@ def prepare_batch(
         "index": batch["index"].to(device),
         "chance": torch.tensor(chance, device=device),
     }
+
+
+def refuse_broken(
+    accelerator: Accelerator, seen: list[tuple[torch.Tensor, torch.Tensor]], train_set: NormalImages, step: int
+) -> None:
+    """Raises a `ValueError` that names the sample, if an image of this step is not finite: no learning rate helps."""
+    broken = [torch.where(images.isfinite().flatten(1).all(1), -1, index.to(images.device)) for images, index in seen]
+    for index in accelerator.gather(torch.cat(broken)).tolist():
+        if index >= 0:
+            subset: Any = train_set.images
+            row = subset.indices[index]
+            raise ValueError(
+                f"training image {row} ({subset.dataset.names[row]}) is not finite at step {step}, once its anomaly "
+                "is made: a bug in the synthesis, please report it with this line and the options of the run."
+            )
 
 
 class Interrupt:

@@ -16,6 +16,7 @@ from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.training.arguments import parse_arguments
 from diffusionad_hf.training.dataset import split_holdout
 from diffusionad_hf.training.loop import build_networks
+from diffusionad_hf.training.synthesis import AnomalySynthesizer
 
 from .runs import arguments, run, same, weights
 
@@ -25,6 +26,25 @@ def test_a_training_ends_with_a_calibrated_pipeline(trained):
     assert len(pipe.config.calibration_scores) == 3 and pipe.config.image_size == 32
     output = pipe(np.zeros((40, 30, 3), np.uint8))
     assert output.p_value is not None and output.anomaly_map[0].shape == (40, 30)
+
+
+def test_an_image_that_is_not_finite_is_named(data, tmp_path, capsys, monkeypatch):
+    make, seen = AnomalySynthesizer.__call__, []
+
+    def breaks_one(self, images, indices, epoch, foreground=None):
+        made = make(self, images, indices, epoch, foreground)
+        if self.anomaly_probability < 1:
+            seen.extend(indices)
+            if len(seen) > 4:
+                made.images[-1, 0, 3, 4] = torch.nan
+        return made
+
+    monkeypatch.setattr(AnomalySynthesizer, "__call__", breaks_one)
+    assert run(data, tmp_path, max_train_steps=4, gradient_accumulation_steps=2, ema_decay=0) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "is not finite at step 1" in error and "learning rates" not in error
+    named = [name for name in sorted(p.name for p in data.rglob("train/good/*")) if name in error]
+    assert len(named) == 1, error
 
 
 def test_it_is_calibrated_on_images_that_it_was_not_trained_on(trained, data):
