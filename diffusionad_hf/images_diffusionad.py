@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Travels to the Hub beside the pipeline's file, which imports it: this file imports nothing of this package. Repos of
 # different versions share one copy in a process, so names are added here and never taken away.
-__all__ = ["IMAGE_SUFFIXES", "ImageInput", "InvalidImageError", "load_image", "resize_image", "to_uint8"]
+__all__ = ["FORMATS", "IMAGE_SUFFIXES", "ImageInput", "InvalidImageError", "load_image", "resize_image", "to_uint8"]
 
 logger = logging.get_logger(__name__)
 
@@ -22,6 +22,9 @@ ImageInput = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 """Files that count as images wherever a folder is searched."""
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
+"""Formats that are read, whatever a file is called; Pillow's other decoders stay out of reach."""
 
 _SMALLEST_SIDE = 8
 # Warning filters are process-wide, so changing them needs a lock.
@@ -96,22 +99,31 @@ def _from_file(path: str) -> torch.Tensor:
         with _WARNING_FILTERS, warnings.catch_warnings():
             # Pillow warns from 89 million px and refuses from 179 million; only the refusal is wanted here.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(path, formats=FORMATS)
         with image:
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                logger.warning(f"{path}: has {frames} frames; the first one is inspected.")
-            return _from_pil(image, path)
+            tensor = _from_pil(image, path)
+            if _has_more_frames(image):
+                logger.warning(f"{path}: has several frames; the first one is inspected.")
+            return tensor
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InvalidImageError(f"{path}: declares more than {limit:,} px; shrink or crop it first.") from error
     except UnidentifiedImageError as error:
-        raise InvalidImageError(f"{path}: not an image, or of a format that Pillow does not read.") from error
+        raise InvalidImageError(f"{path}: not an image, or not one of {', '.join(FORMATS)}.") from error
     except InvalidImageError:
         raise
     # Decoders raise all kinds of errors: SyntaxError for PNG chunks, struct.error for TIFF, ...
     except Exception as error:
         raise InvalidImageError(f"{path}: damaged or truncated ({error}).") from error
+
+
+def _has_more_frames(image: Image.Image) -> bool:
+    """Looks at the second frame only: to count them all may take minutes."""
+    try:
+        image.seek(1)
+    except Exception:  # EOFError if there is none; decoders raise whatever they stumble over
+        return False
+    return True
 
 
 def _from_pil(image: Image.Image, name: str) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What the page and its API do, without any user interface: inspect one, inspect many, calibrate."""
 
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from ..familiarity import Familiarity, describe
 from ..files import replace_file, write_json
 from ..visualization import anomaly_map_16bit
-from .intake import Refusal, Settings, Upload, collect
+from .intake import LIMITS, Refusal, Settings, Upload, collect
 from .models import Calibration, Model, ModelError, Raw
 from .reports import Row, report_page, result_json, sort_rows, write_archive, write_table
 from .results import Results
@@ -66,14 +67,16 @@ def inspect_many(
 ) -> Iterator[tuple[int, int] | Batch]:
     """Inspects files and archives, a few images at a time; yields (done, total) after each few and, last, the batch.
 
-    A file that cannot be inspected is a row that says why; so is one on which the model fails.
+    A file that cannot be inspected is a row that says why; so is one on which the model fails, and one that is not
+    reached in time.
     """
     rows: list[Row] = []
+    end = time.monotonic() + LIMITS.batch_seconds
     with tempfile.TemporaryDirectory(dir=results.folder) as unpacked:
         uploads = collect(files, Path(unpacked))
         _, folder = results.new(owner)
         yield 0, len(uploads)
-        for images, refused in _read(uploads):
+        for images, refused in _read(uploads, end):
             rows += [Row.refused(*item) for item in refused]
             for (upload, image), raw in zip(images, _run_all(model, [image for _, image in images]), strict=True):
                 if raw is None:
@@ -91,15 +94,24 @@ def inspect_many(
     yield Batch(rows, threshold, table, archive)
 
 
-def _read(uploads: Sequence[Upload]) -> Iterator[tuple[list[tuple[Upload, torch.Tensor]], list[tuple[str, str]]]]:
-    """Decodes a few at a time: the images, and the names and reasons of those that cannot be used."""
-    for start in range(0, len(uploads), CHUNK):
-        images, refused = [], []
-        for upload in uploads[start : start + CHUNK]:
-            try:
-                images.append((upload, upload.image()))
-            except Refusal as error:
-                refused.append((upload.name, str(error).removeprefix(f"{upload.name}: ")))
+def _read(
+    uploads: Sequence[Upload], end: float
+) -> Iterator[tuple[list[tuple[Upload, torch.Tensor]], list[tuple[str, str]]]]:
+    """Decodes a few at a time until `end`: the images, and the names and reasons of those that cannot be used."""
+    images: list[tuple[Upload, torch.Tensor]] = []
+    refused: list[tuple[str, str]] = []
+    for upload in uploads:
+        try:
+            if time.monotonic() > end:
+                minutes = LIMITS.batch_seconds // 60
+                raise Refusal(f"{upload.name}: not reached in {minutes} minutes. Send it in another batch.")
+            images.append((upload, upload.image()))
+        except Refusal as error:
+            refused.append((upload.name, str(error).removeprefix(f"{upload.name}: ")))
+        if len(images) + len(refused) == CHUNK or sum(image.numel() for _, image in images) > 3 * LIMITS.image_pixels:
+            yield images, refused
+            images, refused = [], []
+    if images or refused:
         yield images, refused
 
 
@@ -138,7 +150,7 @@ def calibrate_on(
     scores, grids, unusable = [], [], []
     with tempfile.TemporaryDirectory(dir=results.folder) as unpacked:
         uploads = collect(files, Path(unpacked))
-        for images, refused in _read(uploads):
+        for images, refused in _read(uploads, time.monotonic() + LIMITS.batch_seconds):
             unusable += [f"{name}: {reason}" for name, reason in refused]
             if images:
                 scores += [raw.score for raw in model.run([image for _, image in images])]

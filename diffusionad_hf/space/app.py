@@ -25,11 +25,11 @@ def main(home: Path | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # A folder of our own: everything in it is swept.
     with tempfile.TemporaryDirectory(prefix="diffusionad-space-", ignore_cleanup_errors=True) as folder:
-        # gradio reads both when it is imported, and `page` imports it.
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        home, root = home or bundled("space"), Path(folder).resolve()
+        # gradio reads both when it is imported, and `page` imports it. It serves all that lies in the first.
+        os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         require("gradio", "space")
         from .page import serve
 
-        home = home or bundled("space")
-        serve(Path(folder), os.environ.get("DIFFUSIONAD_MODELS") or str(home / "checkpoints"), home / "examples")
+        serve(root, os.environ.get("DIFFUSIONAD_MODELS") or str(home / "checkpoints"), home / "examples")

@@ -50,7 +50,7 @@ class Endpoints:
             calibration, limit = self._calibration(category, calibration_file, threshold)
             _, folder = inspect_one(self.results, owner_of(request), model, upload, calibration, settings)
             shown = view(folder, limit)
-            return result_json(load(folder), limit, shown.regions), str(shown.overlay)
+            return result_json(load(folder), limit, shown.regions), self.results.show(folder, shown.overlay)
 
     def inspect_batch(self, files, category, threshold=None, calibration_file=None, request: gr.Request = None):
         """Inspect many photos, or zip archives of them.
@@ -68,7 +68,8 @@ class Endpoints:
             model, uploads = self.models.get(category), uploads_of(files)
             calibration, limit = self._calibration(category, calibration_file, threshold)
             *_, batch = inspect_many(self.results, owner_of(request), model, uploads, calibration, limit)
-            return [row.record for row in batch.rows], str(batch.table), str(batch.archive)
+            files = (self.results.show(batch.table.parent, file) for file in (batch.table, batch.archive))
+            return [row.record for row in batch.rows], *files
 
     def calibrate(self, files, category, false_alarm_rate, request: gr.Request):
         """Find the threshold for your own camera and light from 10 or more photos of normal parts.
@@ -94,7 +95,7 @@ class Endpoints:
                 "promise": promise_words(calibration),
                 "unusable": done.unusable,
             }
-            return summary, str(done.file)
+            return summary, self.results.show(done.file.parent, done.file)
 
     def _calibration(self, category: str, file: dict | None, threshold: object) -> tuple[Calibration, float]:
         """The calibration and the threshold to inspect with."""

@@ -98,10 +98,6 @@ def threshold_update(calibration: Calibration) -> dict:
     return gr.update(value=round(threshold, 4), info=info)
 
 
-def pictures_of(shown: View) -> tuple[str, str]:
-    return str(shown.photo), str(shown.overlay)
-
-
 def no_result(text: str) -> tuple:
     hidden = gr.update(visible=False)
     return text, "", hidden, hidden, None, None, None, gr.update(choices=[], value=None)
@@ -135,7 +131,8 @@ class Handlers:
             return no_result(message(error))
         verdict, drawn, regions = self._shown(folder, threshold, opacity)
         visible = gr.update(visible=True)
-        return verdict, key, visible, visible, drawn, *map(str, companions(folder)), regions
+        normal, difference = (self.results.show(folder, file) for file in companions(folder))
+        return verdict, key, visible, visible, drawn, normal, difference, regions
 
     def threshold(self, key, threshold, opacity, request: gr.Request):
         """A new verdict and picture of a kept result; the model does not run."""
@@ -152,14 +149,17 @@ class Handlers:
         shown, size = view(folder, threshold, opacity), load(folder).size
         choices = [("All", -1), *((region_words(i, region, size), i - 1) for i, region in enumerate(shown.regions, 1))]
         regions = gr.update(choices=choices, value=-1, visible=bool(shown.regions))
-        return verdict_card(folder, threshold), pictures_of(shown), regions
+        return verdict_card(folder, threshold), self._pictures(folder, shown), regions
+
+    def _pictures(self, folder: Path, shown: View) -> tuple[str, str]:
+        return self.results.show(folder, shown.photo), self.results.show(folder, shown.overlay)
 
     def region(self, key, threshold, opacity, region, request: gr.Request):
         """The picture with one region framed (none for -1)."""
         try:
             folder = self.results.open(key, owner_of(request))
             highlight = int(number(-1 if region is None else region, "The region", -1, 100))
-            return pictures_of(view(folder, *drawing(threshold, opacity), highlight))
+            return self._pictures(folder, view(folder, *drawing(threshold, opacity), highlight))
         except Refusal:
             return gr.skip()
 
@@ -167,7 +167,7 @@ class Handlers:
         def prepare(key, threshold, opacity, request: gr.Request):
             with one_line_errors():
                 folder = self.results.open(key, owner_of(request))
-                return str(download(folder, kind, *drawing(threshold, opacity)))
+                return self.results.show(folder, download(folder, kind, *drawing(threshold, opacity)))
 
         return prepare
 
@@ -207,10 +207,12 @@ class Handlers:
             yield message(error), *nothing
             return
         shown = [row for row in step.rows if row.pictures][:PICTURES_IN_GALLERY]
-        gallery = [(str(row.pictures["overlay"]), caption(row)) for row in shown]
+        folder, show = step.table.parent, self.results.show
+        gallery = [(show(folder, row.pictures["overlay"]), caption(row)) for row in shown]
         pictures = gr.update(value=gallery, visible=bool(shown))
         cells = [row.cells for row in step.rows]
-        yield batch_card(step), gr.update(visible=True), cells, pictures, str(step.table), str(step.archive)
+        files = show(folder, step.table), show(folder, step.archive)
+        yield batch_card(step), gr.update(visible=True), cells, pictures, *files
 
     def recalibrate(self, files, category, rate, own, request: gr.Request):
         """Normal images in; the new calibration for this visit out."""
@@ -226,7 +228,8 @@ class Handlers:
             return
         state = calibration_card(step.calibration, category, calibrated_words(step))
         own = {**own, category: step.calibration}
-        yield state, own, gr.update(value=str(step.file), visible=True), threshold_update(step.calibration)
+        file = self.results.show(step.file.parent, step.file)
+        yield state, own, gr.update(value=file, visible=True), threshold_update(step.calibration)
 
     def calibration_file(self, file, category, own):
         """A calibration file in; the same outputs."""
@@ -256,7 +259,7 @@ class Handlers:
     def leave(self, request: gr.Request):
         """Forgets a visitor's results with the page."""
         if request.session_hash:
-            self.results.forget(request.session_hash)
+            self.results.forget(owner_of(request))
 
 
 def calibrated_words(done: Calibrated) -> str:

@@ -1,13 +1,17 @@
-"""The one door for everything that visitors send: files, archives, JSON and numbers, none of which is trusted.
+"""The one door for everything that visitors send: values, files, archives, JSON and numbers, none of which is trusted.
 
-Names from outside are only ever shown, never used as paths: an unpacked file is stored under its number. So a name
-such as `../../etc/passwd` in an archive can do nothing, and a link is refused rather than followed.
+`admit` looks at every value of a call before anything else does. Names from outside are only ever shown, never used as
+paths: an unpacked file is stored under its number. So a name such as `../../etc/passwd` in an archive can do nothing,
+and a link is refused rather than followed.
 """
 
+import hashlib
+import os
 import re
 import secrets
 import shutil
 import stat
+import struct
 import unicodedata
 import zipfile
 from collections.abc import Sequence
@@ -16,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 
-from ..images_diffusionad import InvalidImageError, load_image
+from ..images_diffusionad import InvalidImageError
+from .decoding import decode, stated_size
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -28,15 +32,34 @@ MB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a visitor may send."""
+    """How much a visitor may send and ask for. An address is an IP address; a session is one open page or client."""
 
+    # of files
     upload_bytes: int = 250 * MB
     image_bytes: int = 50 * MB
     image_pixels: int = 50_000_000
     files: int = 500  # of one batch, archives unpacked
-    unpacked_bytes: int = 500 * MB  # of one archive
+    unpacked_bytes: int = 500 * MB  # of one batch, all archives together
     calibration_bytes: int = 5 * MB
-    waiting: int = 60  # callers in the queue
+    card_bytes: int = 200_000
+    # of a call
+    call_bytes: int = 2 * MB  # its JSON; photos are uploaded before
+    tool_bytes: int = 70 * MB  # the JSON of an assistant's call, which holds photos
+    text: int = 1000  # characters of a value that is no file
+    run_pixels: int = 16 * 256 * 256  # of one image, times the noise draws
+    batch_seconds: int = 900
+    # of images fetched from an address
+    fetch_seconds: int = 10
+    redirects: int = 3
+    # of traffic
+    waiting: int = 200  # calls in the queue
+    waiting_per_address: int = 20
+    waiting_per_session: int = 8
+    calls_per_second: int = 20  # of an address, over some seconds
+    open_per_address: int = 48  # connections
+    uploading_per_address: int = 4
+    upload_seconds: int = 600
+    stored_bytes: int = 8 * 1024 * MB  # uploads of all visitors that are kept at a time
 
 
 LIMITS = Limits()
@@ -50,12 +73,84 @@ class Refusal(Exception):
 
 
 def owner_of(request: "gr.Request") -> str:
-    """Who asks. A caller without a session gets results that no later call can open."""
-    return request.session_hash or secrets.token_hex(16)
+    """Who asks, as a hash. A caller without a session gets results that no later call can open."""
+    session = request.session_hash
+    return hashlib.sha256(str(session).encode()).hexdigest() if session else secrets.token_hex(32)
+
+
+def read_card(file: Path) -> str:
+    """
+    A model card that is safe to search: its parser's time grows with the square of a run of line ends.
+
+    Raises:
+        ValueError: If it is too large or no text.
+    """
+    if file.stat().st_size > LIMITS.card_bytes:
+        raise ValueError(f"larger than {LIMITS.card_bytes // 1000} kB")
+    return re.sub(r"\n{3,}", "\n\n", file.read_text(encoding="utf-8").replace("\r", "\n"))
+
+
+# ---- values of a call ----
+
+_NOT_HERE = "This file is not among your uploads. Upload it again."
+
+
+def admit(value: object, uploads: Path, is_file: bool) -> object:
+    """
+    Checks a value of a call, as its JSON gives it.
+
+    Args:
+        value: The value.
+        uploads: The folder in which uploads lie; files elsewhere are refused, whether they exist or not.
+        is_file: Whether the value is for a component that takes files.
+
+    Returns:
+        The value, of which a file keeps nothing but its path, its name, and what marks it as a file.
+
+    Raises:
+        Refusal: If it is anything else than None, a boolean, a number, a short text, or files where files belong.
+    """
+    if value is None or (not is_file and isinstance(value, (bool, int, float))):
+        return value
+    if not is_file:
+        if isinstance(value, str) and len(value) <= LIMITS.text:
+            return value
+        raise Refusal(f"A value must be a number or a text of at most {LIMITS.text} characters.")
+    if isinstance(value, list):
+        if len(value) > LIMITS.files:
+            raise Refusal(f"More than {LIMITS.files} files; inspect them in several batches.")
+        return [_admit_file(item, uploads) for item in value]
+    return _admit_file(value, uploads)
+
+
+def _admit_file(value: object, uploads: Path) -> dict:
+    if not isinstance(value, dict) or not isinstance(path := value.get("path"), str):
+        raise Refusal("A file must be given as an upload or an address.")
+    name = value.get("orig_name")
+    return {
+        "path": str(uploaded(path, uploads)),
+        "orig_name": name[: LIMITS.text] if isinstance(name, str) else None,
+        "meta": {"_type": "gradio.FileData"},
+    }
+
+
+def uploaded(path: str, uploads: Path) -> Path:
+    """The path of an upload, a regular file in `uploads / <64 hexadecimal digits>`; all else is refused alike."""
+    found = Path(path)
+    try:
+        # Only the name that was given out, not another way to the file: `/proc/self/fd/7` leads to one as well.
+        folder, name = found.parent, found.name
+        if folder.parent != uploads or not re.fullmatch(r"[0-9a-f]{64}", folder.name) or name in ("", ".", ".."):
+            raise Refusal(_NOT_HERE)
+        if os.path.realpath(found, strict=True) != str(found) or not stat.S_ISREG(os.lstat(found).st_mode):
+            raise Refusal(_NOT_HERE)
+    except (OSError, ValueError) as error:  # absent, too long, or with a null character
+        raise Refusal(_NOT_HERE) from error
+    return found
 
 
 def number(value: object, name: str, low: float, high: float) -> float:
-    if isinstance(value, (int, float)) and low <= value <= high:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high:
         return float(value)
     raise Refusal(f"{name} must be a number from {low:g} to {high:g}.")
 
@@ -109,34 +204,24 @@ class Upload:
         try:
             if self.path.stat().st_size > LIMITS.image_bytes:
                 raise Refusal(f"{self.name}: {_TOO_LARGE}")
-            width, height = _image_size(self.path) or (0, 0)  # load_image says what is wrong with it
-            if width * height > LIMITS.image_pixels:
-                most = f"{LIMITS.image_pixels // 1_000_000} million"
-                raise Refusal(f"{self.name}: {width} x {height} pixels, more than {most}. Shrink it first.")
-            return load_image(self.path)
-        except (InvalidImageError, FileNotFoundError) as error:
-            raise Refusal(str(error).replace(str(self.path), self.name)) from error
-
-
-def _image_size(path: Path) -> tuple[int, int] | None:
-    """Width and height as the file states them; None if it is no image."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception:  # decoders raise whatever they stumble over
-        return None
+            return decode(self.path, LIMITS.image_pixels)
+        except InvalidImageError as error:
+            raise Refusal(f"{self.name}: {error}") from error
+        except OSError as error:
+            raise Refusal(f"{self.name}: no longer kept. Upload it again.") from error
 
 
 def upload_of(value: dict | None) -> Upload:
     """The file that a component of gradio's holds."""
-    if not value or not value.get("path"):
+    if not isinstance(value, dict) or not value.get("path"):
         raise Refusal("Choose an image first.")
     path = Path(value["path"])
     return Upload(shown_name(value.get("orig_name") or path.name), path)
 
 
-def uploads_of(values: list[dict] | None) -> list[Upload]:
-    return [upload_of(value) for value in values or []]
+def uploads_of(values: list[dict] | dict | None) -> list[Upload]:
+    values = values or []
+    return [upload_of(value) for value in (values if isinstance(values, list) else [values])]
 
 
 def shown_name(name: str) -> str:
@@ -154,17 +239,25 @@ def collect(files: Sequence[Upload], folder: Path) -> list[Upload]:
     if not files:
         raise Refusal("Choose images or a zip archive first.")
     uploads: list[Upload] = []
+    budget = _Budget(LIMITS.unpacked_bytes)
     for file in files:
-        uploads += _unpack(file, folder, len(uploads)) if _is_archive(file.path) else [file]
+        uploads += _unpack(file, folder, len(uploads), budget) if _is_archive(file.path) else [file]
         _check_count(len(uploads))
     if not uploads:
         raise Refusal(f"{files[0].name}: the archive holds no files.")
     return _told_apart(uploads)
 
 
+@dataclass
+class _Budget:
+    """How many bytes the archives of a batch may still write, kept or not."""
+
+    left: int
+
+
 def _is_archive(path: Path) -> bool:
     # A picture with an archive appended is still a picture.
-    return zipfile.is_zipfile(path) and _image_size(path) is None
+    return zipfile.is_zipfile(path) and stated_size(path) is None
 
 
 def _check_count(count: int) -> None:
@@ -172,31 +265,37 @@ def _check_count(count: int) -> None:
         raise Refusal(f"More than {LIMITS.files} files; inspect them in several batches.")
 
 
-def _unpack(archive: Upload, folder: Path, offset: int) -> list[Upload]:
+def _unpack(archive: Upload, folder: Path, offset: int, budget: _Budget) -> list[Upload]:
     try:
         with zipfile.ZipFile(archive.path) as bundle:
-            members = [m for m in bundle.infolist() if not m.is_dir() and not _LITTER.search(m.filename)]
+            members = [m for m in bundle.infolist() if not m.filename.endswith("/") and not _LITTER.search(m.filename)]
             _check_count(offset + len(members))
-            total, most = sum(member.file_size for member in members), LIMITS.unpacked_bytes
-            if total > most:
-                raise Refusal(f"{archive.name}: unpacks to {total // MB:,} MB; at most {most // MB} MB are accepted.")
-            return [_extract(bundle, m, folder / f"{offset + i:04d}") for i, m in enumerate(members)]
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+            return [_extract(bundle, m, folder / f"{i:04d}", budget) for i, m in enumerate(members, offset)]
+    # zipfile raises whatever it stumbles over in a damaged list of members
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, IndexError, NotImplementedError, struct.error) as error:
         raise Refusal(f"{archive.name}: the archive is damaged.") from error
 
 
-def _extract(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> Upload:
+def _extract(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, budget: _Budget) -> Upload:
     name = shown_name(member.filename)
     if stat.S_ISLNK(member.external_attr >> 16):
         return Upload(name, error="a link, which is not followed.")
     if member.flag_bits & 0x1:
         return Upload(name, error="encrypted. Pack it without a password.")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
+        return Upload(name, error="packed in an unusual way. Make an ordinary zip archive.")
     if member.file_size > LIMITS.image_bytes:
         return Upload(name, error=_TOO_LARGE)
+    if member.file_size > budget.left:
+        most = LIMITS.unpacked_bytes // MB
+        return Upload(name, error=f"beyond the {most} MB that a batch may unpack to. Send it in another batch.")
     try:
         with bundle.open(member) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink)  # zipfile stops at the declared size
-    except Exception:  # zlib, lzma, zipfile and NotImplementedError all come up here, each with its own reasons
+            try:
+                shutil.copyfileobj(source, sink)  # zipfile stops at the declared size
+            finally:
+                budget.left -= sink.tell()
+    except Exception:  # zlib, zipfile and NotImplementedError all come up here, each with its own reasons
         target.unlink(missing_ok=True)
         return Upload(name, error="damaged inside the archive.")
     if _is_archive(target):

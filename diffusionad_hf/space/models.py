@@ -8,10 +8,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, hf_hub_download
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from ..export.exported_pipeline import ExportedDiffusionADPipeline
 from ..familiarity import FILE_NAME as FAMILIARITY_FILE
@@ -20,7 +22,7 @@ from ..hub.publishing import list_models
 from ..images_diffusionad import resize_image, to_uint8
 from ..loading import load_model
 from ..pipeline_diffusionad import DiffusionADPipeline, conformal_p_value, conformal_threshold
-from .intake import LIMITS, Refusal, Settings, Upload
+from .intake import LIMITS, Refusal, Settings, Upload, read_card
 
 try:
     from spaces import GPU
@@ -103,18 +105,22 @@ class Raw:
 
 
 class Model:
-    """One category's model: loaded when first used; one call at a time."""
+    """One category's model: loaded when first used; one run at a time, for which nothing but other runs waits."""
 
     def __init__(self, name: str, source: str):
         self.name = name
         self.source = source
         self.pipe: DiffusionADPipeline | None = None
         self.calibration = Calibration()
-        self._lock = threading.RLock()
+        self._loading = threading.Lock()
+        self._running = threading.Lock()
 
     def load(self) -> DiffusionADPipeline:
         """The pipeline; a ModelError if it cannot be loaded."""
-        with self._lock:
+        pipe = self.pipe
+        if pipe is not None:
+            return pipe
+        with self._loading:
             if self.pipe is not None:
                 return self.pipe
             try:
@@ -151,8 +157,8 @@ class Model:
 
     def run(self, images: Sequence[torch.Tensor], settings: Settings = Settings()) -> list[Raw]:  # noqa: B008
         """Inspects images of any sizes, (3, H, W) each."""
-        with self._lock:
-            pipe = self.load()
+        pipe = self.load()
+        with self._running:
             began = time.perf_counter()
             usual = {"image_size": pipe.config.image_size, "seed": pipe.config.seed}
             _check(settings, pipe)
@@ -179,6 +185,10 @@ def _check(settings: Settings, pipe: DiffusionADPipeline) -> None:
     chosen = (settings.small_timestep, settings.big_timestep, settings.resolution)
     if isinstance(pipe, ExportedDiffusionADPipeline) and any(value is not None for value in chosen):
         raise Refusal("Timesteps and resolution are fixed in this category's model: leave them empty.")
+    size = settings.resolution or pipe.config.image_size
+    draws = max(LIMITS.run_pixels // size**2, 1)
+    if settings.num_noises > draws:
+        raise Refusal(f"{settings.num_noises} noise draws at {size} px take too long: at most {draws} at that size.")
     config = pipe.scheduler.config
     small = config.small_timestep if settings.small_timestep is None else settings.small_timestep
     big = config.big_timestep if settings.big_timestep is None else settings.big_timestep
@@ -269,12 +279,13 @@ def about(models: Models, name: str) -> str:
     if file is None:
         return "\n".join([*lines, "", "It comes without a card: nothing is known of its accuracy."])
     try:
-        card = ModelCard.load(file, ignore_metadata_errors=True)
-    except (ValueError, OSError):
+        card = ModelCard(read_card(file), ignore_metadata_errors=True)
+    except (ValueError, OSError, yaml.YAMLError, RecursionError):
         return "\n".join([*lines, "", "Its card cannot be read."])
-    if card.data.eval_results:
+    results = cast(ModelCardData, card.data).eval_results
+    if results:
         lines += ["", "| metric | value | measured on |", "| --- | --- | --- |"]
-        for result in card.data.eval_results:
+        for result in results:
             value = f"{result.metric_value:.3f}" if isinstance(result.metric_value, float) else result.metric_value
             lines.append(f"| {result.metric_name or result.metric_type} | {value} | {result.dataset_name} |")
     limits = re.search(r"^#.*\blimit.*((?:\n(?!#).*)*)", card.text, re.IGNORECASE | re.MULTILINE)

@@ -2,24 +2,32 @@
 
 import importlib.util
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from .actions import FEWEST_CALIBRATION_IMAGES
-from .endpoints import Endpoints
+from .addresses import fetch, is_address
+from .endpoints import Endpoints, one_line_errors
 from .handlers import EMPTY, NO_MODEL, Handlers, message
-from .intake import LIMITS
+from .intake import LIMITS, Refusal, admit
 from .models import Models, about
 from .reports import COLUMNS
 from .results import Results
+from .traffic import FairQueue, Guard
 from .views import OPACITY
 
 STYLE = Path(__file__).with_name("style.css")
 
-# Moving a control draws again at once: beside the queue, the last position wins, and nothing blinks.
-LIVE = {"queue": False, "trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
+# Moving a control draws again at once: the last position wins, and nothing blinks.
+LIVE = {"trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private", "preprocess": False}
+LIVE |= {"concurrency_limit": 2, "concurrency_id": "draw"}
+# Full-size pictures take much memory: one at a time.
+DOWNLOADS = {"concurrency_limit": 1, "concurrency_id": "download", "api_visibility": "private", "preprocess": False}
 # Uploads stay files: gradio would decode them first, and put the server's paths into its messages.
 RUN = {"preprocess": False, "api_visibility": "private"}
 INSPECTING = {"concurrency_limit": 2, "concurrency_id": "inspect"}
@@ -117,7 +125,7 @@ def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State, examples: Pa
     rate.input(on.rate, [category, rate, own], threshold, **LIVE).then(**redraw)
     category.input(on.category, [category, own], [threshold, rate], **LIVE).then(**run)
     for kind, button in buttons.items():
-        made = button.click(on.download(kind), [key, threshold, opacity], file, queue=False, api_visibility="private")
+        made = button.click(on.download(kind), [key, threshold, opacity], file, **DOWNLOADS)
         made.success(None, file, None, js=SAVE)
     return threshold, rate, redraw
 
@@ -188,9 +196,52 @@ def named_endpoints(endpoints: Endpoints) -> None:
         caller.click(function, inputs, outputs, api_name=function.__name__, preprocess=False, **queue)
 
 
-def build(results: Results, models: Models, examples: Path) -> gr.Blocks:
+class Page(gr.Blocks):
+    """A page that admits every value of every call itself, before gradio or a handler looks at it."""
+
+    def __init__(self, uploads: Path, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.uploads = uploads
+
+    async def preprocess_data(self, block_fn: Any, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        with one_line_errors():
+            if len(inputs) != len(block_fn.inputs):
+                raise Refusal(f"This call takes {len(block_fn.inputs)} values, not {len(inputs)}.")
+            inputs = [await self._admit(*pair) for pair in zip(block_fn.inputs, inputs, strict=True)]
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
+    async def _admit(self, component: Any, value: Any) -> Any:
+        if component.stateful:  # kept here; what a caller says of it is not read
+            return None
+        is_file = isinstance(component, (gr.Image, gr.File))
+        if is_file:
+            listed = value if isinstance(value, list) else [value]
+            if len(listed) <= LIMITS.files:
+                listed = [await self._fetched(item) for item in listed]
+            value = listed if isinstance(value, list) else listed[0]
+        return admit(value, self.uploads, is_file)
+
+    async def _fetched(self, file: Any) -> Any:
+        if not isinstance(file, dict) or not is_address(file.get("path")):
+            return file
+        path, name = await fetch(file["path"], self.uploads)
+        return {"path": str(path), "orig_name": name}
+
+    def queue(self, **kwargs: Any) -> "Page":
+        super().queue(max_size=LIMITS.waiting, api_open=False, **kwargs)
+        self._queue = FairQueue(
+            live_updates=True,
+            concurrency_count=self.max_threads,
+            update_intervals=1,
+            max_size=LIMITS.waiting,
+            blocks=self,
+        )
+        return self
+
+
+def build(results: Results, models: Models, examples: Path) -> Page:
     on, names = Handlers(results, models), models.names
-    with gr.Blocks(title="DiffusionAD inspection") as page:
+    with Page(results.uploads, title="DiffusionAD inspection") as page:
         own = gr.State({})
         with gr.Row(elem_id="header"):
             gr.HTML("<h1>Inspection</h1>", elem_id="title")
@@ -214,11 +265,11 @@ def build(results: Results, models: Models, examples: Path) -> gr.Blocks:
         page.load(on.category, [category, own], [threshold, rate], **LIVE).then(**redraw)
         gr.on([page.load, category.change], on.about, category, text, **LIVE)
         page.unload(on.leave)
-    return page.queue(max_size=LIMITS.waiting)
+    return page.queue()
 
 
 def serve(folder: Path, sources: str, examples: Path) -> None:
-    """Serves the page until the process ends, with gradio's temporary folder and a folder of photos to try."""
+    """Serves the page until the process ends, with a folder for all that is kept and one of photos to try."""
     results, models = Results(folder), Models(sources)
     page = build(results, models, examples)
     results.keep_what_is_there()
@@ -229,6 +280,8 @@ def serve(folder: Path, sources: str, examples: Path) -> None:
         theme=THEME,
         css_paths=STYLE,
         max_file_size=LIMITS.upload_bytes,
+        app_kwargs={"middleware": [Middleware(Guard, uploads=results.uploads)]},
+        enable_monitoring=False,
         footer_links=["api"],
         run_history=False,
         ssr_mode=False,

@@ -1,10 +1,12 @@
-"""Where results wait for the next move of the threshold: on disk, for the visitor who asked, and not for long.
+"""Keeps results on disk for the visitor who asked, and not for long.
 
-Each result is a folder under a random 128-bit key that only its visitor's page knows; it also names its owner, so that
-a key that leaks opens nothing in another session. Everything in the server's temporary folder, uploads included, goes
-`keep_seconds` after its last use; results also when their visitor leaves.
+Only `uploads` is served: what visitors sent, and links to the pictures that the page shows, each in a folder with a
+random name. So an address shows one picture, and leads neither to another one nor to the result. A result opens with
+its random key, for its owner only. Everything goes `keep_seconds` after its last use; results also when their visitor
+leaves.
 """
 
+import json
 import os
 import re
 import secrets
@@ -18,26 +20,30 @@ from .intake import Refusal
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _OWNER_FILE = ".owner"
+_SHOWN_FILE = ".shown"  # {file name: folder below `uploads`} of the pictures that are served
 
 
 class Results:
     """The results of all visitors.
 
     Args:
-        folder: The server's temporary folder; everything in it is subject to `sweep`.
+        folder: Where to keep everything; it is subject to `sweep`. Only `folder / "uploads"` may be served.
         keep_seconds: How long a file is kept after it was last used. With the time between two sweeps, an hour.
     """
 
     def __init__(self, folder: Path, keep_seconds: float = 3300):
         self.folder = folder
         self.keep_seconds = keep_seconds
+        self.uploads = folder / "uploads"
         self._results = folder / "results"
-        self._results.mkdir(parents=True, exist_ok=True)
+        for path in (self.uploads, self._results):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._kept: set[Path] = set()
+        self._showing = threading.Lock()
 
     def keep_what_is_there(self) -> None:
-        """Exempts what lies in the folder now, such as the example images, from `sweep`."""
-        self._kept = set(self.folder.iterdir())
+        """Exempts what is served now, such as the example images, from `sweep`."""
+        self._kept = set(self.uploads.iterdir())
 
     def new(self, owner: str) -> tuple[str, Path]:
         """Makes an empty folder for a visitor and returns its key and the folder."""
@@ -54,25 +60,56 @@ class Results:
             with suppress(OSError):
                 if secrets.compare_digest((folder / _OWNER_FILE).read_text(encoding="utf-8"), owner):
                     os.utime(folder)
+                    for served in self._shown(folder).values():
+                        os.utime(served)
                     return folder
         raise Refusal("This result is no longer kept. Inspect the image again.")
+
+    def show(self, folder: Path, file: Path) -> str:
+        """The path by which a file of a result is served, always the same; it goes with the file or the result."""
+        with self._showing:
+            shown = self._shown(folder)
+            for name in [name for name in shown if not (folder / name).exists()]:
+                shutil.rmtree(shown.pop(name), ignore_errors=True)
+            name = str(file.relative_to(folder))
+            served = shown.setdefault(name, self.uploads / secrets.token_hex(32))
+            served.mkdir(mode=0o700, exist_ok=True)
+            # Written again, such as a report with another threshold: the link is made anew.
+            (served / file.name).unlink(missing_ok=True)
+            os.link(file, served / file.name)
+            (folder / _SHOWN_FILE).write_text(json.dumps({name: str(path) for name, path in shown.items()}))
+        return str(served / file.name)
+
+    @staticmethod
+    def _shown(folder: Path) -> dict[str, Path]:
+        try:
+            shown = json.loads((folder / _SHOWN_FILE).read_text())
+        except FileNotFoundError:
+            return {}
+        return {name: Path(path) for name, path in shown.items()}
+
+    def _remove(self, folder: Path) -> None:
+        for served in self._shown(folder).values():
+            shutil.rmtree(served, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def forget(self, owner: str) -> None:
         """Removes everything of a visitor."""
         for folder in self._results.iterdir():
             with suppress(OSError):  # swept meanwhile
                 if (folder / _OWNER_FILE).read_text(encoding="utf-8") == owner:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    self._remove(folder)
 
     def sweep(self) -> None:
         """Removes what has not been used for `keep_seconds`."""
         limit = time.time() - self.keep_seconds
-        for entry in [*self._results.iterdir(), *(set(self.folder.iterdir()) - self._kept - {self._results})]:
+        others = {*self.folder.iterdir(), *self.uploads.iterdir()} - self._kept - {self.uploads, self._results}
+        for entry in [*self._results.iterdir(), *others]:
             with suppress(OSError):  # removed by somebody else
                 if entry.stat().st_mtime > limit:
                     continue
                 if entry.is_dir():
-                    shutil.rmtree(entry, ignore_errors=True)
+                    self._remove(entry)
                 else:
                     entry.unlink()
 

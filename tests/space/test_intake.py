@@ -1,7 +1,10 @@
 """Nothing that a visitor sends may write, read or fill what is not theirs; and every refusal says why."""
 
+import io
+import os
 import stat
 import struct
+import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +13,19 @@ from zipfile import ZIP_DEFLATED, ZipInfo
 import pytest
 from PIL import Image
 
-from diffusionad_hf.space.intake import LIMITS, Refusal, Settings, Upload, collect, number, upload_of, uploads_of
+from diffusionad_hf.space import decoding
+from diffusionad_hf.space.intake import (
+    LIMITS,
+    Refusal,
+    Settings,
+    Upload,
+    admit,
+    collect,
+    number,
+    read_card,
+    upload_of,
+    uploads_of,
+)
 from tests.space.conftest import archive, png
 
 
@@ -20,6 +35,21 @@ def huge_png(width, height):
     data[16:24] = struct.pack(">II", width, height)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     return bytes(data)
+
+
+def written(kind):
+    """An image in a format that is not accepted."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_an_image_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+    path = tmp_path / "slow.png"
+    path.write_bytes(png())
+    monkeypatch.setattr(decoding, "_SECONDS", 0.001)
+    with pytest.raises(Refusal, match="slow.png: takes too long or too much memory"):
+        Upload("slow.png", path).image()
 
 
 @pytest.fixture
@@ -66,13 +96,24 @@ def test_links_encrypted_nested_and_damaged_members_are_rows_that_say_why(tmp_pa
     assert not list(folder.iterdir()), "what is not used is not kept"
 
 
-def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, folder, monkeypatch):
-    zeros = [(f"{i}.png", b"\0" * 1_000_000) for i in range(11)]
+def test_all_archives_of_a_batch_share_one_budget(tmp_path, folder, monkeypatch):
+    zeros = [(f"{i}.png", b"\0" * 1_000_000) for i in range(3)]
     path = archive(tmp_path / "bomb.zip", zeros, compression=ZIP_DEFLATED)
-    monkeypatch.setattr("diffusionad_hf.space.intake.LIMITS", replace(LIMITS, unpacked_bytes=10_000_000))
-    with pytest.raises(Refusal, match="bomb.zip: unpacks to 10 MB"):
-        collected(folder, path)
-    assert not list(folder.iterdir())
+    monkeypatch.setattr("diffusionad_hf.space.intake.LIMITS", replace(LIMITS, unpacked_bytes=5_000_000))
+    uploads = collected(folder, *[path] * 24)
+    assert ["beyond the" in upload.error for upload in uploads] == [False] * 5 + [True] * 67
+    assert sum(file.stat().st_size for file in folder.iterdir()) == 5_000_000
+
+
+def test_members_without_a_name_or_packed_in_unusual_ways_are_rows(tmp_path, folder):
+    nameless = ZipInfo("x")
+    nameless.filename = ""
+    path = archive(tmp_path / "in.zip", [(nameless, png()), ("a.png", png())])
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_BZIP2) as bundle:
+        bundle.writestr("b.png", b"\0" * 1_000_000)
+    uploads = collected(folder, path)
+    assert {u.name: bool(u.path) for u in uploads} == {"unnamed": True, "a.png": True, "b.png": False}
+    assert "unusual way" in uploads[-1].error
 
 
 def test_an_archive_that_lies_about_sizes_writes_no_more_than_it_declares(tmp_path, folder):
@@ -118,6 +159,9 @@ def test_equal_names_are_told_apart(tmp_path, folder):
         (huge_png(60_000, 60_000), "px"),
         (huge_png(10_000, 6_000), "10000 x 6000 pixels"),
         (png(4), "too small"),
+        (written("ICO"), "not an image"),
+        (written("JPEG2000"), "not an image"),
+        (written("PPM"), "not an image"),
     ],
 )
 def test_unusable_images_are_named_by_their_sender_s_name_and_without_the_server_s_path(tmp_path, data, reason):
@@ -146,7 +190,7 @@ def test_settings_are_whole_numbers_in_range_or_left_to_the_model():
 
 def test_other_things_are_no_numbers():
     assert number(1, "It", 0, 1) == 1.0
-    for value in (-0.1, 1.1, float("nan"), "0.5", None, [0.5]):
+    for value in (True, -0.1, 1.1, float("nan"), "0.5", None, [0.5]):
         with pytest.raises(Refusal, match="It must be a number from 0 to 1"):
             number(value, "It", 0, 1)
 
@@ -158,3 +202,64 @@ def test_an_upload_is_called_what_its_sender_calls_it():
     for nothing in (None, {}, {"path": None}):
         with pytest.raises(Refusal, match="Choose an image first"):
             upload_of(nothing)
+
+
+@pytest.fixture
+def upload(tmp_path):
+    path = tmp_path / ("0" * 64) / "photo.png"
+    path.parent.mkdir()
+    path.write_bytes(png())
+    return path
+
+
+def test_only_uploads_are_files_and_nothing_tells_what_else_is_there(tmp_path, upload):
+    assert admit({"path": str(upload), "size": 3, "url": "x"}, tmp_path, True) == {
+        "path": str(upload),
+        "orig_name": None,
+        "meta": {"_type": "gradio.FileData"},
+    }
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png())
+    (upload.parent / "link.png").symlink_to(secret)
+    os.mkfifo(upload.parent / "pipe.png")
+    (tmp_path / "tmpabc").write_bytes(png())  # an upload that is not finished
+    others = ["link.png", "pipe.png", "no-such.png", "../secret.png", "../" + "0" * 64 + "/photo.png", ".", "a\0b"]
+    with open(upload) as opened:
+        paths = [str(upload.parent / name) for name in others]
+        paths += [f"/proc/self/fd/{opened.fileno()}", f"/proc/self/root{upload}", f"{upload.parent}", f"/{upload}"]
+        paths += [
+            str(secret),
+            str(tmp_path / "tmpabc"),
+            "/etc/passwd",
+            "/no/such",
+            "",
+            "x" * 5000,
+            "file://" + str(upload),
+        ]
+        for path in paths:
+            for value in ({"path": path}, [{"path": str(upload)}, {"path": path}]):
+                with pytest.raises(Refusal, match="^This file is not among your uploads. Upload it again.$"):
+                    admit(value, tmp_path, True)
+
+
+def test_values_are_of_plain_types_and_files_where_files_belong(tmp_path, upload):
+    for value in (None, True, 3, 0.5, "text"):
+        assert admit(value, tmp_path, False) == value
+    file = {"path": str(upload)}
+    for value in (file, [1], {}, "x" * 5000, [[]], {"value": file}):
+        with pytest.raises(Refusal, match="must be a number or a text"):
+            admit(value, tmp_path, False)
+    for value in ("text", 3, [file, "text"], [[file]], {"path": [str(upload)]}, {"path": {"path": str(upload)}}, {}):
+        with pytest.raises(Refusal, match="must be given as an upload"):
+            admit(value, tmp_path, True)
+    with pytest.raises(Refusal, match="More than 500 files"):
+        admit([file] * 501, tmp_path, True)
+
+
+def test_cards_are_cut_where_they_would_take_a_parser_for_ever(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\n" + "\n" * 100_000 + "a\r\r\r\rb")
+    assert read_card(card) == "---\n\na\n\nb"
+    card.write_text("x" * 300_000)
+    with pytest.raises(ValueError, match="larger than 200 kB"):
+        read_card(card)

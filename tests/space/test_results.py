@@ -3,6 +3,7 @@
 import inspect
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -20,26 +21,43 @@ def test_a_result_opens_for_its_owner_only_and_every_other_key_is_refused_alike(
 
 
 def test_sweeping_removes_what_was_not_used_for_an_hour_and_nothing_else(results):
-    (results.folder / "example").mkdir()
+    (results.uploads / "example").mkdir()
     results.keep_what_is_there()
-    (results.folder / "upload").mkdir()
-    (results.folder / "upload" / "photo.png").write_bytes(b"x")
+    (results.uploads / "upload").mkdir()
+    (results.uploads / "upload" / "photo.png").write_bytes(b"x")
     _, old_folder = results.new("anna")
     hour_ago = time.time() - 3700
     used, used_folder = results.new("anna")
-    for entry in (results.folder / "example", results.folder / "upload", old_folder, used_folder):
+    for entry in (results.uploads / "example", results.uploads / "upload", old_folder, used_folder):
         os.utime(entry, (hour_ago, hour_ago))
     new, _ = results.new("ben")
     results.open(used, "anna")  # which counts as a use
     results.sweep()
-    assert (results.folder / "example").exists() and not (results.folder / "upload").exists()
+    assert (results.uploads / "example").exists() and not (results.uploads / "upload").exists()
     assert results.open(new, "ben").exists() and used_folder.exists() and not old_folder.exists()
 
 
-def test_leaving_removes_one_visitor_s_results(results):
+def test_leaving_removes_one_visitor_s_results_and_what_was_shown_of_them(results):
     (_, mine), (_, theirs) = results.new("anna"), results.new("ben")
+    shown = {}
+    for folder in (mine, theirs):
+        (folder / "a.png").write_bytes(b"x")
+        shown[folder] = Path(results.show(folder, folder / "a.png"))
     results.forget("anna")
-    assert theirs.exists() and not mine.exists()
+    assert theirs.exists() and shown[theirs].exists() and not mine.exists() and not shown[mine].exists()
+
+
+def test_each_picture_is_served_from_a_folder_of_its_own_whose_name_tells_nothing(results):
+    key, folder = results.new("anna")
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(name.encode())
+    first, second = (Path(results.show(folder, folder / name)) for name in ("a.png", "b.png"))
+    assert first.read_bytes() == b"a.png" and results.show(folder, folder / "a.png") == str(first)
+    assert first.parent != second.parent and [file.name for file in first.parent.iterdir()] == ["a.png"]
+    assert all(path.is_relative_to(results.uploads) and key not in str(path) for path in (first, second))
+    (folder / "a.png").unlink()
+    results.show(folder, folder / "b.png")
+    assert not first.parent.exists() and second.exists(), "what the result no longer has is no longer served"
 
 
 def test_the_stated_hour_is_kept_by_itself(tmp_path):
@@ -49,9 +67,9 @@ def test_the_stated_hour_is_kept_by_itself(tmp_path):
     results.sweep_forever(every_seconds=0.05)
     _, folder = results.new("anna")
     (folder / "photo.png").write_bytes(b"x")
-    (results.folder / "upload.png").write_bytes(b"x")
+    (results.uploads / "upload.png").write_bytes(b"x")
     for _ in range(200):
-        if not folder.exists() and not (results.folder / "upload.png").exists():
+        if not folder.exists() and not (results.uploads / "upload.png").exists():
             return
         time.sleep(0.05)
     raise AssertionError("photos outlived their time")

@@ -1,0 +1,104 @@
+"""Decodes visitors' images, each in a process of its own, which is ended if it takes too long or too much memory.
+
+What comes back from such a process is a shape, a number type and bytes: nothing that a decoder under attack could use.
+"""
+
+import json
+import multiprocessing
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..images_diffusionad import FORMATS, InvalidImageError, load_image
+
+_SECONDS = 20  # 50 million pixels take a slow processor 8
+_BYTES = 3 * 2**30  # beside what a new process has; 50 million pixels of 16 bits take 2
+_TYPES = {"uint8": np.uint8, "float32": np.float32}
+
+
+def decode(path: Path, most_pixels: int) -> torch.Tensor:
+    """
+    Reads an image file as [`load_image`] does.
+
+    Args:
+        path: The file.
+        most_pixels: Larger images are refused before they are decoded.
+
+    Returns:
+        `torch.Tensor`: `(3, H, W)`, uint8 or float32.
+
+    Raises:
+        InvalidImageError: If it cannot be used; the message does not name the file.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+        return _load(path, most_pixels)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    receiver, sender = context.Pipe(duplex=False)
+    with receiver:
+        process = context.Process(target=_work, args=(sender, str(path), most_pixels), daemon=True)
+        process.start()
+        sender.close()
+        end = threading.Timer(_SECONDS, process.kill)
+        end.start()
+        try:
+            answer = json.loads(receiver.recv_bytes(10_000))
+            if "error" in answer:
+                raise InvalidImageError(str(answer["error"]))
+            dtype, shape = _TYPES[answer["type"]], [int(side) for side in answer["shape"]]
+            return torch.from_numpy(np.frombuffer(bytearray(receiver.recv_bytes()), dtype).reshape(shape))
+        except (EOFError, OSError) as error:  # killed
+            raise InvalidImageError("takes too long or too much memory to decode.") from error
+        finally:
+            end.cancel()
+            process.kill()
+            process.join()
+            process.close()
+
+
+def _work(sender: Connection, path: str, most_pixels: int) -> None:
+    import resource
+
+    torch.set_num_threads(1)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if _has_proc() else 0
+    if now:
+        resource.setrlimit(resource.RLIMIT_AS, (now + _BYTES, now + _BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    try:
+        image = _load(Path(path), most_pixels).contiguous().numpy()
+    except (InvalidImageError, OSError, MemoryError) as error:
+        reason = "takes too much memory to decode." if isinstance(error, MemoryError) else str(error)
+        sender.send_bytes(json.dumps({"error": reason[:1000]}).encode())
+        return
+    sender.send_bytes(json.dumps({"type": str(image.dtype), "shape": image.shape}).encode())
+    sender.send_bytes(memoryview(image).cast("B"))
+
+
+def _has_proc() -> bool:
+    return Path("/proc/self/statm").is_file()
+
+
+def _load(path: Path, most_pixels: int) -> torch.Tensor:
+    size = stated_size(path) or (0, 0)  # load_image says what is wrong with it
+    if size[0] * size[1] > most_pixels:
+        raise InvalidImageError(
+            f"{size[0]} x {size[1]} pixels, more than {most_pixels // 1_000_000} million. Shrink it first."
+        )
+    try:
+        return load_image(path)
+    except (InvalidImageError, FileNotFoundError) as error:
+        raise InvalidImageError(str(error).removeprefix(f"{path}: ")) from error
+
+
+def stated_size(path: Path) -> tuple[int, int] | None:
+    """Width and height as the file states them; None if it is no image of an accepted format."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except Exception:  # decoders raise whatever they stumble over
+        return None

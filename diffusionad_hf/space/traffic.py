@@ -1,0 +1,202 @@
+"""Keeps the page usable for everyone, whatever some visitors do: what may be called, how often, and who waits."""
+
+import asyncio
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gradio.queueing import Event, Queue
+
+from .intake import LIMITS, MB
+
+# The routes of gradio's that the page, its clients and assistants use; the others do not exist here.
+_ROUTES = re.compile(
+    r"/(?:$|config/?$|gradio_api/info/?$|gradio_api/openapi\.json$|assets/|static/|svelte/|theme\.css$|favicon\.ico$"
+    r"|manifest\.json$|robots\.txt$|pwa_icon|login_check/?$|gradio_api/(?:app_id|login_check|startup-events|theme\.css"
+    r"|upload|upload_progress|queue/join|queue/data|call/.*|run/.*|cancel|reset|heartbeat/.*|file=(?!\w+:).*|mcp/?.*)/?$)"
+)
+# What a page loads many of at a time.
+_CHEAP = re.compile(r"/(?:assets|static|svelte|gradio_api/file=)")
+_HALF_LIFE = 60.0  # seconds after which half of what a visitor took is forgotten
+
+
+def address_of(scope: dict[str, Any]) -> str:
+    """The IP address that calls, through as many proxies as the environment variable DIFFUSIONAD_PROXIES says."""
+    proxies = int(os.environ.get("DIFFUSIONAD_PROXIES") or ("SPACE_ID" in os.environ))
+    client = (scope.get("client") or ("unknown",))[0]
+    if proxies:
+        told = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+        hops = b",".join(told).decode("latin-1").split(",") if told else []
+        # Each proxy appends the address that called it; what stands before, a caller may have made up.
+        client = hops[-min(proxies, len(hops))].strip() if hops else client
+    return client[:64]
+
+
+class _TooMuch(Exception):
+    """A request that went beyond a limit while it was read."""
+
+
+class Guard:
+    """
+    Middleware in front of the whole server: unknown routes, floods, endless and slow requests end here.
+
+    Args:
+        app: What it guards.
+        uploads: The folder in which uploads lie.
+    """
+
+    def __init__(self, app: Any, uploads: Path):
+        self.app = app
+        self.uploads = uploads
+        self._open: Counter[str] = Counter()
+        self._uploading: Counter[str] = Counter()
+        self._calls: dict[str, tuple[float, float]] = {}  # address: calls left, when
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # the page uses no websockets
+            await send({"type": "websocket.close"})
+            return
+        address, path = address_of(scope), scope["path"]
+        is_upload = path.rstrip("/").endswith("/upload")
+        refusal = self._refusal(address, path, is_upload, scope["query_string"])
+        if refusal:
+            await _answer(send, *refusal)
+            return
+        self._open[address] += 1
+        self._uploading[address] += is_upload
+        started = False
+
+        async def sending(message: dict[str, Any]) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            limit = LIMITS.upload_bytes if is_upload else LIMITS.tool_bytes if "/mcp" in path else LIMITS.call_bytes
+            # A form adds a little to each of its files.
+            await self.app(scope, _bounded(receive, limit + MB, LIMITS.upload_seconds), sending)
+        except Exception as error:
+            if started:
+                return
+            too_much = _caused_by(error, _TooMuch)
+            await _answer(send, 413 if too_much else 400, str(too_much or "This request makes no sense here."))
+        finally:
+            for counter, by in ((self._open, 1), (self._uploading, is_upload)):
+                counter[address] -= by
+                if not counter[address]:
+                    del counter[address]
+
+    def _refusal(self, address: str, path: str, is_upload: bool, query: bytes) -> tuple[int, str] | None:
+        if not _ROUTES.match(path) or b"deep_link" in query:
+            return 404, "There is nothing here."
+        if self._open[address] >= LIMITS.open_per_address or not (_CHEAP.match(path) or self._may_call(address)):
+            return 429, "Too many requests from your address. Wait a moment."
+        if is_upload and self._uploading[address] >= LIMITS.uploading_per_address:
+            return 429, "Too many uploads at a time from your address. Wait until one is done."
+        if is_upload and _bytes_in(self.uploads) > LIMITS.stored_bytes:
+            return 507, "The server's disk is full for the moment. Try again in an hour."
+        return None
+
+    def _may_call(self, address: str) -> bool:
+        """Takes one of the calls that an address has; they come back at a steady rate."""
+        most, now = 5.0 * LIMITS.calls_per_second, time.monotonic()
+        if len(self._calls) > 10_000:
+            self._calls.clear()
+        left, before = self._calls.get(address, (most, now))
+        left = min(most, left + (now - before) * LIMITS.calls_per_second)
+        self._calls[address] = (max(left - 1, 0), now)
+        return left >= 1
+
+
+def _bounded(receive: Any, most_bytes: int, most_seconds: float) -> Any:
+    """`receive` that fails beyond a size, and if the whole body takes too long."""
+    end, size, done = time.monotonic() + most_seconds, 0, False
+
+    async def bounded() -> dict[str, Any]:
+        nonlocal size, done
+        if done:  # what comes now is that the caller has left
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), end - time.monotonic())
+        except asyncio.TimeoutError as error:
+            raise _TooMuch(f"The request took longer than {most_seconds:g} s.") from error
+        size += len(message.get("body", b""))
+        done = not message.get("more_body")
+        if size > most_bytes:
+            raise _TooMuch(f"The request is larger than {most_bytes // MB} MB.")
+        return message
+
+    return bounded
+
+
+def _caused_by(error: BaseException | None, kind: type) -> BaseException | None:
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+async def _answer(send: Any, status: int, detail: str) -> None:
+    body = json.dumps({"detail": detail}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for entry in os.scandir(folder):
+        try:
+            total += sum(file.stat().st_size for file in os.scandir(entry)) if entry.is_dir() else entry.stat().st_size
+        except OSError:  # swept meanwhile
+            continue
+    return total
+
+
+class FairQueue(Queue):
+    """gradio's queue, in which those wait longest who took most of the last minutes, and nobody fills it alone."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._taken: dict[str, tuple[float, float]] = {}  # address: seconds, when
+
+    async def push(self, body: Any, request: Any, username: str | None) -> Any:
+        waiting = list(self._waiting())
+        address, session = address_of(request.scope), body.session_hash
+        of_address = sum(address_of(event.request.scope) == address for event in waiting)
+        of_session = sum(event.session_hash == session for event in waiting)
+        if of_address >= LIMITS.waiting_per_address or of_session >= LIMITS.waiting_per_session:
+            return False, "Too much of yours is waiting already. Try again when some of it is done.", "queue_full"
+        return await super().push(body, request, username)
+
+    def _waiting(self) -> Iterator[Event]:
+        for queue in self.event_queue_per_concurrency_id.values():
+            yield from queue.queue
+
+    def get_events(self) -> Any:
+        for queue in self.event_queue_per_concurrency_id.values():
+            if len(queue.queue) > 1:
+                queue.queue.sort(key=lambda event: (self._took(address_of(event.request.scope)), event.enqueue_time))
+        return super().get_events()
+
+    async def process_events(self, events: list[Event], *args: Any, **kwargs: Any) -> None:
+        began, address = time.monotonic(), address_of(events[0].request.scope)
+        try:
+            await super().process_events(events, *args, **kwargs)
+        finally:
+            if len(self._taken) > 10_000:
+                self._taken.clear()
+            now = time.monotonic()
+            self._taken[address] = (self._took(address) + now - began, now)
+
+    def _took(self, address: str) -> float:
+        """Seconds that an address took, those long ago counting less."""
+        seconds, when = self._taken.get(address, (0.0, 0.0))
+        return seconds * 2 ** ((when - time.monotonic()) / _HALF_LIFE) if seconds else 0.0
