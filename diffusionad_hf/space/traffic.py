@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import re
 import time
@@ -12,7 +13,10 @@ from typing import Any
 
 from gradio.queueing import Event, Queue
 
+from ..files import one_line
 from .intake import LIMITS, MB
+
+logger = logging.getLogger("space")
 
 # The routes of gradio's that the page, its clients and assistants use; the others do not exist here.
 _ROUTES = re.compile(
@@ -71,23 +75,18 @@ class Guard:
             await _answer(send, *refusal)
             return
         self._open[address] += 1
+        while is_upload and self._uploading[address] >= LIMITS.uploading_per_address:
+            await asyncio.sleep(0.02)  # its body is not read meanwhile
         self._uploading[address] += is_upload
-        started = False
-
-        async def sending(message: dict[str, Any]) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
+        limit = LIMITS.upload_bytes if is_upload else LIMITS.tool_bytes if "/mcp" in path else LIMITS.call_bytes
+        body = _Body(receive, limit + MB, LIMITS.upload_seconds)  # a form adds a little to each of its files
+        answering = _Answer(send, body)
         try:
-            limit = LIMITS.upload_bytes if is_upload else LIMITS.tool_bytes if "/mcp" in path else LIMITS.call_bytes
-            # A form adds a little to each of its files.
-            await self.app(scope, _bounded(receive, limit + MB, LIMITS.upload_seconds), sending)
+            await self.app(scope, body.receive, answering.send)
         except Exception as error:
-            if started:
-                return
-            too_much = _caused_by(error, _TooMuch)
-            await _answer(send, 413 if too_much else 400, str(too_much or "This request makes no sense here."))
+            if not isinstance(error, _TooMuch):
+                logger.info("%s %s: %s", scope["method"], path[:100], one_line(error))
+            await answering.fail()
         finally:
             for counter, by in ((self._open, 1), (self._uploading, is_upload)):
                 counter[address] -= by
@@ -99,8 +98,6 @@ class Guard:
             return 404, "There is nothing here."
         if self._open[address] >= LIMITS.open_per_address or not (_CHEAP.match(path) or self._may_call(address)):
             return 429, "Too many requests from your address. Wait a moment."
-        if is_upload and self._uploading[address] >= LIMITS.uploading_per_address:
-            return 429, "Too many uploads at a time from your address. Wait until one is done."
         if is_upload and _bytes_in(self.uploads) > LIMITS.stored_bytes:
             return 507, "The server's disk is full for the moment. Try again in an hour."
         return None
@@ -116,31 +113,53 @@ class Guard:
         return left >= 1
 
 
-def _bounded(receive: Any, most_bytes: int, most_seconds: float) -> Any:
-    """`receive` that fails beyond a size, and if the whole body takes too long."""
-    end, size, done = time.monotonic() + most_seconds, 0, False
+class _Body:
+    """A request's body, which ends with an error beyond a size, and if all of it takes too long."""
 
-    async def bounded() -> dict[str, Any]:
-        nonlocal size, done
-        if done:  # what comes now is that the caller has left
-            return await receive()
+    def __init__(self, receive: Any, most_bytes: int, most_seconds: float):
+        self._receive = receive
+        self._left = self._most = most_bytes
+        self._end, self._seconds = time.monotonic() + most_seconds, most_seconds
+        self._done = False
+        self.failure = ""
+
+    async def receive(self) -> dict[str, Any]:
+        if self._done:  # what comes now is that the caller has left
+            return await self._receive()
         try:
-            message = await asyncio.wait_for(receive(), end - time.monotonic())
-        except asyncio.TimeoutError as error:
-            raise _TooMuch(f"The request took longer than {most_seconds:g} s.") from error
-        size += len(message.get("body", b""))
-        done = not message.get("more_body")
-        if size > most_bytes:
-            raise _TooMuch(f"The request is larger than {most_bytes // MB} MB.")
+            message = await asyncio.wait_for(self._receive(), self._end - time.monotonic())
+        except asyncio.TimeoutError:
+            message, self.failure = {}, f"The request took longer than {self._seconds:g} s."
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            self.failure = f"The request is larger than {self._most // MB} MB."
+        if self.failure:
+            raise _TooMuch(self.failure)
+        self._done = not message.get("more_body")
         return message
 
-    return bounded
 
+class _Answer:
+    """The answer to a request, which says so if the request was cut off, whatever the server makes of that."""
 
-def _caused_by(error: BaseException | None, kind: type) -> BaseException | None:
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__ or error.__context__
-    return error
+    def __init__(self, send: Any, body: _Body):
+        self._send = send
+        self._body = body
+        self._started = False
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if self._body.failure:
+            await self.fail()
+        else:
+            self._started = True
+            await self._send(message)
+
+    async def fail(self) -> None:
+        """Answers with one line, unless an answer has begun."""
+        if not self._started:
+            self._started = True
+            status, said = (413, self._body.failure) if self._body.failure else (400, "This request is malformed.")
+            await _answer(self._send, status, said)
 
 
 async def _answer(send: Any, status: int, detail: str) -> None:

@@ -168,6 +168,17 @@ class Server:
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
+    def queued(self, call):
+        """The data with which a call that joins the queue ends."""
+        event = self.post("queue/join", call)["event_id"]
+        url = f"{self.url}gradio_api/queue/data?session_hash={call['session_hash']}"
+        with urllib.request.urlopen(url) as messages:
+            for line in messages:
+                message = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: ") else {}
+                if message.get("event_id") == event and message["msg"] == "process_completed":
+                    return message["output"].get("data", message["output"])
+        raise AssertionError("the call did not end")
+
     def stop(self):
         self.process.terminate()
         self.process.wait(timeout=30)

@@ -5,7 +5,9 @@ import html
 import json
 import math
 import shutil
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +19,7 @@ from diffusionad_hf.export.exporting import export_pipeline
 from diffusionad_hf.pipeline_diffusionad import conformal_threshold
 from diffusionad_hf.space import models
 from diffusionad_hf.space.actions import calibrate_on, download, inspect_many, inspect_one
-from diffusionad_hf.space.intake import Refusal, Settings, Upload
+from diffusionad_hf.space.intake import LIMITS, Refusal, Settings, Upload
 from diffusionad_hf.space.models import Calibration, ModelError, Models, about
 from diffusionad_hf.space.views import load, p_words, promise_words, view
 from tests.space.conftest import archive
@@ -186,12 +188,45 @@ def test_a_batch_has_a_row_for_every_file_sorted_with_the_unusable_last(results,
     assert {r["name"]: r.get("anomaly_score") for r in records}["part.png"] == pytest.approx(score, abs=1e-5)
 
 
+def test_a_model_that_runs_keeps_only_other_runs_waiting(checkpoints, results, parts, monkeypatch):
+    """Its category can be chosen, its card read, and thresholds moved meanwhile."""
+    offered = Models(str(checkpoints))
+    model, running, go_on = offered.get("flange"), threading.Event(), threading.Event()
+    folder, call = inspected(results, model, parts[0]), models._call
+
+    def slow(*args):
+        running.set()
+        assert go_on.wait(60)
+        return call(*args)
+
+    monkeypatch.setattr(models, "_call", slow)
+    with ThreadPoolExecutor(2) as pool:
+        run = pool.submit(inspected, results, model, parts[1])
+        assert running.wait(60)
+        meanwhile = pool.submit(lambda: (offered.get("flange"), about(offered, "flange"), view(folder, 0.1)))
+        assert meanwhile.result(30)[0] is model and not run.done()
+        go_on.set()
+        assert run.result(60)
+
+
+def test_large_images_leave_fewer_noise_draws(model, results, parts):
+    with pytest.raises(Refusal, match="16 noise draws at 512 px take too long: at most 4 at that size"):
+        inspected(results, model, parts[0], settings=Settings(num_noises=16, resolution=512))
+    assert inspected(results, model, parts[0], settings=Settings(num_noises=16, resolution=256))
+
+
+def test_what_a_batch_does_not_reach_in_time_is_a_row(results, model, parts, monkeypatch):
+    monkeypatch.setattr("diffusionad_hf.space.actions.LIMITS", replace(LIMITS, batch_seconds=0))
+    *_, batch = batch_of(results, model, uploads(*parts[:3]))
+    assert len(batch.rows) == 3 and all("Not reached in 0 minutes" in row.record["error"] for row in batch.rows)
+
+
 def test_unpacked_files_do_not_outlive_the_batch(results, model, parts, tmp_path):
     steps = batch_of(results, model, uploads(archive(tmp_path / "a.zip", [("a.png", parts[0].read_bytes())])))
     next(steps)
-    assert len(list(results.folder.iterdir())) == 2
+    assert list(results.folder.glob("tmp*"))
     steps.close()  # the visitor has left
-    assert [entry.name for entry in results.folder.iterdir()] == ["results"]
+    assert not list(results.folder.glob("tmp*"))
 
 
 def test_an_image_that_breaks_the_model_is_one_row_and_it_works_again(results, model, parts, white, monkeypatch):

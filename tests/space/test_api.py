@@ -3,10 +3,12 @@
 import asyncio
 import base64
 import csv
+import hashlib
 import json
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import numpy as np
@@ -110,24 +112,41 @@ def test_a_hostile_archive_is_rows_and_leaves_nothing_behind(client, server, tmp
     assert not [*server.temporary.glob("diffusionad-space-*/tmp*")], "unpacked files are gone"
 
 
+def status_of(url):
+    try:
+        return urllib.request.urlopen(url).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 def call_of_the_page(server, owner, component, data):
     """What the page sends when a control, found by its id, is moved."""
     config = json.load(urllib.request.urlopen(f"{server.url}config"))
     number = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == component)
     call = next(d for d in config["dependencies"] if [number, "input"] in [list(t) for t in d["targets"]])
-    return server.post("run/predict", {"data": data, "fn_index": call["id"], "session_hash": owner})["data"]
+    return server.queued({"data": data, "fn_index": call["id"], "session_hash": owner})
 
 
 def test_a_result_s_key_opens_nothing_for_another_visitor(client, server, parts):
     inspect(client, parts[0])
     owner_file = max(server.temporary.glob("diffusionad-space-*/results/*/.owner"), key=lambda f: f.stat().st_mtime)
-    assert owner_file.read_text() == client.session_hash
+    assert owner_file.read_text() == hashlib.sha256(client.session_hash.encode()).hexdigest()
     key, mine = owner_file.parent.name, client.session_hash
     verdict, pictures, _ = call_of_the_page(server, mine, "threshold", [key, 0.99, 0.6])
     assert "No defect found" in verdict and pictures
-    for other, tried in (("somebody", key), ("", key), (mine, "../" + key), (mine, [key])):
+    hashed = hashlib.sha256(mine.encode()).hexdigest()
+    for other, tried in (("somebody", key), (hashed, key), (mine, "../" + key)):
         verdict, *rest = call_of_the_page(server, other, "threshold", [tried, 0.99, 0.6])
         assert "no longer kept" in verdict and key not in json.dumps(rest)
+    assert "must be a number or a text" in call_of_the_page(server, mine, "threshold", [[key], 0.99, 0.6])["error"]
+    # Nor is anything of it served, though the owner sees its pictures.
+    served = [picture["path"] for picture in pictures]
+    assert all(urllib.request.urlopen(f"{server.url}gradio_api/file={path}").status == 200 for path in served)
+    private = [path for path in owner_file.parent.rglob("*") if path.is_file()]
+    beside = [str(Path(path).parent / name) for path in served for name in ("original", "map.npy", "photo.jpg", "..")]
+    assert len(private) > 5 and all(key not in path for path in served)
+    for path in {*map(str, private), *beside} - set(served):
+        assert status_of(f"{server.url}gradio_api/file={path}") == 403, path
 
 
 def test_assistants_find_the_same_three_tools(server, parts):
