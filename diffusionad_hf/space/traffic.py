@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradio.queueing import Event, Queue
+from gradio.utils import LRUCache
 
 from ..files import one_line
 from .intake import LIMITS, MB
@@ -145,19 +146,24 @@ class _Answer:
     def __init__(self, send: Any, body: _Body):
         self._send = send
         self._body = body
-        self._started = False
+        self._started = self._ended = False
 
     async def send(self, message: dict[str, Any]) -> None:
         if self._body.failure:
             await self.fail()
-        else:
+        elif not self._ended:
             self._started = True
+            self._ended = message["type"] == "http.response.body" and not message.get("more_body")
             await self._send(message)
 
     async def fail(self) -> None:
-        """Answers with one line, unless an answer has begun."""
-        if not self._started:
-            self._started = True
+        """Answers with one line; an answer that has begun ends."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._started:
+            await self._send({"type": "http.response.body"})
+        else:
             status, said = (413, self._body.failure) if self._body.failure else (400, "This request is malformed.")
             await _answer(self._send, status, said)
 
@@ -185,8 +191,12 @@ class FairQueue(Queue):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self._taken: dict[str, tuple[float, float]] = {}  # address: seconds, when
+        # Answers that were not fetched: gradio's 2,000 would let a flood push out other visitors' answers.
+        self.pending_messages_per_session = LRUCache(20_000)
 
     async def push(self, body: Any, request: Any, username: str | None) -> Any:
+        # gradio takes an empty name for one in one place and for none in another, and then fails for all who wait.
+        body.session_hash = body.session_hash[:100] if body.session_hash else None
         waiting = list(self._waiting())
         address, session = address_of(request.scope), body.session_hash
         of_address = sum(address_of(event.request.scope) == address for event in waiting)

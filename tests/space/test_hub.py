@@ -72,7 +72,7 @@ def test_a_full_queue_refuses_politely_and_recovers(hub_server, tmp_path, parts)
     with pytest.raises(urllib.error.HTTPError) as refused:
         for _ in range(70):
             hub_server.post("call/inspect_batch", {"data": [[], "org/flange", None, None]})
-    assert refused.value.code == 503 and b"Queue is full" in refused.value.read()
+    assert refused.value.code == 503 and b"Too much of yours is waiting" in refused.value.read()
     for batch in batches:
         assert len(batch.result(timeout=120)[0]) == 32
     assert inspect(client, parts[0], category="org/flange")[0]["name"] == parts[0].name
