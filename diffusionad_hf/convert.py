@@ -39,12 +39,16 @@ def pipeline_from_checkpoint(checkpoint: str | Path) -> DiffusionADPipeline:
     unet_weights, segmenter_weights = state["unet_model_state_dict"], state["seg_model_state_dict"]
     args = dict(state.get("args") or {})
     try:
-        unet = NormGuidedUNet2DModel(**_unet_config(unet_weights, args))
-        unet.load_state_dict(convert_unet_weights(unet_weights, unet))
+        # On "meta", networks take no memory before they take the weights: a file cannot ask for more than it holds.
+        with torch.device("meta"):
+            unet = NormGuidedUNet2DModel(**_unet_config(unet_weights, args))
+        unet.load_state_dict(convert_unet_weights(unet_weights, unet), assign=True)
         first = segmenter_weights["encoder_segment.block1.0.weight"]
         last = segmenter_weights["decoder_segment.fin_out.0.weight"]
-        segmenter = AnomalySegmenter(in_channels=first.shape[1], out_channels=last.shape[0], base_channels=len(first))
-        segmenter.load_state_dict(convert_segmenter_weights(segmenter_weights))
+        size = {"in_channels": first.shape[1], "out_channels": last.shape[0], "base_channels": len(first)}
+        with torch.device("meta"):
+            segmenter = AnomalySegmenter(**size)
+        segmenter.load_state_dict(convert_segmenter_weights(segmenter_weights), assign=True)
     except (KeyError, RuntimeError, IndexError) as error:
         raise ValueError(
             f"{checkpoint}: the weights do not fit the networks of DiffusionAD ({one_line(error)}). Only checkpoints "
@@ -57,7 +61,7 @@ def pipeline_from_checkpoint(checkpoint: str | Path) -> DiffusionADPipeline:
         timestep_boundary=int(args.get("less_t_range", 300)),
         guidance_weight=float(args.get("condition_w", 1.0)),
     )
-    return DiffusionADPipeline(unet=unet.eval(), segmenter=segmenter.eval(), scheduler=scheduler)
+    return DiffusionADPipeline(unet=unet.float().eval(), segmenter=segmenter.float().eval(), scheduler=scheduler)
 
 
 def convert_unet_weights(weights: Mapping[str, torch.Tensor], unet: NormGuidedUNet2DModel) -> dict[str, torch.Tensor]:
@@ -142,7 +146,7 @@ def convert_segmenter_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, 
 
 def _unet_config(weights: Mapping[str, torch.Tensor], args: Mapping) -> dict:
     """The network's configuration, from the shapes of its weights, and from the training's arguments for the rest."""
-    entries = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("down."))
+    entries = len({name.split(".")[1] for name in weights if name.startswith("down.")})
     # Every level but one ends with an upsampler, the only residual block that is not the first of its entry.
     upsamplers = {name.split(".")[1] for name in weights if re.match(r"up\.\d+\.[12]\.in_layers", name)}
     per_level = entries // (len(upsamplers) + 1)
@@ -184,6 +188,9 @@ def _read(path: Path) -> dict:
         weights = state.get(key) if isinstance(state, Mapping) else None
         if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
             raise ValueError(f"{path}: not a checkpoint of the reference: {key} is missing.")
+        for name, value in weights.items():
+            if value.layout != torch.strided or not 0 < value.nbytes <= value.untyped_storage().nbytes():
+                raise ValueError(f"{path}: {key} claims more numbers for {name} than the file holds.")
     return state
 
 

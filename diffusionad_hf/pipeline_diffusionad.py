@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ _FORMAT = 1
 # Images per pass, and pixels per pass on a CPU: four images of 128 px, one of 256 px.
 _MOST_AT_ONCE = 16
 _CPU_PIXELS_AT_ONCE = 256**2
+# A larger one in a config is a mistake, or meant to exhaust the memory.
+_LARGEST_SIZE = 2048
 
 
 @dataclass
@@ -117,9 +120,18 @@ class DiffusionADPipeline(DiffusionPipeline):
         threshold: float | None = None,
     ):
         super().__init__()
+        image_size = image_size if image_size is not None else int(unet.config.sample_size)
+        for name, value, low, high in (("image_size", image_size, 8, _LARGEST_SIZE), ("top_k", top_k, 1, 2**31)):
+            if not isinstance(value, Integral) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r:.80}: must be a whole number from {low} to {high}.")
+        if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed={seed!r:.80}: must be a whole number of 64 bits.")
+        check_calibration(calibration_scores, false_alarm_rate, threshold)
+        if not hasattr(scheduler, "reconstruct"):
+            raise ValueError(f"scheduler={type(scheduler).__name__}: must be a NormGuidedScheduler.")
         self.register_modules(unet=unet.eval(), segmenter=segmenter.eval(), scheduler=scheduler)
         self.register_to_config(
-            image_size=image_size if image_size is not None else int(unet.config.sample_size),
+            image_size=image_size,
             top_k=top_k,
             seed=seed,
             calibration_scores=None if calibration_scores is None else [float(s) for s in calibration_scores],
@@ -420,8 +432,15 @@ class DiffusionADPipeline(DiffusionPipeline):
         """Reads `model_index.json`; its components become the classes of the installed package."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name in ("unet", "segmenter"):
+            file = Path(pretrained_model_name_or_path) / name / "config.json"
+            if file.is_file():
+                _check_network(name, json.loads(file.read_text(encoding="utf-8")))
         for name, value in config.items() if _package() else ():
-            if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)):
+            named = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+            if not named:
+                if name in ("unet", "segmenter", "scheduler"):
+                    raise ValueError(f"{name}={value!r:.80}: must name a module and a class in it.")
                 continue
             if value[1] in _COMPONENT_MODULES:
                 value[0] = f"{_package()}.{_COMPONENT_MODULES[value[1]]}"
@@ -454,6 +473,37 @@ class DiffusionADPipeline(DiffusionPipeline):
         # Imported by name: diffusers would look for relatively imported modules in the repo.
         loading = importlib.import_module(f"{_package()}.loading")
         return loading.load_pretrained(super().from_pretrained, os.fspath(pretrained_model_name_or_path), **kwargs)
+
+
+def _check_network(name: str, config: Any) -> None:
+    """Refuses a network's config that would take for ever to build; its weights are compared with it afterwards."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        values = value if isinstance(value, list) else [value]
+        largest = 16 if key == "layers_per_block" else 100_000
+        if len(values) > 32 or any(isinstance(v, (int, float)) and not abs(v) <= largest for v in values):
+            raise ValueError(f"{name}: {key}={value!r:.80}: too large.")
+
+
+def check_calibration(calibration_scores: Any, false_alarm_rate: Any, threshold: Any = None) -> None:
+    """
+    Checks what a verdict depends on, before anything is computed with it.
+
+    Raises:
+        ValueError: If the scores are neither `None` nor one or more numbers from 0 to 1, the rate is no number between
+            0 and 1, or the threshold neither `None` nor a number; the message names the field.
+    """
+    if calibration_scores is not None:
+        listed = isinstance(calibration_scores, (list, tuple)) and len(calibration_scores) > 0
+        if not listed or not all(_is_number(score) and 0 <= score <= 1 for score in calibration_scores):
+            raise ValueError("calibration_scores: must be one or more numbers from 0 to 1.")
+    if not _is_number(false_alarm_rate) or not 0 < false_alarm_rate < 1:
+        raise ValueError(f"false_alarm_rate={false_alarm_rate!r:.80}: must be a number between 0 and 1, such as 0.05.")
+    if threshold is not None and not _is_number(threshold):
+        raise ValueError(f"threshold={threshold!r:.80}: must be a number.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value  # NaN is not
 
 
 def conformal_p_value(calibration_scores: Sequence[float], score: np.ndarray | float) -> np.ndarray:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -79,6 +80,11 @@ class NormGuidedScheduler(DDPMScheduler):
     ):
         if prediction_type not in ("epsilon", "sample", "v_prediction"):
             raise ValueError(f'prediction_type="{prediction_type}": must be epsilon, sample or v_prediction.')
+        if not isinstance(num_train_timesteps, int) or not 1 <= num_train_timesteps <= 100_000:
+            raise ValueError(f"num_train_timesteps={num_train_timesteps!r:.80}: must be from 1 to 100,000.")
+        for name in ("small_timestep", "big_timestep", "timestep_boundary", "guidance_weight"):
+            if not isinstance(value := self.config[name], Real):
+                raise ValueError(f"{name}={value!r:.80}: must be a number.")
         # By now, all arguments are in the config.
         stock = inspect.signature(DDPMScheduler).parameters
         super().__init__(**{name: self.config[name] for name in stock if name in self.config})

@@ -118,12 +118,22 @@ def damaged(tmp_path, kind):
             del state["unet_model_state_dict"]["middle.1.proj_out.bias"]
         elif kind == "wrong shape":
             state["unet_model_state_dict"]["out.2.weight"] = torch.zeros(3, 32, 5, 5)
+        elif kind == "one number repeated":
+            state["unet_model_state_dict"]["out.2.weight"] = torch.zeros(1).expand(3, 2**40)
+        elif kind == "no number at all":
+            state["unet_model_state_dict"]["out.2.weight"] = torch.zeros(2**40, 0)
+        elif kind == "a wide network of few numbers":
+            state["seg_model_state_dict"]["encoder_segment.block1.0.weight"] = torch.zeros(2**20, 1, 1, 1)
+        elif kind == "a deep network of few numbers":
+            state["unet_model_state_dict"]["down.1000000000.0.in_layers.0.weight"] = torch.zeros(32)
         torch.save(state, path)
     return path
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "empty", "text", "truncated", "other keys", "a tensor", "tensor missing", "wrong shape"]
+    "kind",
+    ["missing", "empty", "text", "truncated", "other keys", "a tensor", "tensor missing", "wrong shape"]
+    + ["one number repeated", "no number at all", "a wide network of few numbers", "a deep network of few numbers"],
 )
 def test_unusable_checkpoints_get_one_clear_line(tmp_path, capsys, kind):
     path = damaged(tmp_path, kind)

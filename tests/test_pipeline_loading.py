@@ -1,6 +1,7 @@
 """Saving and loading in every mode that people use."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -238,6 +239,29 @@ def broken(model_dir, tmp_path, kind):
         index["segmenter"] = ["os", "system"]
         (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [("model_index.json", "threshold", value) for value in ("<b>", math.nan, [1], True)]
+    + [("model_index.json", "false_alarm_rate", value) for value in (0, 1, "x", None)]
+    + [("model_index.json", "calibration_scores", value) for value in ("abc", [], [None], [math.nan], [2], {"a": 1})]
+    + [("model_index.json", "image_size", value) for value in (6000, "64", 0, 64.5)]
+    + [("model_index.json", field, value) for field, value in (("seed", "x"), ("seed", 2**70), ("top_k", 0))]
+    + [("model_index.json", "unet", value) for value in (["os", 5], "x", None, {"a": 1}, [None, None])]
+    + [("model_index.json", "scheduler", ["diffusers", "DDPMScheduler"])]
+    + [("scheduler/scheduler_config.json", "num_train_timesteps", value) for value in (10**9, "x")]
+    + [("scheduler/scheduler_config.json", "guidance_weight", "<b>")]
+    + [("unet/config.json", "layers_per_block", 10**5), ("unet/config.json", "block_out_channels", [10**6])]
+    + [("segmenter/config.json", "base_channels", 10**9)],
+)
+def test_a_config_that_makes_no_sense_is_refused_by_the_name_of_its_field(model_dir, tmp_path, file, field, value):
+    shutil.copytree(model_dir, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(OSError, match=rf"{tmp_path}/model: the model could not be loaded: .*{field}[:=]") as error:
+        DiffusionADPipeline.from_pretrained(tmp_path / "model")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

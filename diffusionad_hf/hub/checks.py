@@ -1,6 +1,7 @@
 """What publishing a model and deploying a Space have in common: valid names, a token, a private repo, a valid card."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, RepoCard, get_token
@@ -53,3 +54,14 @@ def check_card(card: RepoCard) -> None:
         except (ValueError, KeyError, TypeError):
             reason = str(error)
         raise ValueError(f"the Hub refuses the {card.repo_type} card: {one_line(reason)}") from error
+
+
+def check_own_file(file: Path, folder: Path) -> None:
+    """
+    Checks a file that is to be published: a link in the folder could lead to any file of the machine.
+
+    Raises:
+        ValueError: If it is a link, lies behind one, or is no regular file.
+    """
+    if file.resolve() != folder.resolve() / file.relative_to(folder) or not file.is_file():
+        raise ValueError(f"{file}: a link, or no regular file; only files of the folder itself are published.")

@@ -17,7 +17,7 @@ from ..loading import explained
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..visualization import overlay, region_threshold, save_image, side_by_side
 from .cards import TRAINING_NOTES, build_card, find_data_source, read_evaluation, read_training
-from .checks import check_card, check_repo_id, create_repo, hub_client
+from .checks import check_card, check_own_file, check_repo_id, create_repo, hub_client
 
 # The files of a published repo that are ours. Anything else in a model folder, such as the trainer's checkpoints, is
 # not uploaded; anything else in the repo, such as its owner's notes, is not touched.
@@ -90,6 +90,9 @@ def publish_model(
     api = hub_client(token)
     if not model_dir.is_dir():
         raise FileNotFoundError(f"{model_dir}: no such folder; give one that the trainer or save_pretrained wrote.")
+    for pattern in (*PUBLISHED, "*.json"):
+        for file in model_dir.glob(pattern):
+            check_own_file(file, model_dir)
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder)
         pipe = DiffusionADPipeline.from_pretrained(model_dir, dtype=torch.float32)

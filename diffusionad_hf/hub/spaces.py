@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, SpaceCard
 
 from ..files import bundled
 from ..loading import explained
-from .checks import check_card, check_hub_id, check_repo_id, create_repo, hub_client
+from .checks import check_card, check_hub_id, check_own_file, check_repo_id, create_repo, hub_client
 from .publishing import PUBLISHED
 
 MODELS_VARIABLE = "DIFFUSIONAD_MODELS"
@@ -100,6 +100,7 @@ def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
         for file in source.glob(pattern):
             if "_bundled" in file.relative_to(source).parts:
                 continue  # An installed package contains the app's files too.
+            check_own_file(file, source)
             copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)

@@ -21,7 +21,7 @@ from ..familiarity import Familiarity
 from ..hub.publishing import list_models
 from ..images_diffusionad import resize_image, to_uint8
 from ..loading import load_model
-from ..pipeline_diffusionad import DiffusionADPipeline, conformal_p_value, conformal_threshold
+from ..pipeline_diffusionad import DiffusionADPipeline, check_calibration, conformal_p_value, conformal_threshold
 from .intake import LIMITS, Refusal, Settings, Upload, read_card
 
 try:
@@ -83,16 +83,14 @@ class Calibration:
             data = json.loads(file.path.read_text(encoding="utf-8"))
             if data["format"] != "diffusionad-calibration":
                 raise ValueError("another format")
-            owner, rate = str(data["category"]), float(data["false_alarm_rate"])
-            scores = tuple(sorted(map(float, data["scores"])))
-            if not scores or not all(0 <= score <= 1 for score in scores) or not 0 < rate < 1:
-                raise ValueError("scores or rate out of range")
+            owner, rate, scores = str(data["category"]), data["false_alarm_rate"], data["scores"]
+            check_calibration(scores, rate)
             familiarity = Familiarity.from_json(data["familiarity"]) if data.get("familiarity") else None
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise Refusal("This is not a calibration file of this page, or it is damaged.") from error
         if owner != category:
             raise Refusal(f"This file belongs to {owner[:80]}. Choose that category first.")
-        return cls(scores, rate, None, familiarity, True)
+        return cls(tuple(sorted(map(float, scores))), rate, None, familiarity, True)
 
 
 @dataclass(frozen=True)

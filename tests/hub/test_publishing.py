@@ -396,6 +396,25 @@ class Pickled:
         return os.mkdir, (self.proof,)
 
 
+@pytest.mark.parametrize(
+    "name", ["TRAINING.md", "evaluation.json", "training_arguments.json", "previews/a.png", "unet"]
+)
+def test_links_out_of_a_model_folder_are_refused(hub, model_dir, tmp_path, name):
+    folder, secret = tmp_path / "model", tmp_path / "secret"
+    shutil.copytree(model_dir, folder)
+    target = folder / name
+    if target.is_dir():
+        target.rename(secret)
+    else:
+        secret.write_text("hf_token")
+        target.parent.mkdir(exist_ok=True)
+        target.unlink(missing_ok=True)
+    target.symlink_to(secret)
+    with pytest.raises(ValueError, match=f"{name}.*: a link, or no regular file"):
+        publish_model(folder, REPO)
+    assert not hub.repos
+
+
 def test_code_and_pickles_that_someone_put_there_are_neither_run_nor_opened(hub, client, model_dir, tmp_path, score):
     publish_model(model_dir, REPO)
     torch.save(Pickled(str(tmp_path / "unpickled")), tmp_path / "pickle.bin")
