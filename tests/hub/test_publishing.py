@@ -399,7 +399,7 @@ class Pickled:
 @pytest.mark.parametrize(
     "name", ["TRAINING.md", "evaluation.json", "training_arguments.json", "previews/a.png", "unet"]
 )
-def test_links_out_of_a_model_folder_are_refused(hub, model_dir, tmp_path, name):
+def test_links_out_of_a_model_folder_are_refused(hub, client, model_dir, tmp_path, name):
     folder, secret = tmp_path / "model", tmp_path / "secret"
     shutil.copytree(model_dir, folder)
     target = folder / name
