@@ -25,6 +25,7 @@ from .images_diffusionad import IMAGE_SUFFIXES, load_image, to_uint8
 
 FILE_NAME = "familiarity.json"
 CELLS = 16
+_LARGE = 4_000_000  # pixels
 SLACK = 1.5
 FEWEST_IMAGES, MOST_IMAGES = 5, 100
 
@@ -35,6 +36,8 @@ def describe(image: torch.Tensor) -> np.ndarray:
     For each cell: mean red, green and blue, twice the standard deviation of the luminance and eight times the mean
     absolute value of its Laplacian.
     """
+    if image.shape[1] * image.shape[2] > _LARGE:  # as floats, it would take a gigabyte
+        image = F.interpolate(image[None], size=(1024, 1024), mode="bilinear", antialias=True)[0]
     # Contrast and sharpness are measured at one size, so that a photo and its thumbnail look alike.
     scale = 255 if image.dtype == torch.uint8 else 1
     pixels = F.interpolate(image[None].float() / scale, size=(128, 128), mode="bilinear", antialias=True)

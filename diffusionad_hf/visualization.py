@@ -34,6 +34,7 @@ _INFERNO = (
 _ANCHORS = np.array([list(bytes.fromhex(code)) for code in _INFERNO.split()])
 _COLORS = np.stack([np.interp(np.arange(256) / 17, np.arange(16), channel) for channel in _ANCHORS.T], axis=1)
 _COLORS = _COLORS.round().astype(np.uint8)  # (256, 3)
+_STRIP = 1024  # rows that are drawn at a time: working copies of a whole large photo would take gigabytes
 _LIGHT, _DARK = (255, 255, 255), (16, 16, 20)
 
 
@@ -98,13 +99,15 @@ def overlay(
     if image.size != (width, height):
         raise ValueError(f"anomaly_map is {width} x {height} pixels, but image is {image.width} x {image.height}")
     pivot = DEFAULT_THRESHOLD if threshold is None else threshold
-    levels = to_uint8(np.interp(values, (0, pivot, 1), (0, 0.5, 1)))
-    heat = Image.fromarray(levels).convert("P")
-    # Up to amber only: the pale end of the scale, half transparent on a bright photo, would look weaker than orange.
-    heat.putpalette(_COLORS[np.arange(256) * 4 // 5].tobytes())
     ramp = ((np.arange(256) / 255 - 0.2) / 0.7).clip(0, 1)  # nothing up to 0.4 of the threshold
     alpha = to_uint8(opacity * ramp**2 * (3 - 2 * ramp))
-    result = Image.composite(heat.convert("RGB"), image.convert("RGB"), Image.fromarray(alpha[levels]))
+    result = image.copy() if image.mode == "RGB" else image.convert("RGB")
+    for top in range(0, height, _STRIP):
+        levels = to_uint8(np.interp(values[top : top + _STRIP], (0, pivot, 1), (0, 0.5, 1)))
+        heat = Image.fromarray(levels).convert("P")
+        # Up to amber only: the scale's pale end, half transparent on a bright photo, would look weaker than orange.
+        heat.putpalette(_COLORS[np.arange(256) * 4 // 5].tobytes())
+        result.paste(heat.convert("RGB"), (0, top), Image.fromarray(alpha[levels]))
 
     if contour and threshold is not None:
         _draw_contours(result, _label_regions(values, threshold) > 0)
@@ -261,17 +264,22 @@ def _draw_contours(picture: Image.Image, mask: np.ndarray) -> None:
     margin = 2 * width + 1
     y0, y1 = max(rows[0] - margin, 0), min(rows[-1] + margin + 1, mask.shape[0])
     x0, x1 = max(columns[0] - margin, 0), min(columns[-1] + margin + 1, mask.shape[1])
-    inner = mask[y0:y1, x0:x1]
-    distance = ndimage.distance_transform_edt(~inner)
-    light = ~inner & (distance <= width + 0.5)
-    dark = ~inner & ~light & (distance <= 2 * width + 0.5)
-    if min(mask.shape) > 8 * width:  # narrower strips would be all line
-        from_y, from_x = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in mask.shape)
-        depth = np.minimum(from_y[y0:y1, None], from_x[x0:x1])
-        dark |= inner & (depth < width)
-        light |= inner & (depth >= width) & (depth < 2 * width)
-    for line, color in ((dark, _DARK), (light, _LIGHT)):
-        picture.paste(color, (int(x0), int(y0)), Image.fromarray(line))
+    from_y, from_x = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in mask.shape)
+    for top in range(y0, y1, _STRIP):
+        bottom = min(top + _STRIP, y1)
+        first, last = max(top - margin, 0), bottom + margin  # beyond, nothing reaches into the strip
+        inner = mask[first:last, x0:x1]
+        if not inner.any():
+            continue
+        distance = ndimage.distance_transform_edt(~inner)
+        light = ~inner & (distance <= width + 0.5)
+        dark = ~inner & ~light & (distance <= 2 * width + 0.5)
+        if min(mask.shape) > 8 * width:  # narrower pictures would be all line
+            depth = np.minimum(from_y[first:last, None], from_x[x0:x1])
+            dark |= inner & (depth < width)
+            light |= inner & (depth >= width) & (depth < 2 * width)
+        for line, color in ((dark, _DARK), (light, _LIGHT)):
+            picture.paste(color, (int(x0), int(top)), Image.fromarray(line[top - first : bottom - first]))
 
 
 def _draw_frame(picture: Image.Image, box: tuple[int, int, int, int]) -> None:

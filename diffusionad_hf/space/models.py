@@ -1,11 +1,13 @@
 """The categories on offer: a model each, with its calibration and what it says of itself."""
 
+import copy
 import json
 import logging
 import re
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -103,7 +105,7 @@ class Raw:
 
 
 class Model:
-    """One category's model: loaded when first used; one run at a time, for which nothing but other runs waits."""
+    """One category's model: loaded when first used."""
 
     def __init__(self, name: str, source: str):
         self.name = name
@@ -111,7 +113,7 @@ class Model:
         self.pipe: DiffusionADPipeline | None = None
         self.calibration = Calibration()
         self._loading = threading.Lock()
-        self._running = threading.Lock()
+        self._running = threading.Lock()  # of exported models, whose runtimes compute one call at a time
 
     def load(self) -> DiffusionADPipeline:
         """The pipeline; a ModelError if it cannot be loaded."""
@@ -155,26 +157,24 @@ class Model:
 
     def run(self, images: Sequence[torch.Tensor], settings: Settings = Settings()) -> list[Raw]:  # noqa: B008
         """Inspects images of any sizes, (3, H, W) each."""
-        pipe = self.load()
-        with self._running:
-            began = time.perf_counter()
-            usual = {"image_size": pipe.config.image_size, "seed": pipe.config.seed}
-            _check(settings, pipe)
-            try:
-                pipe.register_to_config(
-                    image_size=settings.resolution or usual["image_size"],
-                    seed=usual["seed"] if settings.seed is None else settings.seed,
-                )
-                size = pipe.config.image_size
-                output = _call(pipe, [resize_image(image, size) for image in images], settings)
-            except Exception as error:
-                logger.exception("%s failed", self.name)
-                reason = "the model failed on this image. Try another, or other settings."
-                raise ModelError(f"{self.name}: {reason}") from error
-            finally:
-                pipe.register_to_config(**usual)
-            took = 1000 * (time.perf_counter() - began)
-            logger.info("ran %s on %d image(s) in %.0f ms", self.name, len(images), took)
+        loaded = self.load()
+        _check(settings, loaded)
+        pipe = copy.copy(loaded)  # with settings of its own
+        pipe.register_to_config(
+            image_size=settings.resolution or loaded.config.image_size,
+            seed=loaded.config.seed if settings.seed is None else settings.seed,
+        )
+        began = time.perf_counter()
+        try:
+            small = [resize_image(image, pipe.config.image_size) for image in images]
+            with self._running if isinstance(pipe, ExportedDiffusionADPipeline) else nullcontext():
+                output = _call(pipe, small, settings)
+        except Exception as error:
+            logger.exception("%s failed", self.name)
+            reason = "the model failed on this image. Try another, or other settings."
+            raise ModelError(f"{self.name}: {reason}") from error
+        took = 1000 * (time.perf_counter() - began)
+        logger.info("ran %s on %d image(s) in %.0f ms", self.name, len(images), took)
         found = zip(output.anomaly_score, output.anomaly_map, output.reconstruction, strict=True)
         return [Raw(float(score), anomaly_map, to_uint8(normal)) for score, anomaly_map, normal in found]
 

@@ -30,7 +30,7 @@ LIVE |= {"concurrency_limit": 2, "concurrency_id": "draw"}
 DOWNLOADS = {"concurrency_limit": 1, "concurrency_id": "download", "api_visibility": "private", "preprocess": False}
 # Uploads stay files: gradio would decode them first, and put the server's paths into its messages.
 RUN = {"preprocess": False, "api_visibility": "private"}
-INSPECTING = {"concurrency_limit": 2, "concurrency_id": "inspect"}
+INSPECTING = {"concurrency_limit": 3, "concurrency_id": "inspect"}
 BATCHES = {"concurrency_limit": 2, "concurrency_id": "batch"}
 SAVE = "(file) => Object.assign(document.createElement('a'), {href: file.url, download: file.orig_name}).click()"
 

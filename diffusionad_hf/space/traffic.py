@@ -4,10 +4,10 @@ import asyncio
 import json
 import logging
 import os
+import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ _ROUTES = re.compile(
     r"|manifest\.json$|robots\.txt$|pwa_icon|login_check/?$|gradio_api/(?:app_id|login_check|startup-events|theme\.css"
     r"|upload|upload_progress|queue/join|queue/data|call/.*|run/.*|cancel|reset|heartbeat/.*|file=(?!\w+:).*|mcp/?.*)/?$)"
 )
-# What a page loads many of at a time.
+# What a page loads many of at a time, and what is put together anew for each that asks.
 _CHEAP = re.compile(r"/(?:assets|static|svelte|gradio_api/file=)")
+_COSTLY = re.compile(r"/(?:$|config|gradio_api/(?:info|openapi))")
 _HALF_LIFE = 60.0  # seconds after which half of what a visitor took is forgotten
 
 
@@ -97,21 +98,22 @@ class Guard:
     def _refusal(self, address: str, path: str, is_upload: bool, query: bytes) -> tuple[int, str] | None:
         if not _ROUTES.match(path) or b"deep_link" in query:
             return 404, "There is nothing here."
-        if self._open[address] >= LIMITS.open_per_address or not (_CHEAP.match(path) or self._may_call(address)):
+        if self._open[address] >= LIMITS.open_per_address or not self._may_call(address, path):
             return 429, "Too many requests from your address. Wait a moment."
         if is_upload and _bytes_in(self.uploads) > LIMITS.stored_bytes:
             return 507, "The server's disk is full for the moment. Try again in an hour."
         return None
 
-    def _may_call(self, address: str) -> bool:
-        """Takes one of the calls that an address has; they come back at a steady rate."""
+    def _may_call(self, address: str, path: str) -> bool:
+        """Takes what a call costs of what an address has, which comes back at a steady rate."""
+        cost = 0 if _CHEAP.match(path) else 5 if _COSTLY.match(path) else 1
         most, now = 5.0 * LIMITS.calls_per_second, time.monotonic()
         if len(self._calls) > 10_000:
             self._calls.clear()
         left, before = self._calls.get(address, (most, now))
         left = min(most, left + (now - before) * LIMITS.calls_per_second)
-        self._calls[address] = (max(left - 1, 0), now)
-        return left >= 1
+        self._calls[address] = (left - cost if left >= cost else left, now)
+        return left >= cost
 
 
 class _Body:
@@ -186,46 +188,71 @@ def _bytes_in(folder: Path) -> int:
 
 
 class FairQueue(Queue):
-    """gradio's queue, in which those wait longest who took most of the last minutes, and nobody fills it alone."""
+    """
+    gradio's queue, in which nobody takes all places or all of the processor.
+
+    Whoever took least of the last minutes comes first. An address runs one call of a kind at a time, and of the
+    addresses that took much, one runs at all.
+    """
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self._taken: dict[str, tuple[float, float]] = {}  # address: seconds, when
+        self._running: dict[Event, float] = {}  # since when
         # Answers that were not fetched: gradio's 2,000 would let a flood push out other visitors' answers.
         self.pending_messages_per_session = LRUCache(20_000)
 
     async def push(self, body: Any, request: Any, username: str | None) -> Any:
         # gradio takes an empty name for one in one place and for none in another, and then fails for all who wait.
         body.session_hash = body.session_hash[:100] if body.session_hash else None
-        waiting = list(self._waiting())
-        address, session = address_of(request.scope), body.session_hash
-        of_address = sum(address_of(event.request.scope) == address for event in waiting)
-        of_session = sum(event.session_hash == session for event in waiting)
+        waiting = [event for queue in self.event_queue_per_concurrency_id.values() for event in queue.queue]
+        address = address_of(request.scope)
+        of_address = sum(_address(event) == address for event in waiting)
+        of_session = sum(event.session_hash == body.session_hash for event in waiting)
         if of_address >= LIMITS.waiting_per_address or of_session >= LIMITS.waiting_per_session:
             return False, "Too much of yours is waiting already. Try again when some of it is done.", "queue_full"
         return await super().push(body, request, username)
 
-    def _waiting(self) -> Iterator[Event]:
-        for queue in self.event_queue_per_concurrency_id.values():
-            yield from queue.queue
+    def get_events(self) -> tuple[list[Event], bool, str] | None:
+        queues = list(self.event_queue_per_concurrency_id.items())
+        random.shuffle(queues)
+        for name, queue in queues:
+            if queue.concurrency_limit is not None and queue.current_concurrency >= queue.concurrency_limit:
+                continue
+            ready = [event for event in queue.queue if self._may_run(event)]
+            if ready:
+                event = min(ready, key=lambda event: (self._took(_address(event)), event.enqueue_time))
+                queue.queue.remove(event)
+                self._running[event] = time.monotonic()
+                return [event], False, name
+        return None
 
-    def get_events(self) -> Any:
-        for queue in self.event_queue_per_concurrency_id.values():
-            if len(queue.queue) > 1:
-                queue.queue.sort(key=lambda event: (self._took(address_of(event.request.scope)), event.enqueue_time))
-        return super().get_events()
+    def _may_run(self, event: Event) -> bool:
+        address = _address(event)
+        if any(_address(e) == address and e.concurrency_id == event.concurrency_id for e in self._running):
+            return False
+        return not self._is_heavy(address) or not any(self._is_heavy(_address(e)) for e in self._running)
 
     async def process_events(self, events: list[Event], *args: Any, **kwargs: Any) -> None:
-        began, address = time.monotonic(), address_of(events[0].request.scope)
         try:
             await super().process_events(events, *args, **kwargs)
         finally:
             if len(self._taken) > 10_000:
                 self._taken.clear()
-            now = time.monotonic()
-            self._taken[address] = (self._took(address) + now - began, now)
+            for event in events:
+                address, began = _address(event), self._running.pop(event, time.monotonic())
+                self._taken[address] = (self._took(address) + time.monotonic() - began, time.monotonic())
+
+    def _is_heavy(self, address: str) -> bool:
+        now = time.monotonic()
+        running = sum(now - began for event, began in self._running.items() if _address(event) == address)
+        return self._took(address) + running > LIMITS.light_seconds
 
     def _took(self, address: str) -> float:
         """Seconds that an address took, those long ago counting less."""
         seconds, when = self._taken.get(address, (0.0, 0.0))
         return seconds * 2 ** ((when - time.monotonic()) / _HALF_LIFE) if seconds else 0.0
+
+
+def _address(event: Event) -> str:
+    return address_of(event.request.scope)

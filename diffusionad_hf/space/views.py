@@ -197,8 +197,14 @@ def companions(folder: Path) -> tuple[Path, Path]:
 
 
 def full_size(folder: Path, kind: str, threshold: float, opacity: float) -> Path:
-    """Writes the "overlay", "mask" or "map" at the photo's own size for download."""
+    """Writes the "overlay", "mask" or "map" at the photo's own size for download, unless it is there already."""
     result = load(folder)
+    changes = {"overlay": f"-{threshold:g}-{opacity:g}", "mask": f"-{threshold:g}", "map": ""}[kind]
+    path = folder / "full" / f"{kind}{changes}" / f"{result.file_stem}-{kind}.png"
+    if path.exists():
+        return path
+    for former in (folder / "full").glob(f"{kind}*"):  # one of each kind is kept: they are large
+        shutil.rmtree(former, ignore_errors=True)
     drawing = Drawing(result, np.load(folder / "map.npy"), result.size, threshold)
     if kind == "map":
         picture = anomaly_map_16bit(drawing.values)
@@ -206,7 +212,7 @@ def full_size(folder: Path, kind: str, threshold: float, opacity: float) -> Path
         picture = drawing.mask()
     else:
         picture = drawing.overlay(_to_pil(load_image(folder / "original")), opacity, tags=False)
-    return save_image(picture, folder / f"{result.file_stem}-{kind}.png")
+    return save_image(picture, path)
 
 
 def percent(share: float) -> str:

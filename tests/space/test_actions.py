@@ -221,6 +221,16 @@ def test_what_a_batch_does_not_reach_in_time_is_a_row(results, model, parts, mon
     assert len(batch.rows) == 3 and all("Not reached in 0 minutes" in row.record["error"] for row in batch.rows)
 
 
+def test_a_download_is_drawn_once_and_one_of_each_kind_is_kept(results, model, parts):
+    folder = inspected(results, model, parts[0])
+    first = download(folder, "overlay", 0.3, 0.5)
+    drawn = first.stat().st_mtime_ns
+    assert download(folder, "overlay", 0.3, 0.5) == first and first.stat().st_mtime_ns == drawn
+    other = download(folder, "overlay", 0.4, 0.5)
+    assert other != first and not first.exists() and other.name == first.name
+    assert other.read_bytes() != download(folder, "mask", 0.4, 0.5).read_bytes() and other.exists()
+
+
 def test_unpacked_files_do_not_outlive_the_batch(results, model, parts, tmp_path):
     steps = batch_of(results, model, uploads(archive(tmp_path / "a.zip", [("a.png", parts[0].read_bytes())])))
     next(steps)
