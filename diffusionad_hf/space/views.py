@@ -94,7 +94,8 @@ def load(folder: Path) -> Result:
 
 
 def _to_pil(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy())
+    # Made contiguous by torch: PIL would copy a large image with all other threads waiting.
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().numpy())
 
 
 def view_photo(image: torch.Tensor) -> Image.Image:
