@@ -493,8 +493,9 @@ def check_calibration(calibration_scores: Any, false_alarm_rate: Any, threshold:
             0 and 1, or the threshold neither `None` nor a number; the message names the field.
     """
     if calibration_scores is not None:
+        # A mean of probabilities may be rounded beyond 1.
         listed = isinstance(calibration_scores, (list, tuple)) and len(calibration_scores) > 0
-        if not listed or not all(_is_number(score) and 0 <= score <= 1 for score in calibration_scores):
+        if not listed or not all(_is_number(score) and -1e-3 <= score <= 1.001 for score in calibration_scores):
             raise ValueError("calibration_scores: must be one or more numbers from 0 to 1.")
     if not _is_number(false_alarm_rate) or not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate={false_alarm_rate!r:.80}: must be a number between 0 and 1, such as 0.05.")

@@ -211,7 +211,7 @@ def folder(remembering, tmp_path_factory):
     torch.manual_seed(1)
     unet = NormGuidedUNet2DModel(**NormGuidedUNet2DModel.size_config(32, 32))
     pipe = DiffusionADPipeline(unet, remembering, NormGuidedScheduler())
-    pipe.register_to_config(calibration_scores=[0.1 * i for i in range(20)])
+    pipe.register_to_config(calibration_scores=[0.05 * i for i in range(20)])
     path = tmp_path_factory.mktemp("perceptual") / "model"
     pipe.save_pretrained(path)
     return path

@@ -56,7 +56,7 @@ class Limits:
     waiting_per_address: int = 20
     waiting_per_session: int = 8
     light_seconds: float = 8  # of computing; addresses that took more in the last minutes take turns
-    calls_per_second: int = 20  # of an address, over some seconds
+    calls_per_second: int = 20  # of an address, on average over 15 s
     open_per_address: int = 48  # connections
     uploading_per_address: int = 4
     upload_seconds: int = 600

@@ -66,7 +66,7 @@ def test_a_full_queue_refuses_politely_and_recovers(hub_server, tmp_path, parts)
     client = hub_server.client()
     many = [handle_file(str(copies(tmp_path / "many.zip", parts[0], 32)))]
     batches = [client.submit(many, "org/flange", None, None, api_name="/inspect_batch") for _ in range(2)]
-    while any(batch.status().code.name != "PROCESSING" for batch in batches):
+    while not any(batch.status().code.name == "PROCESSING" for batch in batches):
         assert not any(batch.done() for batch in batches)
         time.sleep(0.05)
     with pytest.raises(urllib.error.HTTPError) as refused:
