@@ -2,10 +2,11 @@
 
 import asyncio
 import ipaddress
+import re
 import secrets
 import socket
 from pathlib import Path
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urljoin
 
 import httpx
 
@@ -29,15 +30,15 @@ async def fetch(url: str, uploads: Path) -> tuple[Path, str]:
     Raises:
         Refusal: If the address is not public, or does not answer with a file in time.
     """
-    name = shown_name(unquote(urlsplit(url[:2000]).path))
+    name = shown_name(unquote(re.split(r"[?#]", url[8:2000])[0]))
     target = uploads / secrets.token_hex(32) / "image"
     try:
         await asyncio.wait_for(_fetch(url, target), LIMITS.fetch_seconds)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-        raise Refusal(f"{name}: this address does not give a file. Upload the image instead.") from error
-    except (asyncio.TimeoutError, TimeoutError) as error:
+    except (asyncio.TimeoutError, TimeoutError, httpx.TimeoutException) as error:
         reason = f"this address takes longer than {LIMITS.fetch_seconds} s. Upload the image instead."
         raise Refusal(f"{name}: {reason}") from error
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+        raise Refusal(f"{name}: this address does not give a file. Upload the image instead.") from error
     finally:
         if target.parent.exists() and not target.exists():
             target.parent.rmdir()
