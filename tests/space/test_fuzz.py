@@ -135,7 +135,8 @@ def test_malformed_calls_end_in_a_line(own_server, parts):
         with ThreadPoolExecutor(8) as pool:
             for seed, route, status, answer in pool.map(caller, range(start, min(start + 100, COUNT))):
                 where = f"{seed}: {route} {status} {answer[:300]}"
-                assert status < 500 or status == 503, where
+                # gradio answers a refused call of `run` with 500 and the refusal.
+                assert status < 500 or status == 503 or (status == 500 and answer.startswith(b'{"error":')), where
                 for leak in (b"Traceback", b"root:", str(own_server.temporary).encode(), b"site-packages"):
                     assert leak not in answer, where
         assert inspect(client, parts[0])[0]["name"] == parts[0].name, "the page goes on"
