@@ -7,7 +7,9 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
+from diffusionad_hf import visualization
 from diffusionad_hf.visualization import (
     anomaly_map_16bit,
     difference,
@@ -430,3 +432,27 @@ def test_save_image_names_what_a_format_cannot_hold_and_leaves_the_old_file(tmp_
     for name in ("map.xyz", "map"):
         with pytest.raises(ValueError, match="is not a picture format; use .png"):
             save_image(photo(), tmp_path / name)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.7])
+def test_what_is_drawn_in_strips_looks_as_if_drawn_at_once(monkeypatch, threshold):
+    random = np.random.default_rng(0)
+    values = ndimage.gaussian_filter(random.random((300, 90)), 6)
+    values = (values - values.min()) / np.ptp(values)
+    photo = Image.fromarray((random.random((300, 90, 3)) * 255).astype(np.uint8))
+    at_once = overlay(photo, values, threshold=threshold)
+    monkeypatch.setattr(visualization, "_STRIP", 7)
+    assert np.array_equal(overlay(photo, values, threshold=threshold), at_once)
+
+
+def test_the_threshold_is_the_middle_of_the_scale():
+    """Whatever it is: half of the colours are for what lies below it."""
+    photo = Image.new("RGB", (16, 16), "white")
+    drawn = [
+        np.asarray(overlay(photo, np.full((16, 16), threshold), threshold=threshold, opacity=1, contour=False))
+        for threshold in (0.2, 0.5, 0.8)
+    ]
+    assert np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[1], drawn[2])
+    half = np.asarray(overlay(photo, np.full((16, 16), 0.4), threshold=0.8, opacity=1, contour=False))
+    assert np.array_equal(half, overlay(photo, np.full((16, 16), 0.1), threshold=0.2, opacity=1, contour=False))
+    assert not np.array_equal(half, drawn[0])

@@ -52,6 +52,7 @@ class Limits:
     fetch_seconds: int = 10
     redirects: int = 3
     # of traffic
+    sessions: int = 1000  # that are remembered
     waiting: int = 200  # calls in the queue
     waiting_per_address: int = 20
     waiting_per_session: int = 8
@@ -140,8 +141,7 @@ def uploaded(path: str, uploads: Path) -> Path:
     found = Path(path)
     try:
         # Only the name that was given out, not another way to the file: `/proc/self/fd/7` leads to one as well.
-        folder, name = found.parent, found.name
-        if folder.parent != uploads or not re.fullmatch(r"[0-9a-f]{64}", folder.name) or name in ("", ".", ".."):
+        if found.parent.parent != uploads or not re.fullmatch(r"[0-9a-f]{64}", found.parent.name):
             raise Refusal(_NOT_HERE)
         if os.path.realpath(found, strict=True) != str(found) or not stat.S_ISREG(os.lstat(found).st_mode):
             raise Refusal(_NOT_HERE)

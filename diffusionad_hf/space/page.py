@@ -215,10 +215,13 @@ class Page(gr.Blocks):
             return None
         is_file = isinstance(component, (gr.Image, gr.File))
         if is_file:
+            many = getattr(component, "file_count", "single") != "single"
+            if isinstance(value, list) and not many:
+                raise Refusal("Only one file is taken here.")
             listed = value if isinstance(value, list) else [value]
             if len(listed) <= LIMITS.files:
-                listed = [await self._fetched(item) for item in listed]
-            value = listed if isinstance(value, list) else listed[0]
+                listed = [await self._fetched(item) for item in listed if item is not None]
+            value = listed if many else next(iter(listed), None)
         return admit(value, self.uploads, is_file)
 
     async def _fetched(self, file: Any) -> Any:
@@ -280,6 +283,7 @@ def serve(folder: Path, sources: str, examples: Path) -> None:
         theme=THEME,
         css_paths=STYLE,
         max_file_size=LIMITS.upload_bytes,
+        state_session_capacity=LIMITS.sessions,
         app_kwargs={"middleware": [Middleware(Guard, uploads=results.uploads)]},
         enable_monitoring=False,
         footer_links=["api"],

@@ -118,6 +118,15 @@ def test_a_name_is_resolved_once_for_every_request(monkeypatch, tmp_path):
     assert connected == [(PUBLIC, "rebinding.example", "rebinding.example")]
 
 
+def test_a_host_with_one_private_address_is_refused(monkeypatch, tmp_path):
+    async def getaddrinfo(self, *_, **__):
+        return [(0, 0, 0, "", (address, 80)) for address in ("93.184.215.14", "127.0.0.1")]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    with pytest.raises(ValueError, match="not a public address"):
+        asyncio.run(addresses._resolve("mixed.example", 80))
+
+
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1"]

@@ -25,8 +25,12 @@ def elsewhere(path, url, body=None, address="198.51.100.7"):
 
 def call(server, payload):
     """The error of a call of `/inspect` with a payload that no client of gradio's makes."""
-    event = server.post("call/inspect", {"data": [payload, "flange", None, None, 1]})["event_id"]
-    answer = urllib.request.urlopen(f"{server.url}gradio_api/call/inspect/{event}").read().decode()
+    return error_of(server, "inspect", {"data": [payload, "flange", None, None, 1]})
+
+
+def error_of(server, endpoint, body):
+    event = server.post(f"call/{endpoint}", body)["event_id"]
+    answer = urllib.request.urlopen(f"{server.url}gradio_api/call/{endpoint}/{event}").read().decode()
     assert "event: error" in answer and "event: complete" not in answer
     return json.loads(answer.partition("data: ")[2].splitlines()[0])["error"]
 
@@ -39,16 +43,19 @@ def client(server):
 def test_no_file_of_the_server_s_is_read_in_any_spelling_of_a_payload(server, client, parts, checkpoints):
     inspect(client, parts[0])
     someones = next(server.temporary.glob("diffusionad-space-*/results/*/photo.jpg"))
-    refusals = set()
+    refusals, meta = set(), {"meta": {"_type": "gradio.FileData"}}
     for path in (parts[0], someones, checkpoints / "flange", "/no/such.png", "/proc/self/fd/3", "/dev/stdin"):
         file = {"path": str(path)}
         marked = {**file, "meta": {"_type": "gradio.FileData"}, "url": "http://example.com/x.png", "is_stream": True}
-        refusals |= {call(server, payload) for payload in (file, marked, [file], [marked])}
+        refusals |= {call(server, payload) for payload in (file, marked)}
+        assert {call(server, payload) for payload in ([file], [marked])} == {"Only one file is taken here."}
+        body = {"data": [[file, {**file, **meta}], "flange", None, None]}
+        refusals.add(error_of(server, "inspect_batch", body))
     assert refusals == {"This file is not among your uploads. Upload it again."}
     for payload in (
         "/etc/passwd",
         {"image": {"path": "/etc/passwd"}},
-        [[{"path": "/etc/passwd"}]],
+        {"path": {"path": "/etc/passwd"}},
         {"path": ["/etc"]},
     ):
         assert call(server, payload) == "A file must be given as an upload or an address."

@@ -222,11 +222,16 @@ def test_only_uploads_are_files_and_nothing_tells_what_else_is_there(tmp_path, u
     secret.write_bytes(png())
     (upload.parent / "link.png").symlink_to(secret)
     os.mkfifo(upload.parent / "pipe.png")
+    elsewhere = tmp_path / "elsewhere" / ("0" * 64)
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "photo.png").write_bytes(png())
+    (tmp_path / ("1" * 64)).symlink_to(elsewhere)
     (tmp_path / "tmpabc").write_bytes(png())  # an upload that is not finished
     others = ["link.png", "pipe.png", "no-such.png", "../secret.png", "../" + "0" * 64 + "/photo.png", ".", "a\0b"]
     with open(upload) as opened:
         paths = [str(upload.parent / name) for name in others]
         paths += [f"/proc/self/fd/{opened.fileno()}", f"/proc/self/root{upload}", f"{upload.parent}", f"/{upload}"]
+        paths += [str(elsewhere / "photo.png"), str(tmp_path / ("1" * 64) / "photo.png")]
         paths += [
             str(secret),
             str(tmp_path / "tmpabc"),
