@@ -92,7 +92,7 @@ def drip(visitor: Visitor) -> None:
 def bomb(visitor: Visitor) -> None:
     image, archive = _bombs()
     visitor.call("inspect", visitor.upload("large.png", image), visitor.category, None, None, 1)
-    visitor.call("inspect_batch", [visitor.upload("bomb.zip", archive)] * 24, visitor.category, None, None)
+    visitor.call("inspect_batch", [visitor.upload("bomb.zip", archive)] * 20, visitor.category, None, None)
 
 
 @functools.cache
@@ -182,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     environment = {**os.environ, "DIFFUSIONAD_MODELS": str(checkpoints), "GRADIO_SERVER_PORT": str(port)}
+    environment["DIFFUSIONAD_PROXIES"] = "1"
     result: dict[str, Any] = {"machine": describe(torch.device("cpu")), "rows": []}
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(

@@ -38,7 +38,17 @@ TOKEN_HELP = f"{_LOG_IN}; a token with the write role is made at https://hugging
 _ATTEMPTS = 3
 # What a load may fail with. `HTTPError` is the base class of the client's HTTP library, whichever that is.
 _HUB_ERRORS = (HTTPError, OfflineModeIsEnabled, RevisionResolutionError)
-_ERRORS = (ValueError, RuntimeError, OSError, LookupError, TypeError, AttributeError, SafetensorError, *_HUB_ERRORS)
+_ERRORS = (
+    ValueError,
+    RuntimeError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    SafetensorError,
+    *_HUB_ERRORS,
+)
 
 
 def load_model(

@@ -494,7 +494,7 @@ def check_calibration(calibration_scores: Any, false_alarm_rate: Any, threshold:
     """
     if calibration_scores is not None:
         # A mean of probabilities may be rounded beyond 1.
-        listed = isinstance(calibration_scores, (list, tuple)) and len(calibration_scores) > 0
+        listed = isinstance(calibration_scores, (list, tuple)) and 0 < len(calibration_scores) <= 1_000_000
         if not listed or not all(_is_number(score) and -1e-3 <= score <= 1.001 for score in calibration_scores):
             raise ValueError("calibration_scores: must be one or more numbers from 0 to 1.")
     if not _is_number(false_alarm_rate) or not 0 < false_alarm_rate < 1:

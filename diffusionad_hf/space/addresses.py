@@ -13,7 +13,8 @@ import httpx
 from .intake import LIMITS, MB, Refusal, shown_name
 
 # Not for the public, though `is_global` of some Python versions says so.
-_CLOSED = [ipaddress.ip_network(net) for net in ("100.64.0.0/10", "2002::/16", "fec0::/10", "64:ff9b::/96")]
+_NETS = "100.64.0.0/10 192.88.99.0/24 ::/96 ::ffff:0:0:0/96 2002::/16 fec0::/10 64:ff9b::/96 64:ff9b:1::/48 3fff::/20"
+_CLOSED = [ipaddress.ip_network(net) for net in (*_NETS.split(), "5f00::/16")]
 
 
 def is_address(value: object) -> bool:
@@ -37,7 +38,9 @@ async def fetch(url: str, uploads: Path) -> tuple[Path, str]:
     except (asyncio.TimeoutError, TimeoutError, httpx.TimeoutException) as error:
         reason = f"this address takes longer than {LIMITS.fetch_seconds} s. Upload the image instead."
         raise Refusal(f"{name}: {reason}") from error
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+    except Refusal:
+        raise
+    except Exception as error:  # resolvers, sockets, TLS and HTTP each raise their own, in groups as well
         raise Refusal(f"{name}: this address does not give a file. Upload the image instead.") from error
     finally:
         if target.parent.exists() and not target.exists():

@@ -29,6 +29,8 @@ def main(home: Path | None = None) -> None:
         # gradio reads both when it is imported, and `page` imports it. It serves all that lies in the first.
         os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+        # uvicorn would believe any caller on this machine; `traffic` looks at what proxies say.
+        os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
         require("gradio", "space")
         from .page import serve
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..images_diffusionad import InvalidImageError
-from .decoding import decode, stated_size
+from .decoding import decode
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -39,8 +39,11 @@ class Limits:
     image_bytes: int = 50 * MB
     image_pixels: int = 50_000_000
     files: int = 500  # of one batch, archives unpacked
+    archives: int = 20  # of one batch
+    addresses: int = 8  # of one batch, which are fetched
     unpacked_bytes: int = 500 * MB  # of one batch, all archives together
     calibration_bytes: int = 5 * MB
+    calibration_scores: int = 5000
     card_bytes: int = 200_000
     # of a call
     call_bytes: int = 2 * MB  # its JSON; photos are uploaded before
@@ -77,7 +80,7 @@ class Refusal(Exception):
 def owner_of(request: "gr.Request") -> str:
     """Who asks, as a hash. A caller without a session gets results that no later call can open."""
     session = request.session_hash
-    return hashlib.sha256(str(session).encode()).hexdigest() if session else secrets.token_hex(32)
+    return hashlib.sha256(str(session).encode(errors="replace")).hexdigest() if session else secrets.token_hex(32)
 
 
 def read_card(file: Path) -> str:
@@ -115,7 +118,7 @@ def admit(value: object, uploads: Path, is_file: bool) -> object:
     if value is None or (not is_file and isinstance(value, (bool, int, float))):
         return value
     if not is_file:
-        if isinstance(value, str) and len(value) <= LIMITS.text:
+        if isinstance(value, str) and len(value) <= LIMITS.text and value.isprintable():
             return value
         raise Refusal(f"A value must be a number or a text of at most {LIMITS.text} characters.")
     if isinstance(value, list):
@@ -240,6 +243,9 @@ def collect(files: Sequence[Upload], folder: Path) -> list[Upload]:
     if not files:
         raise Refusal("Choose images or a zip archive first.")
     uploads: list[Upload] = []
+    _check_count(len(files))
+    if sum(_is_archive(file.path) for file in files if file.path) > LIMITS.archives:
+        raise Refusal(f"More than {LIMITS.archives} archives; inspect them in several batches.")
     budget = _Budget(LIMITS.unpacked_bytes)
     for file in files:
         uploads += _unpack(file, folder, len(uploads), budget) if _is_archive(file.path) else [file]
@@ -258,7 +264,20 @@ class _Budget:
 
 def _is_archive(path: Path) -> bool:
     # A picture with an archive appended is still a picture.
-    return zipfile.is_zipfile(path) and stated_size(path) is None
+    with path.open("rb") as file:
+        return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+
+
+def _list_is_short(path: Path) -> bool:
+    """Whether an archive's list of members is short enough to be read at once, as its last record says."""
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, 66_000), os.SEEK_END)
+        tail = file.read()
+    end = tail.rfind(b"PK\x05\x06")
+    if end < 0 or len(tail) < end + 22:
+        return True  # damaged, which zipfile says
+    # The record of large archives, which zipfile follows wherever it is, may tell of any number.
+    return b"PK\x06\x07" not in tail and struct.unpack_from("<I", tail, end + 12)[0] <= MB
 
 
 def _check_count(count: int) -> None:
@@ -267,6 +286,8 @@ def _check_count(count: int) -> None:
 
 
 def _unpack(archive: Upload, folder: Path, offset: int, budget: _Budget) -> list[Upload]:
+    if not _list_is_short(archive.path):
+        raise Refusal(f"{archive.name}: lists far more than {LIMITS.files} files; inspect them in several batches.")
     try:
         with zipfile.ZipFile(archive.path) as bundle:
             members = [m for m in bundle.infolist() if not m.filename.endswith("/") and not _LITTER.search(m.filename)]

@@ -24,7 +24,7 @@ from ..hub.publishing import list_models
 from ..images_diffusionad import resize_image, to_uint8
 from ..loading import load_model
 from ..pipeline_diffusionad import DiffusionADPipeline, check_calibration, conformal_p_value, conformal_threshold
-from .intake import LIMITS, Refusal, Settings, Upload, read_card
+from .intake import LIMITS, Refusal, Settings, Upload, read_card, shown_name
 
 try:
     from spaces import GPU
@@ -86,12 +86,14 @@ class Calibration:
             if data["format"] != "diffusionad-calibration":
                 raise ValueError("another format")
             owner, rate, scores = str(data["category"]), data["false_alarm_rate"], data["scores"]
+            if isinstance(scores, list) and len(scores) > LIMITS.calibration_scores:
+                raise ValueError("too many scores")
             check_calibration(scores, rate)
             familiarity = Familiarity.from_json(data["familiarity"]) if data.get("familiarity") else None
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise Refusal("This is not a calibration file of this page, or it is damaged.") from error
         if owner != category:
-            raise Refusal(f"This file belongs to {owner[:80]}. Choose that category first.")
+            raise Refusal(f"This file belongs to {shown_name(owner)}. Choose that category first.")
         return cls(tuple(sorted(map(float, scores))), rate, None, familiarity, True)
 
 
@@ -140,7 +142,7 @@ class Model:
         file = self.file(FAMILIARITY_FILE)
         try:
             return Familiarity.from_json(json.loads(file.read_text(encoding="utf-8"))) if file else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             # The verdict does not depend on it; "About" says that it is missing.
             logger.warning("%s: %s: %s; write it again", self.name, FAMILIARITY_FILE, error)
             return None
@@ -258,6 +260,13 @@ def _find(source: str) -> list[str]:
     return ids
 
 
+def _cell(value: object) -> str:
+    """A value of a card's table; what is neither number nor text may be of any size."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return str(value)[:200] if isinstance(value, (str, int)) else "?"
+
+
 def about(models: Models, name: str) -> str:
     """Markdown on a model from its card: size and calibration, metrics, limits. Never fails."""
     try:
@@ -278,14 +287,15 @@ def about(models: Models, name: str) -> str:
         return "\n".join([*lines, "", "It comes without a card: nothing is known of its accuracy."])
     try:
         card = ModelCard(read_card(file), ignore_metadata_errors=True)
-    except (ValueError, OSError, yaml.YAMLError, RecursionError):
+        results = cast(ModelCardData, card.data).eval_results or []
+        rows = [
+            (result.metric_name or result.metric_type, result.metric_value, result.dataset_name) for result in results
+        ]
+    except (ValueError, OSError, yaml.YAMLError, RecursionError, TypeError, AttributeError):
         return "\n".join([*lines, "", "Its card cannot be read."])
-    results = cast(ModelCardData, card.data).eval_results
-    if results:
+    if rows:
         lines += ["", "| metric | value | measured on |", "| --- | --- | --- |"]
-        for result in results:
-            value = f"{result.metric_value:.3f}" if isinstance(result.metric_value, float) else result.metric_value
-            lines.append(f"| {result.metric_name or result.metric_type} | {value} | {result.dataset_name} |")
+        lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     limits = re.search(r"^#.*\blimit.*((?:\n(?!#).*)*)", card.text, re.IGNORECASE | re.MULTILINE)
     if limits and limits[1].strip():
         lines += ["", "#### Limits", "", limits[1].strip()]

@@ -213,12 +213,16 @@ class Page(gr.Blocks):
     async def _admit(self, component: Any, value: Any) -> Any:
         if component.stateful:  # kept here; what a caller says of it is not read
             return None
+        if isinstance(component, gr.Dataset) and not (type(value) is int and 0 <= value < len(component.samples)):
+            raise Refusal("There is no such example.")
         is_file = isinstance(component, (gr.Image, gr.File))
         if is_file:
             many = getattr(component, "file_count", "single") != "single"
             if isinstance(value, list) and not many:
                 raise Refusal("Only one file is taken here.")
             listed = value if isinstance(value, list) else [value]
+            if sum(isinstance(item, dict) and is_address(item.get("path")) for item in listed) > LIMITS.addresses:
+                raise Refusal(f"More than {LIMITS.addresses} addresses; upload the files instead.")
             if len(listed) <= LIMITS.files:
                 listed = [await self._fetched(item) for item in listed if item is not None]
             value = listed if many else next(iter(listed), None)

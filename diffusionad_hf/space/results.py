@@ -7,6 +7,7 @@ leaves.
 """
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from .intake import Refusal
 
+logger = logging.getLogger("space")
 _KEY = re.compile(r"[0-9a-f]{32}")
 _OWNER_FILE = ".owner"
 _SHOWN_FILE = ".shown"  # {file name: folder below `uploads`} of the pictures that are served
@@ -89,6 +91,7 @@ class Results:
         return {name: Path(path) for name, path in shown.items()}
 
     def _remove(self, folder: Path) -> None:
+        """Removes a result and what is served of it; never called for uploads, which may hold files of any name."""
         for served in self._shown(folder).values():
             shutil.rmtree(served, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -105,13 +108,19 @@ class Results:
         limit = time.time() - self.keep_seconds
         others = {*self.folder.iterdir(), *self.uploads.iterdir()} - self._kept - {self.uploads, self._results}
         for entry in [*self._results.iterdir(), *others]:
-            with suppress(OSError):  # removed by somebody else
-                if entry.stat().st_mtime > limit:
+            try:
+                if entry.lstat().st_mtime > limit:
                     continue
-                if entry.is_dir():
+                if entry.parent == self._results:
                     self._remove(entry)
+                elif entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
                 else:
                     entry.unlink()
+            except FileNotFoundError:  # removed by somebody else
+                continue
+            except Exception:  # the others must go all the same
+                logger.exception("could not remove %s", entry.name)
 
     def sweep_forever(self, every_seconds: float = 300) -> None:
         """Sweeps in the background for as long as the process runs."""
@@ -119,7 +128,9 @@ class Results:
         def loop() -> None:
             while True:
                 time.sleep(every_seconds)
-                with suppress(OSError):
+                try:
                     self.sweep()
+                except Exception:
+                    logger.exception("could not look for old files")
 
         threading.Thread(target=loop, daemon=True, name="sweep").start()

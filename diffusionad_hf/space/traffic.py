@@ -1,6 +1,7 @@
 """Keeps the page usable for everyone, whatever some visitors do: what may be called, how often, and who waits."""
 
 import asyncio
+import ipaddress
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from gradio.queueing import Event, Queue
 from gradio.utils import LRUCache
@@ -27,6 +29,7 @@ _ROUTES = re.compile(
 )
 # What a page loads many of at a time, and what is put together anew for each that asks.
 _CHEAP = re.compile(r"/(?:assets|static|svelte|gradio_api/file=)")
+_TOOLS = re.compile(r"/gradio_api/mcp(/|$)")
 _COSTLY = re.compile(r"/(?:$|config|gradio_api/(?:info|openapi))")
 _HALF_LIFE = 60.0  # seconds after which half of what a visitor took is forgotten
 
@@ -40,7 +43,12 @@ def address_of(scope: dict[str, Any]) -> str:
         hops = b",".join(told).decode("latin-1").split(",") if told else []
         # Each proxy appends the address that called it; what stands before, a caller may have made up.
         client = hops[-min(proxies, len(hops))].strip() if hops else client
-    return client[:64]
+    try:
+        ip = ipaddress.ip_address(client)
+    except ValueError:
+        return client[:64]
+    # Whoever has an IPv6 address has a whole network of them.
+    return str(ip if ip.version == 4 else ipaddress.ip_network(f"{ip}/64", strict=False))
 
 
 class _TooMuch(Exception):
@@ -62,6 +70,7 @@ class Guard:
         self._open: Counter[str] = Counter()
         self._uploading: Counter[str] = Counter()
         self._calls: dict[str, tuple[float, float]] = {}  # address: calls left, when
+        self._stored, self._looked = 0, float("-inf")
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -71,16 +80,19 @@ class Guard:
             await send({"type": "websocket.close"})
             return
         address, path = address_of(scope), scope["path"]
-        is_upload = path.rstrip("/").endswith("/upload")
+        is_upload = path.rstrip("/") == "/gradio_api/upload"
         refusal = self._refusal(address, path, is_upload, scope["query_string"])
         if refusal:
             await _answer(send, *refusal)
+            return
+        if is_upload and await self._is_full():
+            await _answer(send, 507, "The server's disk is full for the moment. Try again in an hour.")
             return
         self._open[address] += 1
         while is_upload and self._uploading[address] >= LIMITS.uploading_per_address:
             await asyncio.sleep(0.02)  # its body is not read meanwhile
         self._uploading[address] += is_upload
-        limit = LIMITS.upload_bytes if is_upload else LIMITS.tool_bytes if "/mcp" in path else LIMITS.call_bytes
+        limit = LIMITS.upload_bytes if is_upload else LIMITS.tool_bytes if _TOOLS.match(path) else LIMITS.call_bytes
         body = _Body(receive, limit + MB, LIMITS.upload_seconds)  # a form adds a little to each of its files
         answering = _Answer(send, body)
         try:
@@ -96,21 +108,26 @@ class Guard:
                     del counter[address]
 
     def _refusal(self, address: str, path: str, is_upload: bool, query: bytes) -> tuple[int, str] | None:
-        if not _ROUTES.match(path) or b"deep_link" in query:
+        if not _ROUTES.match(path) or b"deep_link" in unquote_to_bytes(query):
             return 404, "There is nothing here."
         if self._open[address] >= LIMITS.open_per_address or not self._may_call(address, path):
             return 429, "Too many requests from your address. Wait a moment."
-        if is_upload and _bytes_in(self.uploads) > LIMITS.stored_bytes:
-            return 507, "The server's disk is full for the moment. Try again in an hour."
         return None
+
+    async def _is_full(self) -> bool:
+        """Whether uploads fill their share of the disk, looked up every few seconds."""
+        if time.monotonic() > self._looked + 5:
+            self._looked = time.monotonic()
+            self._stored = await asyncio.to_thread(_bytes_in, self.uploads)
+        return self._stored > LIMITS.stored_bytes
 
     def _may_call(self, address: str, path: str) -> bool:
         """Takes what a call costs of what an address has, which comes back at a steady rate."""
         cost = 0 if _CHEAP.match(path) else 5 if _COSTLY.match(path) else 1
         most, now = 15.0 * LIMITS.calls_per_second, time.monotonic()
-        if len(self._calls) > 10_000:
-            self._calls.clear()
-        left, before = self._calls.get(address, (most, now))
+        left, before = self._calls.pop(address, (most, now))
+        while len(self._calls) > 10_000:
+            del self._calls[next(iter(self._calls))]  # who has not called for longest
         left = min(most, left + (now - before) * LIMITS.calls_per_second)
         self._calls[address] = (left - cost if left >= cost else left, now)
         return left >= cost
@@ -181,7 +198,9 @@ def _bytes_in(folder: Path) -> int:
     total = 0
     for entry in os.scandir(folder):
         try:
-            total += sum(file.stat().st_size for file in os.scandir(entry)) if entry.is_dir() else entry.stat().st_size
+            # Small ones count for more, as there may be many.
+            files = os.scandir(entry) if entry.is_dir() else [entry]
+            total += sum(max(file.stat().st_size, 100_000) for file in files)
         except OSError:  # swept meanwhile
             continue
     return total
@@ -204,7 +223,9 @@ class FairQueue(Queue):
 
     async def push(self, body: Any, request: Any, username: str | None) -> Any:
         # gradio takes an empty name for one in one place and for none in another, and then fails for all who wait.
-        body.session_hash = body.session_hash[:100] if body.session_hash else None
+        body.session_hash = body.session_hash or None
+        if body.session_hash and not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", body.session_hash):
+            return False, "A session's name has letters and digits, at most 100.", "error"
         waiting = [event for queue in self.event_queue_per_concurrency_id.values() for event in queue.queue]
         address = address_of(request.scope)
         of_address = sum(_address(event) == address for event in waiting)
@@ -212,6 +233,10 @@ class FairQueue(Queue):
         if of_address >= LIMITS.waiting_per_address or of_session >= LIMITS.waiting_per_session:
             return False, "Too much of yours is waiting already. Try again when some of it is done.", "queue_full"
         return await super().push(body, request, username)
+
+    def compute_analytics_summary(self, records: Any) -> dict[str, Any]:
+        """Nobody reads it, and it fails for everyone once a name in it is no valid text."""
+        return {}
 
     def get_events(self) -> tuple[list[Event], bool, str] | None:
         queues = list(self.event_queue_per_concurrency_id.items())
@@ -237,11 +262,13 @@ class FairQueue(Queue):
         try:
             await super().process_events(events, *args, **kwargs)
         finally:
-            if len(self._taken) > 10_000:
-                self._taken.clear()
+            while len(self._taken) > 10_000:
+                del self._taken[next(iter(self._taken))]
             for event in events:
                 address, began = _address(event), self._running.pop(event, time.monotonic())
-                self._taken[address] = (self._took(address) + time.monotonic() - began, time.monotonic())
+                taken = self._took(address)
+                self._taken.pop(address, None)
+                self._taken[address] = (taken + time.monotonic() - began, time.monotonic())
 
     def _is_heavy(self, address: str) -> bool:
         now = time.monotonic()

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..calibration import images_needed
 from ..files import write_json
-from ..images_diffusionad import load_image, to_uint8
+from ..images_diffusionad import to_uint8
 from ..visualization import (
     Region,
     anomaly_map_16bit,
@@ -29,7 +29,8 @@ from ..visualization import (
     region_threshold,
     save_image,
 )
-from .intake import Settings
+from .decoding import decode
+from .intake import LIMITS, Settings
 from .models import Calibration, Raw
 
 # The longest side of a picture on the page. Small photos are enlarged to the first, so that outlines stay thin.
@@ -212,7 +213,7 @@ def full_size(folder: Path, kind: str, threshold: float, opacity: float) -> Path
     elif kind == "mask":
         picture = drawing.mask()
     else:
-        picture = drawing.overlay(_to_pil(load_image(folder / "original")), opacity, tags=False)
+        picture = drawing.overlay(_to_pil(decode(folder / "original", LIMITS.image_pixels)), opacity, tags=False)
     return save_image(picture, path)
 
 

@@ -135,6 +135,7 @@ class Server:
             "TMPDIR": str(self.temporary),
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH")))),
             "OMP_NUM_THREADS": "1",
+            "DIFFUSIONAD_PROXIES": "1",
         }
         with self._log.open("wb") as log:
             # Elsewhere than in the repository, as on a Space.

@@ -131,7 +131,18 @@ def test_a_host_with_one_private_address_is_refused(monkeypatch, tmp_path):
     "address",
     ["127.0.0.1", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1"]
     + ["255.255.255.255", "192.0.2.1", "198.18.0.1", "240.0.0.1", "::1", "::", "fe80::1", "fc00::1", "fec0::1"]
-    + ["2002:7f00:1::", "64:ff9b::7f00:1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "ff02::1", "2001:db8::1", "2001::1"],
+    + [
+        "2002:7f00:1::",
+        "64:ff9b::7f00:1",
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "::127.0.0.1",
+        "64:ff9b:1::1",
+        "3fff::1",
+        "ff02::1",
+        "2001:db8::1",
+        "2001::1",
+    ],
 )
 def test_addresses_that_are_not_for_everyone_are_not_public(address):
     assert not addresses.is_public(address)
@@ -143,7 +154,15 @@ def test_public_addresses_are(address):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://u:p@photos.example/a.png", "https://", "http://[", "http://a b/", "http://\0/"]
+    "url",
+    [
+        "http://u:p@photos.example/a.png",
+        "http://8.8.8.8:99999999999999/",
+        "https://",
+        "http://[",
+        "http://a b/",
+        "http://\0/",
+    ],
 )
 def test_what_is_no_web_address_is_refused(host, tmp_path, url):
     with pytest.raises(Refusal, match="does not give a file"):

@@ -96,6 +96,22 @@ def test_one_session_does_not_fill_the_queue(server, client, parts):
     assert inspect(client, parts[1])[0]["name"] == parts[1].name
 
 
+@pytest.mark.parametrize("session", ["a\ud800", "a b", "\0", "x" * 101, "../x"])
+def test_a_session_s_name_is_plain(server, client, parts, session):
+    config = json.load(urllib.request.urlopen(f"{server.url}config"))
+    index = next(d["id"] for d in config["dependencies"] if d["api_name"] == "inspect")
+    body = {"data": [None, "flange", None, None, 1], "session_hash": session, "fn_index": index}
+    status, answer = elsewhere("gradio_api/queue/join", server.url, body)
+    assert status == 400 and b"letters and digits" in answer
+
+
+def test_only_uploads_may_be_large(server):
+    """Whatever the last part of an address is."""
+    body = {"data": ["x" * 4_000_000]}
+    for path in ("run/upload", "call/upload", "run/mcp", "call/mcp"):
+        assert elsewhere(f"gradio_api/{path}", server.url, body)[0] == 413, path
+
+
 def test_a_flood_from_one_address_is_slowed_down(server, client, parts):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: elsewhere("config", server.url, address="198.51.100.8")[0], range(300)))

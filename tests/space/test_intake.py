@@ -100,9 +100,22 @@ def test_all_archives_of_a_batch_share_one_budget(tmp_path, folder, monkeypatch)
     zeros = [(f"{i}.png", b"\0" * 1_000_000) for i in range(3)]
     path = archive(tmp_path / "bomb.zip", zeros, compression=ZIP_DEFLATED)
     monkeypatch.setattr("diffusionad_hf.space.intake.LIMITS", replace(LIMITS, unpacked_bytes=5_000_000))
-    uploads = collected(folder, *[path] * 24)
-    assert ["beyond the" in upload.error for upload in uploads] == [False] * 5 + [True] * 67
+    uploads = collected(folder, *[path] * 20)
+    assert ["beyond the" in upload.error for upload in uploads] == [False] * 5 + [True] * 55
     assert sum(file.stat().st_size for file in folder.iterdir()) == 5_000_000
+
+
+def test_lists_of_far_too_many_members_are_not_read(tmp_path, folder, monkeypatch):
+    path = archive(tmp_path / "many.zip", [(f"{i:0200d}", b"") for i in range(5000)])
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", lambda *_, **__: pytest.fail("reads the list"))
+    with pytest.raises(Refusal, match="many.zip: lists far more than 500 files"):
+        collected(folder, path)
+    large = path.read_bytes()
+    path.write_bytes(large[:-22] + b"PK\x06\x07" + bytes(16) + large[-22:-10] + bytes(10))
+    with pytest.raises(Refusal, match="lists far more"):
+        collected(folder, path)
+    with pytest.raises(Refusal, match="More than 20 archives"):
+        collected(folder, *[path] * 21)
 
 
 def test_members_without_a_name_or_packed_in_unusual_ways_are_rows(tmp_path, folder):
@@ -251,7 +264,7 @@ def test_values_are_of_plain_types_and_files_where_files_belong(tmp_path, upload
     for value in (None, True, 3, 0.5, "text"):
         assert admit(value, tmp_path, False) == value
     file = {"path": str(upload)}
-    for value in (file, [1], {}, "x" * 5000, [[]], {"value": file}):
+    for value in (file, [1], {}, "x" * 5000, "a\ud800", "a\0", [[]], {"value": file}):
         with pytest.raises(Refusal, match="must be a number or a text"):
             admit(value, tmp_path, False)
     for value in ("text", 3, [file, "text"], [[file]], {"path": [str(upload)]}, {"path": {"path": str(upload)}}, {}):

@@ -1,6 +1,7 @@
 """One visitor's results are theirs alone, and not for ever."""
 
 import inspect
+import json
 import os
 import time
 from pathlib import Path
@@ -35,6 +36,23 @@ def test_sweeping_removes_what_was_not_used_for_an_hour_and_nothing_else(results
     results.sweep()
     assert (results.uploads / "example").exists() and not (results.uploads / "upload").exists()
     assert results.open(new, "ben").exists() and used_folder.exists() and not old_folder.exists()
+
+
+def test_uploads_are_swept_whatever_they_are_called_and_one_that_resists_stops_no_other(results, monkeypatch, caplog):
+    """Files of visitors' have any name, and are never taken for notes of the server's."""
+    precious = results.folder.parent / "precious"
+    precious.mkdir()
+    hour_ago = time.time() - 3700
+    folders = [results.uploads / name for name in ("a", "b", "c")]
+    for folder, content in zip(folders, (json.dumps({"x": str(precious)}), "[1]", "{"), strict=True):
+        folder.mkdir()
+        (folder / ".shown").write_text(content)
+        os.utime(folder, (hour_ago, hour_ago))
+    _, damaged = results.new("anna")
+    (damaged / ".shown").write_text("[1]")
+    os.utime(damaged, (hour_ago, hour_ago))
+    results.sweep()
+    assert precious.exists() and not any(folder.exists() for folder in folders)
 
 
 def test_leaving_removes_one_visitor_s_results_and_what_was_shown_of_them(results):
