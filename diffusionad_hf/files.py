@@ -84,6 +84,17 @@ def _beside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.former")
 
 
+def link_or_copy(file: Path, target: Path) -> None:
+    """Gives a file a second name, in place of what had it; a copy of it where the file system has no links."""
+    if target.exists() and target.samefile(file):
+        return
+    with replacing(target) as partial:
+        try:
+            os.link(file, partial)
+        except OSError:
+            shutil.copyfile(file, partial)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes strict JSON, as a whole: numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,11 @@ def decode(path: Path, most_pixels: int) -> torch.Tensor:
             if "error" in answer:
                 raise InvalidImageError(str(answer["error"]))
             dtype, shape = _TYPES[answer["type"]], [int(side) for side in answer["shape"]]
-            return torch.from_numpy(np.frombuffer(bytearray(receiver.recv_bytes()), dtype).reshape(shape))
-        except (EOFError, OSError) as error:  # killed
+            pixels = bytearray(receiver.recv_bytes(12 * most_pixels))
+            return torch.from_numpy(np.frombuffer(pixels, dtype).reshape(shape))
+        except InvalidImageError:
+            raise
+        except (EOFError, OSError, ValueError, KeyError, TypeError) as error:  # killed, or it answers what it must not
             raise InvalidImageError("takes too long or too much memory to decode.") from error
         finally:
             end.cancel()
@@ -71,8 +74,9 @@ def _work(sender: Connection, path: str, most_pixels: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     try:
         image = _load(Path(path), most_pixels).contiguous().numpy()
-    except (InvalidImageError, OSError, MemoryError) as error:
-        reason = "takes too much memory to decode." if isinstance(error, MemoryError) else str(error)
+    except (InvalidImageError, OSError, MemoryError, RuntimeError) as error:  # the last one is torch's for no memory
+        out = isinstance(error, (MemoryError, RuntimeError))
+        reason = "takes too much memory to decode." if out else str(error)
         sender.send_bytes(json.dumps({"error": reason[:1000]}).encode())
         return
     sender.send_bytes(json.dumps({"type": str(image.dtype), "shape": image.shape}).encode())

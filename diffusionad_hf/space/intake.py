@@ -35,7 +35,8 @@ class Limits:
     """How much a visitor may send and ask for. An address is an IP address; a session is one open page or client."""
 
     # of files
-    upload_bytes: int = 250 * MB
+    upload_bytes: int = 250 * MB  # of one file
+    request_bytes: int = 2048 * MB  # of all files that a page sends at once
     image_bytes: int = 50 * MB
     image_pixels: int = 50_000_000
     files: int = 500  # of one batch, archives unpacked
@@ -248,7 +249,12 @@ def collect(files: Sequence[Upload], folder: Path) -> list[Upload]:
         raise Refusal(f"More than {LIMITS.archives} archives; inspect them in several batches.")
     budget = _Budget(LIMITS.unpacked_bytes)
     for file in files:
-        uploads += _unpack(file, folder, len(uploads), budget) if _is_archive(file.path) else [file]
+        try:
+            uploads += _unpack(file, folder, len(uploads), budget) if _is_archive(file.path) else [file]
+        except _BadArchive as error:
+            if len(files) == 1:
+                raise Refusal(f"{file.name}: {error}") from error
+            uploads.append(Upload(file.name, error=str(error)))
         _check_count(len(uploads))
     if not uploads:
         raise Refusal(f"{files[0].name}: the archive holds no files.")
@@ -264,20 +270,24 @@ class _Budget:
 
 def _is_archive(path: Path) -> bool:
     # A picture with an archive appended is still a picture.
-    with path.open("rb") as file:
-        return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+    except OSError:  # swept meanwhile, which reading it as an image tells
+        return False
 
 
-def _list_is_short(path: Path) -> bool:
-    """Whether an archive's list of members is short enough to be read at once, as its last record says."""
+class _BadArchive(Refusal):
+    """An archive that cannot be unpacked; others beside it can."""
+
+
+def _check_list(path: Path) -> None:
+    """Refuses an archive whose list of members is too long to be read at once."""
     with path.open("rb") as file:
-        file.seek(-min(path.stat().st_size, 66_000), os.SEEK_END)
-        tail = file.read()
-    end = tail.rfind(b"PK\x05\x06")
-    if end < 0 or len(tail) < end + 22:
-        return True  # damaged, which zipfile says
-    # The record of large archives, which zipfile follows wherever it is, may tell of any number.
-    return b"PK\x06\x07" not in tail and struct.unpack_from("<I", tail, end + 12)[0] <= MB
+        # zipfile's own reading of the last record: another one might find another record in a forged file.
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end and end[zipfile._ECD_SIZE] > MB:  # type: ignore[attr-defined]
+        raise _BadArchive(f"lists far more than {LIMITS.files} files; inspect them in several batches.")
 
 
 def _check_count(count: int) -> None:
@@ -286,16 +296,15 @@ def _check_count(count: int) -> None:
 
 
 def _unpack(archive: Upload, folder: Path, offset: int, budget: _Budget) -> list[Upload]:
-    if not _list_is_short(archive.path):
-        raise Refusal(f"{archive.name}: lists far more than {LIMITS.files} files; inspect them in several batches.")
     try:
+        _check_list(archive.path)
         with zipfile.ZipFile(archive.path) as bundle:
             members = [m for m in bundle.infolist() if not m.filename.endswith("/") and not _LITTER.search(m.filename)]
             _check_count(offset + len(members))
             return [_extract(bundle, m, folder / f"{i:04d}", budget) for i, m in enumerate(members, offset)]
     # zipfile raises whatever it stumbles over in a damaged list of members
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, IndexError, NotImplementedError, struct.error) as error:
-        raise Refusal(f"{archive.name}: the archive is damaged.") from error
+        raise _BadArchive("the archive is damaged.") from error
 
 
 def _extract(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, budget: _Budget) -> Upload:

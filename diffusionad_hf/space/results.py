@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ..files import link_or_copy
 from .intake import Refusal
 
 logger = logging.getLogger("space")
@@ -76,9 +77,7 @@ class Results:
             name = str(file.relative_to(folder))
             served = shown.setdefault(name, self.uploads / secrets.token_hex(32))
             served.mkdir(mode=0o700, exist_ok=True)
-            # Written again, such as a report with another threshold: the link is made anew.
-            (served / file.name).unlink(missing_ok=True)
-            os.link(file, served / file.name)
+            link_or_copy(file, served / file.name)
             (folder / _SHOWN_FILE).write_text(json.dumps({name: str(path) for name, path in shown.items()}))
         return str(served / file.name)
 

@@ -9,6 +9,8 @@ import random
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -88,24 +90,24 @@ class Guard:
         if is_upload and await self._is_full():
             await _answer(send, 507, "The server's disk is full for the moment. Try again in an hour.")
             return
-        self._open[address] += 1
-        while is_upload and self._uploading[address] >= LIMITS.uploading_per_address:
-            await asyncio.sleep(0.02)  # its body is not read meanwhile
-        self._uploading[address] += is_upload
-        limit = LIMITS.upload_bytes if is_upload else LIMITS.tool_bytes if _TOOLS.match(path) else LIMITS.call_bytes
-        body = _Body(receive, limit + MB, LIMITS.upload_seconds)  # a form adds a little to each of its files
+        with _counted(self._open, address):
+            if not is_upload:
+                await self._serve(scope, receive, send, LIMITS.tool_bytes if _TOOLS.match(path) else LIMITS.call_bytes)
+                return
+            while self._uploading[address] >= LIMITS.uploading_per_address:
+                await asyncio.sleep(0.02)  # its body is not read meanwhile
+            with _counted(self._uploading, address):
+                await self._serve(scope, receive, send, LIMITS.request_bytes)
+
+    async def _serve(self, scope: dict[str, Any], receive: Any, send: Any, most_bytes: int) -> None:
+        body = _Body(receive, most_bytes + MB, LIMITS.upload_seconds)  # a form adds a little to each of its files
         answering = _Answer(send, body)
         try:
             await self.app(scope, body.receive, answering.send)
         except Exception as error:
             if not isinstance(error, _TooMuch):
-                logger.info("%s %s: %s", scope["method"], path[:100], one_line(error))
+                logger.info("%s %s: %s", scope["method"], scope["path"][:100], one_line(error))
             await answering.fail()
-        finally:
-            for counter, by in ((self._open, 1), (self._uploading, is_upload)):
-                counter[address] -= by
-                if not counter[address]:
-                    del counter[address]
 
     def _refusal(self, address: str, path: str, is_upload: bool, query: bytes) -> tuple[int, str] | None:
         if not _ROUTES.match(path) or b"deep_link" in unquote_to_bytes(query):
@@ -131,6 +133,17 @@ class Guard:
         left = min(most, left + (now - before) * LIMITS.calls_per_second)
         self._calls[address] = (left - cost if left >= cost else left, now)
         return left >= cost
+
+
+@contextmanager
+def _counted(counter: Counter[str], address: str) -> Iterator[None]:
+    counter[address] += 1
+    try:
+        yield
+    finally:
+        counter[address] -= 1
+        if not counter[address]:
+            del counter[address]
 
 
 class _Body:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..calibration import images_needed
-from ..files import write_json
+from ..files import link_or_copy, write_json
 from ..images_diffusionad import to_uint8
 from ..visualization import (
     Region,
@@ -82,10 +81,7 @@ def store(folder: Path, result: Result, image: torch.Tensor, raw: Raw, original:
     np.save(folder / "map.npy", raw.anomaly_map)
     Image.fromarray(raw.reconstruction).save(folder / "reconstruction.png")
     view_photo(image).save(folder / "photo.jpg", quality=92, subsampling=0)
-    try:
-        os.link(original, folder / "original")
-    except OSError:
-        shutil.copyfile(original, folder / "original")
+    link_or_copy(original, folder / "original")
     write_json(folder / "result.json", result.__dict__)
 
 

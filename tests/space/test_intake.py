@@ -110,12 +110,42 @@ def test_lists_of_far_too_many_members_are_not_read(tmp_path, folder, monkeypatc
     monkeypatch.setattr(zipfile.ZipFile, "__init__", lambda *_, **__: pytest.fail("reads the list"))
     with pytest.raises(Refusal, match="many.zip: lists far more than 500 files"):
         collected(folder, path)
-    large = path.read_bytes()
-    path.write_bytes(large[:-22] + b"PK\x06\x07" + bytes(16) + large[-22:-10] + bytes(10))
+    # The same list, told of by the record for large archives alone; and a size that looks like the record's own mark.
+    large, end = path.read_bytes()[:-22], path.read_bytes()[-22:]
+    size, offset = struct.unpack("<2L", end[12:20])
+    record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 5000, 5000, size, offset)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, len(large), 1)
+    path.write_bytes(large + record + locator + end[:12] + struct.pack("<2L", 0, 0) + end[20:])
+    with pytest.raises(Refusal, match="lists far more"):
+        collected(folder, path)
+    path.write_bytes(large + end[:12] + b"PK\5\6" + end[16:])
     with pytest.raises(Refusal, match="lists far more"):
         collected(folder, path)
     with pytest.raises(Refusal, match="More than 20 archives"):
         collected(folder, *[path] * 21)
+
+
+def test_one_bad_archive_stops_no_other_file(tmp_path, folder):
+    (tmp_path / "broken.zip").write_bytes(b"PK\x05\x06 and no more")
+    (tmp_path / "a.png").write_bytes(png())
+    good, many = archive(tmp_path / "good.zip", [("b.png", png())]), [(f"{i:0200d}", b"") for i in range(5000)]
+    paths = [
+        tmp_path / "broken.zip",
+        tmp_path / "a.png",
+        good,
+        archive(tmp_path / "many.zip", many),
+        tmp_path / "gone.png",
+    ]
+    said = {upload.name: upload.error[:22] for upload in collected(folder, *paths)}
+    assert said == {
+        "broken.zip": "the archive is damaged",
+        "a.png": "",
+        "b.png": "",
+        "many.zip": "lists far more than 50",
+        "gone.png": "",
+    }
+    with pytest.raises(Refusal, match="gone.png: no longer kept"):
+        Upload("gone.png", tmp_path / "gone.png").image()
 
 
 def test_members_without_a_name_or_packed_in_unusual_ways_are_rows(tmp_path, folder):

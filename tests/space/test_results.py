@@ -38,7 +38,7 @@ def test_sweeping_removes_what_was_not_used_for_an_hour_and_nothing_else(results
     assert results.open(new, "ben").exists() and used_folder.exists() and not old_folder.exists()
 
 
-def test_uploads_are_swept_whatever_they_are_called_and_one_that_resists_stops_no_other(results, monkeypatch, caplog):
+def test_uploads_are_swept_whatever_they_are_called_and_one_that_resists_stops_no_other(results):
     """Files of visitors' have any name, and are never taken for notes of the server's."""
     precious = results.folder.parent / "precious"
     precious.mkdir()
@@ -73,6 +73,12 @@ def test_each_picture_is_served_from_a_folder_of_its_own_whose_name_tells_nothin
     assert first.read_bytes() == b"a.png" and results.show(folder, folder / "a.png") == str(first)
     assert first.parent != second.parent and [file.name for file in first.parent.iterdir()] == ["a.png"]
     assert all(path.is_relative_to(results.uploads) and key not in str(path) for path in (first, second))
+    inode = second.stat().st_ino
+    assert results.show(folder, folder / "b.png") == str(second) and second.stat().st_ino == inode, "not made anew"
+    (folder / "c.png").write_bytes(b"other")
+    (folder / "c.png").replace(folder / "b.png")
+    results.show(folder, folder / "b.png")
+    assert second.read_bytes() == b"other"
     (folder / "a.png").unlink()
     results.show(folder, folder / "b.png")
     assert not first.parent.exists() and second.exists(), "what the result no longer has is no longer served"
