@@ -3,6 +3,7 @@
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -74,11 +75,12 @@ def load_image(image: ImageInput, name: str = "image") -> torch.Tensor:
     return tensor
 
 
-def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Resizes an image of [`load_image`] to `(3, size, size)`, float32 in [0, 1]: bilinear, antialiased, as in the
-    reference without regard to the aspect ratio."""
-    if tuple(image.shape[-2:]) != (size, size):
-        image = F.interpolate(image[None], size=(size, size), mode="bilinear", antialias=True)[0]
+def resize_image(image: torch.Tensor, size: int | Sequence[int]) -> torch.Tensor:
+    """Resizes an image of [`load_image`] to `(3, H, W)`, float32 in [0, 1]: bilinear, antialiased, without regard to
+    the aspect ratio. `size` is (H, W), or one number for a square, as in the reference."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if tuple(image.shape[-2:]) != (height, width):
+        image = F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]
     return image.float() / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)
 
 

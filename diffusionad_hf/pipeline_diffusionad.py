@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -48,8 +50,13 @@ _FORMAT = 1
 # Images per pass, and pixels per pass on a CPU: four images of 128 px, one of 256 px.
 _MOST_AT_ONCE = 16
 _CPU_PIXELS_AT_ONCE = 256**2
-# A larger one in a config is a mistake, or meant to exhaust the memory.
-_LARGEST_SIZE = 2048
+# More in a config is a mistake, or meant to exhaust the memory: pixels per pass, and of an image in tiles.
+_MOST_PIXELS_A_PASS = 2048**2
+_MOST_PIXELS = 2**26
+# A photo that is squashed more along one side than along the other is warned of.
+_MOST_SQUASHED = 16
+# Share of a tile that it has in common with the next one, as in diffusers' tiled VAEs.
+_OVERLAP = 0.25
 
 
 @dataclass
@@ -62,14 +69,14 @@ class DiffusionADPipelineOutput(BaseOutput):
             size: arrays of shape `(H, W)` and type float32 (`output_type="np"`), tensors (`"pt"`) or 8-bit greyscale
             images (`"pil"`).
         anomaly_score (`np.ndarray` of shape `(N,)`): Mean of the `top_k` largest values of each map at the model's
-            resolution.
+            resolution; of an image in tiles, over the whole blended map.
         reconstruction (`list`): Per image, its reconstruction without a defect, at the image's own size: arrays of
             shape `(H, W, 3)` in [0, 1], tensors of shape `(3, H, W)` (`"pt"`) or RGB images (`"pil"`).
         is_anomalous (`np.ndarray` of shape `(N,)`, *optional*): Whether the score exceeds the threshold; `None`
             without one.
         p_value (`np.ndarray` of shape `(N,)`, *optional*): Probability of a score at least as high on a normal image;
             `None` if the model is not calibrated.
-        intermediates (`dict[str, torch.Tensor]`, *optional*): Every intermediate tensor, `(N, C, S, S)`; only with
+        intermediates (`dict[str, torch.Tensor]`, *optional*): Every intermediate tensor, `(N, C, H, W)`; only with
             `return_intermediates=True`.
     """
 
@@ -92,8 +99,12 @@ class DiffusionADPipeline(DiffusionPipeline):
         unet ([`UNet2DModel`]): Predicts the noise in a noised image.
         segmenter ([`ModelMixin`]): Turns image and reconstruction, `(N, 6, H, W)`, into logits, `(N, 1, H, W)`.
         scheduler ([`DDPMScheduler`]): A `NormGuidedScheduler`, which owns timesteps and guidance weight.
-        image_size (`int`, *optional*): Side length in px at which images are inspected; by default the UNet's
-            `sample_size`.
+        image_size (`int` or `(int, int)`, *optional*): Height and width in px to which images are resized and at which
+            they are inspected, or one number for a square; by default the UNet's `sample_size`. Multiples of what the
+            networks need, 32 for those of this package.
+        tile_size (`int` or `(int, int)`, *optional*): Larger images go through the networks in tiles of this height
+            and width, which overlap by a quarter or more and are blended, so that the networks' memory does not grow
+            with `image_size`. By default images go through in one piece.
         top_k (`int`): How many of the largest map values the score averages.
         seed (`int`): Seed of the noise, which is the same for every image, so that scores are repeatable and do not
             depend on the batch.
@@ -112,18 +123,19 @@ class DiffusionADPipeline(DiffusionPipeline):
         unet: UNet2DModel,
         segmenter: ModelMixin,
         scheduler: DDPMScheduler,
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
         top_k: int = 50,
         seed: int = 0,
         calibration_scores: list[float] | None = None,
         false_alarm_rate: float = 0.05,
         threshold: float | None = None,
+        tile_size: int | Sequence[int] | None = None,
     ):
         super().__init__()
-        image_size = image_size if image_size is not None else int(unet.config.sample_size)
-        for name, value, low, high in (("image_size", image_size, 8, _LARGEST_SIZE), ("top_k", top_k, 1, 2**31)):
-            if not isinstance(value, Integral) or not low <= value <= high:
-                raise ValueError(f"{name}={value!r:.80}: must be a whole number from {low} to {high}.")
+        image_size = image_size if image_size is not None else unet.config.sample_size
+        image_size, tile_size = _check_sizes(image_size, tile_size, _size_multiple(unet, segmenter))
+        if not isinstance(top_k, Integral) or not 1 <= top_k <= 2**31:
+            raise ValueError(f"top_k={top_k!r:.80}: must be a whole number from 1 to {2**31}.")
         if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed={seed!r:.80}: must be a whole number of 64 bits.")
         check_calibration(calibration_scores, false_alarm_rate, threshold)
@@ -137,7 +149,21 @@ class DiffusionADPipeline(DiffusionPipeline):
             calibration_scores=None if calibration_scores is None else [float(s) for s in calibration_scores],
             false_alarm_rate=false_alarm_rate,
             threshold=threshold,
+            tile_size=tile_size,
         )
+
+    # ---- sizes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in px at which images are inspected."""
+        return _sides(self.config.image_size)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Height and width in px of what goes through the networks at once: [`size`], or a tile of it."""
+        height, width = map(min, self.size, _sides(self.config.tile_size or self.config.image_size))
+        return height, width
 
     # ---- verdicts ---------------------------------------------------------------------------------------------------
 
@@ -155,7 +181,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         """Images per pass by default; on a CPU, as many as fit its cache."""
         if self._execution_device.type != "cpu":
             return _MOST_AT_ONCE
-        return min(_MOST_AT_ONCE, max(1, _CPU_PIXELS_AT_ONCE // self.config.image_size**2))
+        return min(_MOST_AT_ONCE, max(1, _CPU_PIXELS_AT_ONCE // math.prod(self.tile)))
 
     # ---- the call ---------------------------------------------------------------------------------------------------
 
@@ -185,7 +211,8 @@ class DiffusionADPipeline(DiffusionPipeline):
             batch_size (`int`, *optional*): Images per pass, by default [`default_batch_size`]; does not change the
                 result. Halved, with a warning, if that many do not fit into memory.
             generator (`torch.Generator`, *optional*): Draws separate noise for each image, instead of the seed.
-            noise (`torch.Tensor` of shape `(2, N, C, H, W)`, *optional*): The noise itself, small scale first.
+            noise (`torch.Tensor` of shape `(2, N, C, H, W)`, *optional*): The noise itself, small scale first; H and W
+                are those of a tile, if there are tiles: all get the same.
             num_noises (`int`): Average the maps of this many noise draws: a little more accurate, and that many times
                 slower.
             small_timestep, big_timestep (`int`, *optional*), guidance_weight (`float`, *optional*): Replace the
@@ -217,22 +244,26 @@ class DiffusionADPipeline(DiffusionPipeline):
         maps, scores, reconstructions, kept = [], [], [], []
         starts = range(0, len(images), batch_size)
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:
-            # 1. Decode and resize: (B, 3, S, S) in [0, 1], and each image's own size.
+            # 1. Decode and resize: (B, 3, H, W) in [0, 1], and each image's own size.
             batch = enumerate(images[start : start + batch_size], start)
             decoded = [load_image(item, name=f"image {i}") for i, item in batch]
             sizes = [(item.shape[-2], item.shape[-1]) for item in decoded]
+            for i, size in enumerate(sizes, start):
+                self._warn_of_shape(i, *size)
             pixels = torch.stack([resize_image(item, self.config.image_size) for item in decoded]).to(device)
 
             # 2. Noise both scales, denoise in one step each, guide, segment; averaged over the noise draws.
             probability = reconstruction = torch.zeros((), device=device)
             for draw in range(num_noises):
                 if noise is not None:
-                    pair = noise[:, start : start + len(pixels)]  # (2, B, 3, S, S)
+                    pair = noise[:, start : start + len(pixels)]  # (2, B, 3, h, w), of a tile
                 elif generator is not None:
                     pair = torch.stack([self._draw(generator) for _ in sizes], dim=1)
                 else:
                     pair = draws[draw].unsqueeze(1).expand(-1, len(pixels), -1, -1, -1)
-                step = self._inspect_in_memory(pixels, pair.to(device), small_timestep, big_timestep, guidance_weight)
+                step = self._inspect_in_tiles(
+                    pixels, pair.to(device), return_intermediates, small_timestep, big_timestep, guidance_weight
+                )
                 probability = probability + step["probability"] / num_noises
                 reconstruction = reconstruction + step["reconstruction"] / num_noises
 
@@ -300,12 +331,45 @@ class DiffusionADPipeline(DiffusionPipeline):
         if output_type not in ("np", "pt", "pil"):
             raise ValueError(f'output_type="{output_type}": must be "np", "pt" or "pil".')
         if noise is not None:
-            size = self.config.image_size
-            expected = (2, len(images), self.unet.config.in_channels, size, size)
+            expected = (2, len(images), self.unet.config.in_channels, *self.tile)
             if tuple(noise.shape) != expected:
                 raise ValueError(f"noise: has shape {tuple(noise.shape)}, must be {expected} (scale, image, C, H, W).")
             if generator is not None or num_noises != 1:
                 raise ValueError("noise: give it alone, without generator= or num_noises=.")
+
+    def _warn_of_shape(self, index: int, height: int, width: int) -> None:
+        model_height, model_width = self.size
+        squashed = width * model_height / (height * model_width)
+        squashed = max(squashed, 1 / squashed)
+        if squashed > _MOST_SQUASHED:
+            logger.warning(
+                f"image {index}: {width} x {height} px is squashed {squashed:.0f} times to the model's "
+                f"{model_width} x {model_height} px, which hides defects; crop it, or give image_size its shape, and a tile_size."
+            )
+
+    def _inspect_in_tiles(
+        self, pixels: torch.Tensor, noise: torch.Tensor, keep_all: bool, *arguments: Any
+    ) -> dict[str, torch.Tensor]:
+        """Runs [`_inspect_in_memory`] on each tile of images `(B, 3, H, W)` with noise `(2, B, 3, h, w)`; blends the
+        results, whose weights fall linearly towards a tile's edges."""
+        tile = (noise.shape[-2], noise.shape[-1])
+        if tuple(pixels.shape[-2:]) == tile:
+            return self._inspect_in_memory(pixels, noise, *arguments)
+        ramps = [torch.arange(1, side + 1, device=pixels.device) for side in tile]
+        down, right = (torch.minimum(r, r.flip(0)).clamp(max=math.ceil(_OVERLAP * len(r))).float() for r in ramps)
+        weight = down[:, None] * right
+        blended: dict[str, torch.Tensor] = {}
+        total = torch.zeros_like(pixels[0, 0])
+        tops, lefts = (_starts(side, part) for side, part in zip(pixels.shape[-2:], tile, strict=True))
+        for top, left in itertools.product(tops, lefts):
+            at = (..., slice(top, top + tile[0]), slice(left, left + tile[1]))
+            total[at] += weight
+            for name, part in self._inspect_in_memory(pixels[at], noise, *arguments).items():
+                if keep_all or name in ("probability", "reconstruction"):
+                    if name not in blended:
+                        blended[name] = part.new_zeros(*part.shape[:2], *pixels.shape[-2:])
+                    blended[name][at] += part * weight
+        return {name: tensor.div_(total) for name, tensor in blended.items()}
 
     def _inspect_in_memory(
         self, pixels: torch.Tensor, noise: torch.Tensor, *arguments: Any
@@ -323,10 +387,11 @@ class DiffusionADPipeline(DiffusionPipeline):
                 if not _is_out_of_memory(error):
                     raise
                 if at_once == 1:
-                    size = self.config.image_size
+                    height, width = pixels.shape[-2:]
                     raise MemoryError(
-                        f"not even one image of {size} x {size} px fits into the memory of {pixels.device} beside the "
-                        f"model ({' '.join(str(error).split())}): free some memory, or use a smaller model."
+                        f"not even one image of {width} x {height} px fits into the memory of {pixels.device} beside "
+                        f"the model ({' '.join(str(error).split())}): free some memory, or use a smaller model or "
+                        "tile_size."
                     ) from error
             # Outside the handler: the exception would keep the failed pass's tensors alive.
             self._largest_batch = at_once // 2
@@ -343,7 +408,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         big_timestep: int,
         guidance_weight: float | None,
     ) -> dict[str, torch.Tensor]:
-        """One pass over images `(B, 3, S, S)` with noise `(2, B, 3, S, S)`; returns all tensors, in float32."""
+        """One pass over images `(B, 3, h, w)` with noise `(2, B, 3, h, w)`; returns all tensors, in float32."""
         # Channels-last is faster on a CPU; on a GPU, the layout of the UNet's weights decides.
         layout = torch.channels_last if pixels.device.type == "cpu" else torch.contiguous_format
 
@@ -354,18 +419,16 @@ class DiffusionADPipeline(DiffusionPipeline):
 
         # In float32, whatever type the networks compute in.
         step = self.scheduler.reconstruct(predict, pixels, noise, small_timestep, big_timestep, guidance_weight)
-        pair = torch.cat([pixels, step.reconstruction], dim=1)  # (B, 6, S, S)
+        pair = torch.cat([pixels, step.reconstruction], dim=1)  # (B, 6, h, w)
         # Channels-last takes at least a fifth less time on a CPU; the convolutions keep the layout.
         layout = torch.preserve_format if pixels.device.type == "mps" else torch.channels_last
         logits = self.segmenter(pair.to(self.segmenter.dtype, memory_format=layout)).float()
         return {**step, "probability": logits.sigmoid()}
 
     def _draw(self, generator: torch.Generator) -> torch.Tensor:
-        """The noise of one image at both scales, `(2, C, S, S)`."""
-        size = self.config.image_size
-        return randn_tensor(
-            (2, self.unet.config.in_channels, size, size), generator=generator, device=generator.device
-        )
+        """The noise of one image, or of each of its tiles, at both scales, `(2, C, h, w)`."""
+        shape = (2, self.unet.config.in_channels, *self.tile)
+        return randn_tensor(shape, generator=generator, device=generator.device)
 
     def _seeded_noise(self, count: int) -> list[torch.Tensor]:
         # Drawn on the CPU, so that scores do not depend on the device.
@@ -380,7 +443,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     @staticmethod
     def _postprocess(tensor: torch.Tensor, size: tuple[int, int], output_type: str) -> Any:
-        """Converts `(C, S, S)` in [0, 1] to an image of size `(H, W)`; drops the axis of a single channel."""
+        """Converts `(C, H, W)` in [0, 1] to an image of size `(H, W)`; drops the axis of a single channel."""
         if tuple(tensor.shape[-2:]) != size:
             tensor = F.interpolate(tensor[None], size=size, mode="bilinear", align_corners=False)[0]
         if output_type == "pt":
@@ -482,6 +545,44 @@ def _check_network(name: str, config: Any) -> None:
         largest = 16 if key == "layers_per_block" else 100_000
         if len(values) > 32 or any(isinstance(v, (int, float)) and not abs(v) <= largest for v in values):
             raise ValueError(f"{name}: {key}={value!r:.80}: too large.")
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width of a size, which is one number if it is a square."""
+    height, width = (size, size) if isinstance(size, Integral) else size
+    return int(height), int(width)
+
+
+def _size_multiple(unet: Any, segmenter: Any) -> int:
+    """What the networks divide the sides of an image by."""
+    levels = len(getattr(unet.config, "block_out_channels", (1,)))
+    patch_size = getattr(unet.config, "patch_size", 1)
+    return math.lcm(patch_size * 2 ** (levels - 1), getattr(segmenter, "size_multiple", 1))
+
+
+def _check_sizes(image_size: Any, tile_size: Any, multiple: int) -> tuple[int | list[int], int | list[int] | None]:
+    """Both sizes, as whole numbers and one number for a square; raises a `ValueError` that names the field."""
+    checked: list[int | list[int]] = []
+    for name, size, most in (("image_size", image_size, _MOST_PIXELS), ("tile_size", tile_size, _MOST_PIXELS_A_PASS)):
+        if name == "tile_size" and size is None:
+            return checked[0], None
+        sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+        whole = len(sides) == 2 and all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides)
+        if not whole or min(sides) < 1 or any(side % multiple for side in sides):
+            raise ValueError(
+                f"{name}={size!r:.80}: must be a whole number of px, or height and width; multiples of {multiple}."
+            )
+        most = _MOST_PIXELS_A_PASS if tile_size is None else most
+        if math.prod(sides) > most:
+            raise ValueError(f"{name}={size!r:.80}: too large, more than {most:,} px; give a tile_size, or less.")
+        checked.append(int(sides[0]) if sides[0] == sides[1] else [int(side) for side in sides])
+    return checked[0], checked[1]
+
+
+def _starts(side: int, tile: int) -> list[int]:
+    """Where tiles begin that cover a side evenly and overlap by a quarter or more."""
+    count = math.ceil((side - tile) / (tile * (1 - _OVERLAP))) + 1
+    return [round(i * (side - tile) / max(count - 1, 1)) for i in range(count)]
 
 
 def check_calibration(calibration_scores: Any, false_alarm_rate: Any, threshold: Any = None) -> None:
