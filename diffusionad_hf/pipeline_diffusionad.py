@@ -344,7 +344,8 @@ class DiffusionADPipeline(DiffusionPipeline):
         if squashed > _MOST_SQUASHED:
             logger.warning(
                 f"image {index}: {width} x {height} px is squashed {squashed:.0f} times to the model's "
-                f"{model_width} x {model_height} px, which hides defects; crop it, or give image_size its shape, and a tile_size."
+                f"{model_width} x {model_height} px, which hides defects; crop it, or give image_size "
+                "its shape, and a tile_size."
             )
 
     def _inspect_in_tiles(

@@ -29,18 +29,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def build_pipeline(
-    preset: str = "small", resolution: int = 256, prediction_type: str | None = None
+    preset: str = "small",
+    resolution: int = 256,
+    prediction_type: str | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> DiffusionADPipeline:
     """
     Builds an untrained pipeline of a named size.
 
     Args:
         preset: `"perceptual"`, `"paper"`, `"small"`, `"tiny"` or `"light"`.
-        resolution: Side length of the images in px; a multiple of 32.
+        resolution: Side length of the images in px; a multiple of 32. It decides the number of levels.
         prediction_type: What the UNet predicts, see [`NormGuidedScheduler`]; by default the preset's.
+        image_size: Height and width of images that are no squares, of about `resolution ** 2` px.
 
     Raises:
-        ValueError: If the preset or prediction type is unknown, or the resolution does not fit the networks.
+        ValueError: If the preset or prediction type is unknown, or the size does not fit the networks.
     """
     if preset not in PRESETS:
         raise ValueError(f'preset="{preset}": must be one of {", ".join(PRESETS)}.')
@@ -52,15 +56,30 @@ def build_pipeline(
         segmenter = AnomalySegmenter(base_channels=unet_sizes.pop("segmenter_base_channels"))
     default_prediction_type = unet_sizes.pop("prediction_type", "epsilon")
     config = NormGuidedUNet2DModel.size_config(resolution=resolution, **unet_sizes)
-    smallest_map = config["patch_size"] * 2 ** (len(config["block_out_channels"]) - 1)
-    multiple = math.lcm(segmenter.size_multiple, smallest_map)
-    if resolution < multiple or resolution % multiple:
-        raise ValueError(
-            f"resolution={resolution}: the networks halve the image at every level, so it must be a multiple of "
-            f"{multiple}."
-        )
+    multiple = math.lcm(segmenter.size_multiple, _smallest_map(config))
+    for side in image_size or (resolution,):
+        if side < multiple or side % multiple:
+            raise ValueError(
+                f"resolution={side}: the networks halve the image at every level, so it must be a multiple of "
+                f"{multiple}."
+            )
     return DiffusionADPipeline(
         unet=NormGuidedUNet2DModel(**config),
         segmenter=segmenter,
         scheduler=NormGuidedScheduler(prediction_type=prediction_type or default_prediction_type),
+        image_size=image_size or resolution,
     )
+
+
+def size_multiple(preset: str, resolution: int) -> int:
+    """What both sides of the images must be multiples of at a resolution, for networks of a named size."""
+    names = ("base_channels", "patch_size", "norm_num_groups", "largest_attention_map")
+    sizes = {name: value for name, value in PRESETS[preset].items() if name in names}
+    return math.lcm(
+        AnomalySegmenter.size_multiple,
+        _smallest_map(NormGuidedUNet2DModel.size_config(resolution=resolution, **sizes)),
+    )
+
+
+def _smallest_map(config: dict[str, Any]) -> int:
+    return config["patch_size"] * 2 ** (len(config["block_out_channels"]) - 1)

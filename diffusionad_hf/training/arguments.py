@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -66,7 +68,11 @@ class TrainingConfig:
         "Defaults for all other options: fast, light, paper, perceptual, small, tiny, or a JSON file of your own.",
     )
     architecture: str = _option("small", "Size of the networks.", choices=tuple(ARCHITECTURES))
-    resolution: int = _option(256, "Side of the images in px, for training and inspection; a multiple of 32.")
+    image_size: str = _option(
+        "256",
+        "Size of the images in px, for training and inspection: HEIGHTxWIDTH, multiples of 32; or one number, for as "
+        "many px as a square of that side has, in the usual shape of the training photos.",
+    )
     prediction_type: str | None = _option(
         None,
         "What the UNet predicts: the noise (the paper), the image, or the velocity. By default paper predicts the "
@@ -145,14 +151,16 @@ class TrainingConfig:
         for option in fields(self):
             _check_value(option, getattr(self, option.name))
         multiple = AnomalySegmenter.size_multiple
-        if self.resolution < multiple or self.resolution % multiple:
+        if not re.fullmatch(r"\d{1,5}(x\d{1,5})?", self.image_size):
+            raise ValueError(f"`image_size` {self.image_size}: must be a number of px, or HEIGHTxWIDTH like 192x512.")
+        if any(side < multiple or side % multiple for side in self.sides):
             raise ValueError(
-                f"`resolution` {self.resolution}: the networks halve the image five times, so it must be a multiple "
-                f"of {multiple}."
+                f"`image_size` {self.image_size}: the networks halve the image five times, so both sides must be "
+                f"multiples of {multiple}."
             )
         if self.train_batch_size == 1 and self.resolution == multiple:
             raise ValueError(
-                f"`train_batch_size` 1: too small for batch norm at `resolution` {multiple}, where the smallest map "
+                f"`train_batch_size` 1: too small for batch norm at `image_size` {multiple}, where the smallest map "
                 "has a single pixel; give 2 or more."
             )
         if self.foreground_dir is not None and self.foreground in ("texture", "whole"):
@@ -171,6 +179,16 @@ class TrainingConfig:
                 f"`hub_model_prefix` {self.hub_model_prefix}: `push_to_hub` needs ORG/PREFIX, ORG being your name or "
                 "an organization of yours."
             )
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Height and width in px; or one number, if the photos decide their ratio."""
+        return tuple(map(int, self.image_size.split("x")))
+
+    @property
+    def resolution(self) -> int:
+        """Side in px of a square as large as the images."""
+        return math.isqrt(self.sides[0] * self.sides[-1])
 
 
 def parse_arguments(argv: list[str] | None = None, prog: str = "train.py") -> TrainingConfig:
@@ -198,6 +216,8 @@ def load_preset(name: str) -> dict[str, Any]:
         raise ValueError(f"`preset` {path}: not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise ValueError(f"`preset` {path}: must be a JSON object of options and their values.")
+    if "resolution" in values:  # its former name
+        values["image_size"] = str(values.pop("resolution"))
     options = {option.name: option for option in fields(TrainingConfig) if option.name != "preset"}
     for key, value in values.items():
         if key not in options:
@@ -241,8 +261,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             group = parser.add_argument_group(_GROUPS[option.name])
         kind, required = _kind(option), option.default is MISSING
         settings = {"action": "store_true"} if kind is bool else {"type": kind, "choices": option.metadata["choices"]}
+        # Its former name.
+        also = ("--resolution",) if option.name == "image_size" else ()
         group.add_argument(
             f"--{option.name.replace('_', '-')}",
+            *also,
             default=None if required else option.default,
             required=required,
             help=as_flags(option.metadata["help"]),

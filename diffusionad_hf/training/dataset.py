@@ -1,5 +1,6 @@
 """The normal images of one category, which need not fit in memory, and the order in which they are trained on."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -35,41 +36,43 @@ class TableImages(Sequence):
 
 
 class PackedMasks(Sequence):
-    """Square `(S, S)` bool masks, packed to one bit per pixel."""
+    """`(H, W)` bool masks of one size, packed to one bit per pixel."""
 
     def __init__(self, masks: Iterable[np.ndarray]):
         self._packed = []
         for mask in masks:
-            self._side = mask.shape[-1]
+            self._shape = (1, *mask.shape)
             self._packed.append(np.packbits(mask))
 
     def __len__(self) -> int:
         return len(self._packed)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """`(1, S, S)` float32 of 0 and 1."""
-        bits = np.unpackbits(self._packed[index], count=self._side**2)
-        return torch.from_numpy(bits.reshape(1, self._side, self._side)).float()
+        """`(1, H, W)` float32 of 0 and 1."""
+        bits = np.unpackbits(self._packed[index], count=math.prod(self._shape))
+        return torch.from_numpy(bits.reshape(self._shape)).float()
 
 
 class NormalImages(Dataset):
-    """Normal images at the model's resolution, with the object's foreground `(1, S, S)` if given.
+    """Normal images at the model's size (H, W), with the object's foreground `(1, H, W)` if given.
 
     Items are accessed by `(epoch, index)`. Resized images are cached if all of them fit into 1 GiB.
     """
 
-    def __init__(self, images: Sequence[Any], resolution: int, foregrounds: Sequence[torch.Tensor] | None = None):
+    def __init__(
+        self, images: Sequence[Any], size: tuple[int, int], foregrounds: Sequence[torch.Tensor] | None = None
+    ):
         self.images = images
-        self.resolution = resolution
+        self.size = size
         self.foregrounds = foregrounds
-        fits = len(images) * 3 * resolution**2 <= _CACHE_BYTES
+        fits = len(images) * 3 * math.prod(size) <= _CACHE_BYTES
         self._cache: dict[int, torch.Tensor] | None = {} if fits else None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def pixels(self, index: int) -> torch.Tensor:
-        """One image, `(3, S, S)` float32 in [0, 1]."""
+        """One image, `(3, H, W)` float32 in [0, 1]."""
         if self._cache is None:
             return self.read(index)
         if index not in self._cache:
@@ -78,7 +81,7 @@ class NormalImages(Dataset):
 
     def read(self, index: int) -> torch.Tensor:
         """As [`pixels`], but without the cache."""
-        return resize_image(load_image(self.images[index], name=f"training image {index}"), self.resolution)
+        return resize_image(load_image(self.images[index], name=f"training image {index}"), self.size)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key

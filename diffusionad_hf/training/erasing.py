@@ -1,5 +1,7 @@
 """Missing features: structure that stands alone, covered with a plain piece of the same image."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ def erase(images: Tensor, allowed: Tensor, u: np.ndarray) -> Tensor:
     """
     height, width = images.shape[-2:]
     grey = images.mean(1, keepdim=True)
-    size = max(height, width)
+    size = math.isqrt(height * width)
     # The search is the most expensive part, so it is done at 64 px or little more.
     coarse = max(size // 64, 1)
     small, product = F.avg_pool2d(grey, coarse), F.avg_pool2d(allowed, coarse).floor()
@@ -65,12 +67,11 @@ def _lone_feature(grey: Tensor, allowed: Tensor, u: np.ndarray) -> tuple[Tensor,
     differs from the rim's mean. If nothing stands alone, the ellipse that comes closest is returned.
     """
     height, width = grey.shape[-2:]
-    wide, tall = torch.tensor(ERASED_FEATURES, dtype=grey.dtype, device=grey.device).T[:, :, None, None] * max(
-        height, width
-    )
+    wide, tall = torch.tensor(ERASED_FEATURES, dtype=grey.dtype, device=grey.device).T[:, :, None, None]
+    wide, tall = wide * math.isqrt(height * width), tall * math.isqrt(height * width)
     size = (2 * height, 2 * width)  # twice, so that nothing comes in from the other side
     depth, _ = _ellipses(torch.full_like(wide, width), torch.full_like(tall, height), wide, tall, *size)
-    areas = torch.stack([(depth > 0).to(grey.dtype), _rim(depth, max(height, width))])  # (2, K, 2 H, 2 W)
+    areas = torch.stack([(depth > 0).to(grey.dtype), _rim(depth, math.isqrt(height * width))])  # (2, K, 2 H, 2 W)
     kernels = torch.fft.rfft2(torch.fft.ifftshift(areas / areas.sum((2, 3), keepdim=True), dim=(2, 3)))
     moments = torch.stack([allowed, grey, grey**2])[:, :, None]  # (3, N, 1, 1, H, W) with the two areas and K shapes
     means = torch.fft.irfft2(torch.fft.rfft2(moments, s=size) * kernels, s=size)[..., :height, :width]

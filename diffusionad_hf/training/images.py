@@ -1,5 +1,7 @@
 """Loads the normal images of a category and the foregrounds on which anomalies may lie."""
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,28 +11,55 @@ from PIL import Image
 
 from ..data import check_images, load_category
 from ..images_diffusionad import to_uint8
+from ..presets import size_multiple
 from .arguments import TrainingConfig
 from .dataset import NormalImages, PackedMasks, TableImages, spread
 from .foreground import MOST_LEARNT_FROM, ForegroundEstimator, find_foregrounds, load_foreground
 
 # Tolerates the rounding of a resize.
 _SAME_SHAPE = 0.02
+# The largest ratio of a photo's sides.
+_LONGEST = 16
 
 
-def load_images(args: TrainingConfig) -> tuple[TableImages, str, Sequence[torch.Tensor] | None]:
-    """The normal images, "object" or "texture", and the foreground of each, `(1, S, S)`; `None` for textures."""
+def load_images(args: TrainingConfig) -> tuple[NormalImages, str]:
+    """The normal images with their foregrounds, which textures have none of, and whether they are of an "object" or a
+    "texture"."""
     usable, _ = check_images(load_category(args.data_dir, args.category)["train"])
     images = TableImages(usable)
-    size = args.resolution
+    reader = NormalImages(images, fit_size(args, images))
     if args.foreground == "whole":
-        return images, "object", torch.ones(1).expand(len(images), 1, size, size)
-    reader = NormalImages(images, size)
+        reader.foregrounds = torch.ones(1).expand(len(images), 1, *reader.size)
+        return reader, "object"
     if args.foreground_dir is not None:
-        return images, "object", PackedMasks(given_foregrounds(args.foreground_dir, images, size))
+        reader.foregrounds = PackedMasks(given_foregrounds(args.foreground_dir, images, reader.size))
+        return reader, "object"
     estimator = learn_foreground(reader, args.foreground)
-    if estimator.kind == "texture":
-        return images, "texture", None
-    return images, "object", PackedMasks(estimated_foregrounds(estimator, reader, range(len(reader))))
+    if estimator.kind == "object":
+        reader.foregrounds = PackedMasks(estimated_foregrounds(estimator, reader, range(len(reader))))
+    return reader, estimator.kind
+
+
+def fit_size(args: TrainingConfig, images: TableImages) -> tuple[int, int]:
+    """Height and width for the training: those asked for, or of that many pixels in the photos' usual shape."""
+    if len(args.sides) == 2:
+        return args.sides[0], args.sides[1]
+    shapes = [_shown_size(images[row]) for row in spread(len(images), MOST_LEARNT_FROM)]
+    ratio = float(np.median([width / height for width, height in shapes]))
+    if max(ratio, 1 / ratio) > _LONGEST:
+        raise ValueError(
+            f"`image_size` {args.image_size}: the photos are {max(ratio, 1 / ratio):.0f} times as long as wide; from "
+            f"{_LONGEST} times on, cut them into pieces, or give HEIGHTxWIDTH."
+        )
+    multiple = size_multiple(args.architecture, args.resolution)
+    sides = range(multiple, _LONGEST * args.resolution, multiple)
+
+    def misfit(size: tuple[int, int]) -> float:
+        (height, width), log = size, math.log
+        # The shape matters more than the number of pixels, which is the cost.
+        return 2 * abs(log(width / height / ratio)) + abs(log(height * width / args.resolution**2))
+
+    return min(itertools.product(sides, sides), key=misfit)
 
 
 def learn_foreground(reader: NormalImages, kind: str) -> ForegroundEstimator:
@@ -41,7 +70,7 @@ def learn_foreground(reader: NormalImages, kind: str) -> ForegroundEstimator:
 def estimated_foregrounds(
     estimator: ForegroundEstimator, reader: NormalImages, rows: Sequence[int]
 ) -> Iterator[np.ndarray]:
-    """The estimated foregrounds of some images, `(S, S)` bool each."""
+    """The estimated foregrounds of some images, `(H, W)` bool each."""
     with ThreadPoolExecutor() as pool:
         # In parts, because `map` keeps all results in memory until they are consumed.
         for first in range(0, len(rows), 64):
@@ -49,23 +78,26 @@ def estimated_foregrounds(
 
 
 def given_foregrounds(
-    folder: str, images: TableImages, size: int, rows: Sequence[int] | None = None
+    folder: str, images: TableImages, size: tuple[int, int], rows: Sequence[int] | None = None
 ) -> Iterator[np.ndarray]:
-    """The user's masks of all images, or of some, `(S, S)` bool each."""
+    """The user's masks of all images, or of some, `(H, W)` bool each."""
     rows = range(len(images)) if rows is None else rows
     for row, path in zip(rows, find_foregrounds(folder, [str(images.names[row]) for row in rows]), strict=True):
         mask = load_foreground(path)
         height, width = mask.shape
-        source = images[row]
-        with Image.open(source) if isinstance(source, str) else source as image:
-            # Loading an image applies the rotation in its EXIF tags.
-            shown = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
+        shown = _shown_size(images[row])
         if abs(width * shown[1] / (height * shown[0]) - 1) > _SAME_SHAPE:
             raise ValueError(
                 f"foreground {path} is {width} x {height} pixels but its image {images.names[row]} is {shown[0]} x "
                 f"{shown[1]}: make a mask of the image's size."
             )
-        yield np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+        yield np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def _shown_size(source: str | Image.Image) -> tuple[int, int]:
+    """Width and height of an image once the rotation in its EXIF tags is applied, as loading it does."""
+    with Image.open(source) if isinstance(source, str) else source as image:
+        return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
 
 
 def _uint8(reader: NormalImages, row: int) -> np.ndarray:

@@ -112,7 +112,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
     train_set, held_out, synthesizer, validation = together(lambda: prepare_data(args))
 
     # 2. Networks, optimiser, averaged weights.
-    pipe = together(lambda: build_networks(args))
+    pipe = together(lambda: build_networks(args, train_set.size))
     if found is None and pipe.segmenter.config.get("memory_size"):
         logger.info("Filling the memory with features of normal images.")
         pipe.segmenter.to(accelerator.device).remember(train_set.pixels(i) for i in range(len(train_set)))
@@ -238,18 +238,22 @@ def find_start(args: TrainingConfig, output_dir: Path) -> Path | None:
 
 def prepare_data(args: TrainingConfig) -> tuple[NormalImages, NormalImages, AnomalySynthesizer, Validation]:
     """The training set, the held-out set, the synthesizer of anomalies and the validation."""
-    images, kind, foregrounds = load_images(args)
+    normal, kind = load_images(args)
+    masks, size = normal.foregrounds, normal.size
     train_set, held_out = (
-        NormalImages(Subset(images, rows), args.resolution, None if foregrounds is None else Subset(foregrounds, rows))
-        for rows in split_holdout(len(images), args.holdout_fraction, args.seed)
+        NormalImages(Subset(normal.images, rows), size, None if masks is None else Subset(masks, rows))
+        for rows in split_holdout(len(normal), args.holdout_fraction, args.seed)
     )
-    logger.info(f"{len(train_set)} normal images to train on, {len(held_out)} held out, treated as images of {kind}s.")
+    logger.info(
+        f"{len(train_set)} normal images to train on, {len(held_out)} held out, treated as images of {kind}s "
+        f"at {size[1]} x {size[0]} px."
+    )
     if len(train_set) < args.train_batch_size:
         logger.warning(f"`train_batch_size` {args.train_batch_size}: every batch holds some image more than once.")
     textures: Textures = (
-        ProceduralTextures(args.resolution, seed=args.seed)
+        ProceduralTextures(size, seed=args.seed)
         if args.texture_dir is None
-        else FolderTextures(args.texture_dir, args.resolution)
+        else FolderTextures(args.texture_dir, size)
     )
     anomalies: dict[str, Any] = {
         "seed": args.seed,
@@ -262,9 +266,9 @@ def prepare_data(args: TrainingConfig) -> tuple[NormalImages, NormalImages, Anom
     return train_set, held_out, AnomalySynthesizer(textures, **anomalies), validation
 
 
-def build_networks(args: TrainingConfig) -> DiffusionADPipeline:
-    """The pipeline to train, with random weights or those of `init_from`."""
-    pipe = build_pipeline(args.architecture, args.resolution, args.prediction_type)
+def build_networks(args: TrainingConfig, size: tuple[int, int] | None = None) -> DiffusionADPipeline:
+    """The pipeline to train on images of a size (H, W), with random weights or those of `init_from`."""
+    pipe = build_pipeline(args.architecture, args.resolution, args.prediction_type, size)
     if args.init_from is not None:
         start_from(args.init_from, pipe)
     for network in (pipe.unet, pipe.segmenter):
@@ -291,7 +295,7 @@ def start_from(model: str, pipe: DiffusionADPipeline) -> None:
             getattr(pipe, name).load_state_dict(getattr(source, name).state_dict())
         except RuntimeError as error:
             raise ValueError(
-                f"`init_from` {model}: its {name} has another size; give its `architecture` and `resolution`."
+                f"`init_from` {model}: its {name} has another size; give its `architecture` and `image_size`."
             ) from error
 
 

@@ -35,6 +35,7 @@ class Validation:
 
     def __init__(self, held_out: NormalImages, synthesizer: AnomalySynthesizer):
         rows = range(min(len(held_out), _MOST_IMAGES))
+        self.size = held_out.size
         images = torch.stack([held_out.read(row) for row in rows])
         masks = held_out.foregrounds
         foregrounds = None if masks is None else torch.stack([masks[row] for row in rows])
@@ -62,7 +63,9 @@ def validate(
     source: DiffusionADObjective, validation: Validation, output_dir: Path, state: dict[str, Any]
 ) -> dict[str, float]:
     """Measures the weights and, if they are the best so far, keeps them as the pipeline folder `best`."""
-    pipe = DiffusionADPipeline(copy.deepcopy(source.unet), copy.deepcopy(source.segmenter), source.scheduler)
+    pipe = DiffusionADPipeline(
+        copy.deepcopy(source.unet), copy.deepcopy(source.segmenter), source.scheduler, validation.size
+    )
     pipe.set_progress_bar_config(disable=True)
     metrics = validation(pipe)
     if state["best"] is None or metrics["score"] > state["best"]["score"]:

@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from ..data import load_category
 from ..flags import DashedParser, as_flags
 from ..images_diffusionad import to_uint8
+from .arguments import TrainingConfig
 from .dataset import NormalImages, TableImages, spread
 from .foreground import KINDS
-from .images import estimated_foregrounds, given_foregrounds, learn_foreground
+from .images import estimated_foregrounds, fit_size, given_foregrounds, learn_foreground
 from .synthesis import AnomalySynthesizer
 from .textures import FolderTextures, ProceduralTextures
 
@@ -29,7 +30,7 @@ TITLE = 22  # height of a line of text in pixels
 def contact_sheet(
     images: torch.Tensor, foregrounds: torch.Tensor | None, synthesizer: AnomalySynthesizer, title: str
 ) -> Image.Image:
-    """A row for each image `(N, 3, S, S)`: itself, its foreground, and two synthetic anomalies with their masks."""
+    """A row for each image `(N, 3, H, W)`: itself, its foreground, and two synthetic anomalies with their masks."""
     shown = torch.ones_like(images[:, :1]) if foregrounds is None else foregrounds.float()
     outside = images.mean(1, keepdim=True).expand_as(images) * 0.3
     columns = [images, torch.where(shown > 0.5, images, outside)]
@@ -56,12 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--texture-dir", help="folder of texture images; procedural textures without it")
     parser.add_argument("--foreground-dir", help="folder of masks named like the images; estimated without it")
     parser.add_argument("--foreground", choices=KINDS, default="auto", help="what the images show, if known")
-    parser.add_argument("--resolution", type=int, default=256, help="side of the images in px (default: %(default)s)")
+    parser.add_argument("--image-size", "--resolution", default="256", help="as in training (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="images on the sheet (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the synthesis (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.resolution < 32 or args.rows < 1 or args.seed < 0:
-        parser.error("--resolution must be at least 32, --rows 1 and --seed 0")
+    if args.rows < 1 or args.seed < 0:
+        parser.error("--rows must be at least 1, and --seed 0")
     try:
         title = _write(args)
     except (ValueError, OSError, ImportError) as error:
@@ -75,18 +76,21 @@ def _write(args: argparse.Namespace) -> str:
     if args.output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--output {args.output} must end in a picture's extension, such as .png")
     images = TableImages(load_category(args.data_dir, args.category)["train"])
-    reader = NormalImages(images, args.resolution)
+    size = fit_size(
+        TrainingConfig(data_dir="", output_dir="", architecture="perceptual", image_size=args.image_size), images
+    )
+    reader = NormalImages(images, size)
     rows = spread(len(images), args.rows)
     if args.foreground_dir:
-        kind, masks = "object", given_foregrounds(args.foreground_dir, images, args.resolution, rows)
+        kind, masks = "object", given_foregrounds(args.foreground_dir, images, size, rows)
     else:
         estimator = learn_foreground(reader, args.foreground)
         kind, masks = estimator.kind, estimated_foregrounds(estimator, reader, rows)
     foregrounds = np.stack(list(masks))
     if args.texture_dir:
-        textures = FolderTextures(args.texture_dir, args.resolution, 200)
+        textures = FolderTextures(args.texture_dir, size, 200)
     else:
-        textures = ProceduralTextures(args.resolution, 60, args.seed)
+        textures = ProceduralTextures(size, 60, args.seed)
     own_parts = 0.5 if kind == "object" else 0.0
     synthesizer = AnomalySynthesizer(
         textures, seed=args.seed, anomaly_probability=1.0, self_augmentation_probability=own_parts

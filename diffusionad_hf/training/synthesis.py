@@ -157,7 +157,7 @@ class AnomalySynthesizer:
             if erased.any():
                 own = select(normal, erased)
                 filled = erase(own, select(allowed, erased), part["erased"][erased, 1:])
-                reach = max(height, width) // 64 * 2 + 1  # to cover the feature's faint edges too
+                reach = math.isqrt(height * width) // 64 * 2 + 1  # to cover the feature's faint edges too
                 covered = F.max_pool2d(_differs(own, filled), reach, 1, reach // 2)
                 mask = replace(mask, erased, select(allowed, erased) * covered)
                 source = replace(source, erased, filled)
@@ -182,6 +182,10 @@ class AnomalySynthesizer:
         cells[lines | displaced] = np.minimum(cells[lines | displaced], 4)
         nodes = 2 ** (high - 1) + 1
         height, width = allowed.shape[-2:]
+        # Made as a square, so that blobs are as wide as high on a long image too, and cut out of its middle.
+        side = max(height, width)
+        row, column = (side - height) // 2, (side - width) // 2
+        middle = (..., slice(row, row + height), slice(column, column + width))
         masks = torch.zeros_like(allowed)
         pending = allowed.flatten(1).amax(1).cpu().numpy() > 0
         first, count = 0, 1
@@ -189,17 +193,19 @@ class AnomalySynthesizer:
             count = min(count, MAX_ATTEMPTS - first)
             left = np.flatnonzero(pending)
             angles = np.zeros((len(left), count, nodes, nodes), dtype=np.float32)
-            for row, i in enumerate(left):
+            for k, i in enumerate(left):
                 rows, columns = cells[i] + 1
-                angles[row, :, :rows, :columns] = streams[i].random((count, rows, columns)) * (2 * math.pi)
+                angles[k, :, :rows, :columns] = streams[i].random((count, rows, columns)) * (2 * math.pi)
             angles = torch.from_numpy(angles).to(allowed.device).flatten(0, 1)
-            noise = perlin_noise(angles, cells[left].repeat(count, 0), height, width)[:, None]
+            noise = perlin_noise(angles, cells[left].repeat(count, 0), side, side)[:, None]
             degrees = draws["rotations"][left, first : first + count].reshape(-1) * 180 - 90
             rotated = rotate(noise, degrees).unflatten(0, (len(left), count))
-            shapes = rotated.sub(THRESHOLD).gt_(0)
+            shapes = rotated[middle].sub(THRESHOLD).gt_(0)
             if lines[left].any():
                 these = left[lines[left]]
-                drawn = _lines(select(rotated, lines[left]), cells[these], draws["line"][these, 1])
+                drawn = _lines(
+                    select(rotated, lines[left]), cells[these], draws["line"][these, 1], math.isqrt(height * width)
+                )[middle]
                 drawn *= _rectangles(draws["region"][these], height, width).to(drawn)[:, None]
                 shapes = replace(shapes, lines[left], drawn)
             tried = shapes.mul_(select(allowed, pending)[:, None])
@@ -287,11 +293,11 @@ def shuffle_tiles(images: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tens
     return images.gather(3, column_order[:, None, None, :].expand_as(images))
 
 
-def _lines(noise: Tensor, cells: np.ndarray, u: np.ndarray) -> Tensor:
-    """Where the noise `(n, count, 1, H, W)` crosses 0: lines of about 1 to 2 px in 128, `u` `(n,)` says how wide."""
-    height, width = noise.shape[-2:]
+def _lines(noise: Tensor, cells: np.ndarray, u: np.ndarray, size: int) -> Tensor:
+    """Where the noise `(n, count, 1, S, S)` crosses 0: lines of about 1 to 2 px in images of 128, of more in larger
+    ones (`size`); `u` `(n,)` says how wide."""
     # The noise has a slope of about 1.2 per cell at its zeros, which turns a width in px into a bound of its values.
-    bound = (0.3 + 0.7 * u) * max(height, width) / 128 * 1.2 * (cells / (height, width)).max(axis=1)
+    bound = (0.3 + 0.7 * u) * size / 128 * 1.2 * (cells / noise.shape[-1]).max(axis=1)
     bound = torch.from_numpy(bound).to(noise)[:, None, None, None, None]
     # The exact zeros that rotation leaves in the corners are not crossings.
     return (noise.abs() < bound).logical_and_(noise != 0).to(noise.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +21,24 @@ class FolderTextures:
     """The images below a folder, decoded once.
 
     If there are more than `limit` images, evenly spaced ones of the sorted list are used, so every subfolder of DTD
-    is represented. Each is scaled to cover a square and cropped at the centre (the reference distorts it).
+    is represented. Each is scaled to cover the size and cropped at the centre (the reference distorts it).
 
     Args:
         folder: searched recursively for images.
-        size: side of the textures in pixels.
-        limit: largest number of images kept, of `3 * size^2` bytes each: 0.4 GB for 2,000 of 256 px.
+        size: height and width of the textures in pixels, or one number for squares.
+        limit: largest number of images kept, of `3 * H * W` bytes each: 0.4 GB for 2,000 of 256 x 256 px.
 
     Attributes:
-        bank: `(K, 3, size, size)` uint8.
+        bank: `(K, 3, H, W)` uint8.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
         ValueError: if no image in it can be read.
     """
 
-    def __init__(self, folder: str | Path, size: int, limit: int = 2000) -> None:
+    def __init__(self, folder: str | Path, size: int | tuple[int, int], limit: int = 2000) -> None:
         folder = Path(folder)
+        height, width = np.broadcast_to(size, 2).tolist()
         if not folder.is_dir():
             raise FileNotFoundError(f"texture folder {folder} does not exist; without one, use ProceduralTextures")
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
@@ -45,8 +47,8 @@ class FolderTextures:
         for path in paths:
             try:
                 with Image.open(path) as image:
-                    image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size
-                    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+                    image.draft("RGB", (width, height))  # lets JPEG decode at a fraction of its size
+                    fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
                     bank.append(torch.from_numpy(np.array(fitted)).permute(2, 0, 1))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 logger.warning("texture %s skipped: %s", path, error)
@@ -62,21 +64,24 @@ class ProceduralTextures:
     """Textures of six families in turn, each with random scale and colours.
 
     Noise of several spectra, warped stripes, warped checkers, Voronoi cells, gradients and blotches. Texture i depends
-    only on size, seed and i.
+    only on size, seed and i. They are made as squares, which longer sides repeat as in mirrors.
 
     Args:
-        size: side of the textures in pixels.
+        size: height and width of the textures in pixels, or one number for squares.
         count: number of textures.
         seed: at least 0.
 
     Attributes:
-        bank: `(count, 3, size, size)` uint8.
+        bank: `(count, 3, H, W)` uint8.
     """
 
-    def __init__(self, size: int, count: int = 500, seed: int = 0) -> None:
+    def __init__(self, size: int | tuple[int, int], count: int = 500, seed: int = 0) -> None:
+        height, width = np.broadcast_to(size, 2).tolist()
+        side = math.isqrt(height * width)
         rngs = [np.random.default_rng([seed, i]) for i in range(count)]
-        bank = [_colored(_FAMILIES[i % len(_FAMILIES)](rng, size), rng) for i, rng in enumerate(rngs)]
-        self.bank = torch.from_numpy(np.stack(bank))
+        bank = [_colored(_FAMILIES[i % len(_FAMILIES)](rng, side), rng) for i, rng in enumerate(rngs)]
+        missing = [(0, 0), (0, 0), (0, max(height - side, 0)), (0, max(width - side, 0))]
+        self.bank = torch.from_numpy(np.pad(np.stack(bank), missing, mode="symmetric")[..., :height, :width].copy())
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, exponent: float) -> np.ndarray:

@@ -24,7 +24,7 @@ NONSENSE = {
     "holdout_fraction": [0, 1, "nan"],
     "preset": ["enormous"],
     "architecture": ["enormous"],
-    "resolution": [0, 100, 64.5],
+    "image_size": [0, 100, 64.5, "64x", "64x100", "a photo"],
     "prediction_type": ["the-future"],
     "init_from": ["no/such/model"],
     "line_probability": [1.5],
@@ -138,8 +138,8 @@ def test_flags_beat_the_preset_which_beats_the_defaults_in_either_spelling(prese
 
 def test_from_python_an_option_is_called_by_its_name():
     assert TrainingConfig(data_dir="d", output_dir="o", max_grad_norm=1).seed == 0
-    with pytest.raises(ValueError, match="^`resolution` 100: .* multiple of 32"):
-        TrainingConfig(data_dir="d", output_dir="o", resolution=100)
+    with pytest.raises(ValueError, match="^`image_size` 100: .* multiples of 32"):
+        TrainingConfig(data_dir="d", output_dir="o", image_size="100")
     with pytest.raises(ValueError, match="`compile`.*`gradient_checkpointing`"):
         TrainingConfig(data_dir="d", output_dir="o", compile=True, gradient_checkpointing=True)
 

@@ -391,7 +391,7 @@ def test_lines_lie_in_a_part_of_the_image():
 
 def test_lines_are_of_many_widths():
     ramp = torch.linspace(-1, 1, 128)[:, None].expand(128, 128)[None, None, None].repeat(2, 1, 1, 1, 1)
-    thin, wide = synthesis._lines(ramp, np.full((2, 2), 4), np.array([0.0, 1.0])).sum((1, 2, 3, 4))
+    thin, wide = synthesis._lines(ramp, np.full((2, 2), 4), np.array([0.0, 1.0]), ramp.shape[-1]).sum((1, 2, 3, 4))
     assert 0 < 2 * thin <= wide
 
 
