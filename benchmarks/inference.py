@@ -112,8 +112,8 @@ def load_or_build(model: str | None, preset: str, resolution: int) -> DiffusionA
     return pipe
 
 
-def make_photos(count: int, size: int) -> list[np.ndarray]:
-    """Smooth random images, `(size, size, 3)` uint8."""
+def make_photos(count: int, size: tuple[int, int]) -> list[np.ndarray]:
+    """Smooth random images, `(H, W, 3)` uint8."""
     coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     smooth = F.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1).permute(0, 2, 3, 1)
     return list((smooth * 255).round().to(torch.uint8).numpy())
@@ -121,18 +121,18 @@ def make_photos(count: int, size: int) -> list[np.ndarray]:
 
 def count_image(pipe: DiffusionADPipeline) -> int:
     """Operations of one image."""
-    size = pipe.config.image_size
+    size = pipe.tile
     shadow = DiffusionADPipeline(
         copy.deepcopy(pipe.unet).to("meta"), copy.deepcopy(pipe.segmenter).to("meta"), copy.deepcopy(pipe.scheduler)
     )
-    pixels, noise = torch.empty(1, 3, size, size, device="meta"), torch.empty(2, 1, 3, size, size, device="meta")
+    pixels, noise = torch.empty(1, 3, *size, device="meta"), torch.empty(2, 1, 3, *size, device="meta")
     # The counter does not know the CPU's fused attention, so count the matrix products it is made of.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         return count_flops(lambda: shadow._inspect(pixels, noise, 200, 400, None))
 
 
 def _measure(name: str, pipe: DiffusionADPipeline, args: Any) -> list[dict[str, Any]]:
-    photos = make_photos(max(args.batch_sizes), pipe.config.image_size)
+    photos = make_photos(max(args.batch_sizes), pipe.size)
     pixels = torch.from_numpy(photos[0]).permute(2, 0, 1)[None].float() / 255
     noise = pipe._seeded_noise(1)[0][:, None]
     expected = papers_way(pipe, pixels, noise, autograd=False)[1]

@@ -56,8 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     pipe = load_or_build(args.model, args.preset, args.resolution)
-    size = pipe.config.image_size
-    noise_images = list(np.random.default_rng(0).random((4, size, size, 3), dtype=np.float32))
+    noise_images = list(np.random.default_rng(0).random((4, *pipe.size, 3), dtype=np.float32))
     normal = [load_image(file) for file in find_images(args.calibration_images or [])[0]]
 
     too_slow = find_slow_types(CPU, ["bfloat16"]) if EAGER_BF16 in args.runtimes else {}
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         "machine": describe(CPU),
         "model": args.model or f"{args.preset}, random weights",
-        "px": size,
+        "px": pipe.config.image_size,
         "threads": torch.get_num_threads(),
         "calibrated on": f"{len(normal)} images" if normal else "noise",
         "versions": {name: version(name) for name in ("onnxruntime", "openvino", "nncf")},

@@ -123,13 +123,13 @@ class DiffusionADPipeline(DiffusionPipeline):
         unet: UNet2DModel,
         segmenter: ModelMixin,
         scheduler: DDPMScheduler,
-        image_size: int | Sequence[int] | None = None,
+        image_size: int | tuple[int, int] | list[int] | None = None,
         top_k: int = 50,
         seed: int = 0,
         calibration_scores: list[float] | None = None,
         false_alarm_rate: float = 0.05,
         threshold: float | None = None,
-        tile_size: int | Sequence[int] | None = None,
+        tile_size: int | tuple[int, int] | list[int] | None = None,
     ):
         super().__init__()
         image_size = image_size if image_size is not None else unet.config.sample_size

@@ -15,11 +15,12 @@ def sized(**sizes):
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (72, 128), (40, 320), (320, 40)], ids=["4:3", "16:9", "8:1", "1:8"])
-def test_a_photo_keeps_its_shape_and_its_map_its_size(shape, tmp_path):
+def test_a_photo_keeps_its_shape_and_its_map_its_size(shape, tmp_path, caplog):
     size = [max(32, side // 32 * 32) for side in shape]
     sized(image_size=size).save_pretrained(tmp_path)
     pipe = DiffusionADPipeline.from_pretrained(tmp_path)
     assert pipe.config.image_size == size and pipe.size == pipe.tile == tuple(size)
+    assert not caplog.records, "no word of types from diffusers"
     output = pipe(torch.rand(3, *shape), return_intermediates=True)
     assert output.anomaly_map[0].shape == shape and output.reconstruction[0].shape == (*shape, 3)
     largest = np.sort(output.intermediates["probability"].numpy().ravel())[-50:]

@@ -83,9 +83,9 @@ def _convert(args: argparse.Namespace) -> int:
     pipe = pipeline_from_checkpoint(args.checkpoint)
     check_writable(args.output_dir)
     pipe.save_pretrained(args.output_dir)
-    size = pipe.config.image_size
+    height, width = pipe.size
     print(
-        f"Wrote {args.output_dir}: {size} x {size} px, not calibrated; run `diffusionad calibrate` with "
+        f"Wrote {args.output_dir}: {width} x {height} px, not calibrated; run `diffusionad calibrate` with "
         "normal images next."
     )
     return 0

@@ -220,7 +220,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     target = args.output_dir or Path(args.model)
     options.check_writable(target)
     pipe = options.load_pipeline(args, args.device)
-    images, failures = options.read_normal_images(args.input, pipe.config.image_size)
+    images, failures = options.read_normal_images(args.input, pipe.size)
     pipe.set_progress_bar_config(disable=False, desc="calibrating", file=sys.stderr)
     scores = calibrate(pipe, images, false_alarm_rate=args.false_alarm_rate, batch_size=args.batch_size)
     if args.output_dir is not None:

@@ -83,7 +83,7 @@ def check_writable(*folders: Path | None) -> None:
             raise OSError(f"{folder}: cannot write there ({error.strerror}); choose another folder.") from error
 
 
-def read_normal_images(inputs: Sequence[str], size: int) -> tuple[list, list[str]]:
+def read_normal_images(inputs: Sequence[str], size: tuple[int, int]) -> tuple[list, list[str]]:
     """Reads images at the model's resolution; also returns why others were left out."""
     from ..inspection.inspection import find_images, read_small
     from ..inspection.records import Failure

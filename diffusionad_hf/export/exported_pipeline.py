@@ -26,9 +26,11 @@ EXPORT_FORMAT = 1
 # Files of the graph by format, first the one that the runtime opens.
 GRAPH_FILES = {"openvino": ("model.xml", "model.bin"), "onnx": ("model.onnx",)}
 # Configuration values of the pipeline that an exported model keeps.
-SETTINGS = ("image_size", "top_k", "seed", "calibration_scores", "false_alarm_rate", "threshold")
+SETTINGS = ("image_size", "top_k", "seed", "calibration_scores", "false_alarm_rate", "threshold", "tile_size")
+# Those of them that are fixed in the graph.
+_SIZES = ("image_size", "tile_size")
 
-# Pixels `(B, 3, S, S)` and noise `(2, B, 3, S, S)` to the graph's outputs by name.
+# Pixels `(B, 3, H, W)` and noise `(2, B, 3, H, W)`, of a tile if there are any, to the graph's outputs by name.
 Run = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -53,11 +55,12 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
                 raise ValueError(
                     f"{name}={kwargs[name]}: this model was exported with {fixed}; leave it out, or use the original."
                 )
-        if self.config.image_size != self.record["image_size"]:
-            raise ValueError(
-                f"image_size={self.config.image_size}: this model was exported for {self.record['image_size']} px; "
-                "export the original again for another size."
-            )
+        for name in _SIZES:
+            if self.config[name] != self.record[name]:
+                raise ValueError(
+                    f"{name}={self.config[name]}: this model was exported for {self.record[name]} px; export the "
+                    "original again for another size."
+                )
         return super().__call__(image, **kwargs)
 
     def _inspect(self, pixels: torch.Tensor, noise: torch.Tensor, *fixed: Any) -> dict[str, torch.Tensor]:
@@ -79,7 +82,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `exported_model.json`: the record of the export, and the settings as they are now."""
-        settings = {name: self.config[name] for name in SETTINGS} | {"image_size": self.record["image_size"]}
+        settings = {name: self.config[name] for name in SETTINGS} | {name: self.record[name] for name in _SIZES}
         if settings["calibration_scores"] != self.record["calibration_scores"]:
             settings["calibrated_with"] = self.unet.arithmetic
         self.record = {**self.record, **settings}
@@ -107,7 +110,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
             ValueError: If exported models have no such option.
         """
         folder = Path(pretrained_model_name_or_path)
-        unknown = sorted(set(kwargs) - (set(SETTINGS) - {"image_size"}))
+        unknown = sorted(set(kwargs) - set(SETTINGS).difference(_SIZES))
         if unknown:
             raise ValueError(f"{unknown[0]}: an exported model has no such option; leave it out.")
         record = _read_record(folder)
@@ -203,7 +206,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise OSError(f"{folder}: no {CONFIG_NAME} in it; give the whole folder that `diffusionad export` wrote.")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = {"tile_size": None} | json.loads(file.read_text(encoding="utf-8"))
         if record["_diffusionad_export"] > EXPORT_FORMAT:
             raise OSError(f"{file}: written by a newer version of this package: pip install --upgrade diffusionad-hf.")
         files = GRAPH_FILES[record["format"]]

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -64,9 +65,9 @@ def export_pipeline(
     """
     Exports a pipeline to a folder of its own that [`ExportedDiffusionADPipeline`] loads.
 
-    The graph takes `pixels`, `(B, 3, S, S)` in [0, 1], and `noise`, `(2, B, 3, S, S)`, small scale first, both float32
-    and for any B, and gives `probability`, `(B, 1, S, S)`, `reconstruction`, `(B, 3, S, S)`, and `anomaly_score`,
-    `(B,)`. Timesteps, guidance weight and top-k are constants in it.
+    The graph takes `pixels`, `(B, 3, H, W)` in [0, 1], and `noise`, `(2, B, 3, H, W)`, small scale first, both float32
+    and for any B, and gives `probability`, `(B, 1, H, W)`, `reconstruction`, `(B, 3, H, W)`, and `anomaly_score`,
+    `(B,)`. H and W are the pipeline's, or its tiles'. Timesteps, guidance weight and top-k are constants in it.
 
     If there are enough calibration images for the false-alarm rate (with int8: apart from those used to quantise),
     threshold and p-values are calibrated anew on the exported model's scores. Otherwise those of the pipeline are
@@ -99,17 +100,19 @@ def export_pipeline(
     # Absolute: the staging folder goes beside the target, and the parent of `.` is `.` itself.
     target = Path(output_dir).resolve()
     with _staging(target) as staging:
-        size = pipe.config.image_size
-        images = [resize_image(load_image(image), size) for image in calibration_images]
+        images = [resize_image(load_image(image), pipe.size) for image in calibration_images]
         quantised_on, rest = _split(images, precision, images_needed(pipe.config.false_alarm_rate))
-        noise = pipe._seeded_noise(1)[0].unsqueeze(1)  # (2, 1, 3, S, S)
-        samples = [{"pixels": image[None].numpy(), "noise": noise.numpy()} for image in quantised_on]
+        noise = pipe._seeded_noise(1)[0].unsqueeze(1)  # (2, 1, 3, H, W)
+        height, width = pipe.tile
+        # Of an image in tiles, the first one is enough to measure ranges.
+        tiles = [image[None, :, :height, :width].contiguous() for image in quantised_on]
+        samples = [{"pixels": tile.numpy(), "noise": noise.numpy()} for tile in tiles]
         write = {"openvino": _write_openvino, "onnx": _write_onnx}[format]
         graph = _InspectionGraph(pipe, half=(format, precision) == ("onnx", "fp16"))
         with warnings.catch_warnings(), torch.no_grad():
             # The tracer warns about every size check in the networks; sizes are constants here.
             warnings.simplefilter("ignore")
-            write(graph, size, precision, samples, staging)
+            write(graph, pipe.tile, precision, samples, staging)
         record = {
             "_class_name": ExportedDiffusionADPipeline.__name__,
             "_diffusionad_export": EXPORT_FORMAT,
@@ -123,7 +126,7 @@ def export_pipeline(
         (staging / CONFIG_NAME).write_text(json.dumps(record), encoding="utf-8")
         exported = ExportedDiffusionADPipeline.from_pretrained(staging)
         exported.set_progress_bar_config(disable=True)
-        _compare(pipe, exported, images or [_probe(size)], noise)
+        _compare(pipe, exported, images or [_probe(pipe.size)], noise)
         if rest:
             calibrate(exported, rest)
         exported.save_config(staging)
@@ -156,11 +159,12 @@ def _split(images: list[torch.Tensor], precision: str, needed: int) -> tuple[lis
     return images[:_MOST_QUANTISATION_IMAGES], []
 
 
-def _probe(size: int) -> torch.Tensor:
+def _probe(size: tuple[int, int]) -> torch.Tensor:
     """An image to compare on if none is given: smooth colours with a bright square."""
-    x, y = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(1, 0, size), indexing="xy")
-    image = torch.stack([x, y, torch.full((size, size), 0.5)])
-    image[:, size // 4 : size // 3, size // 4 : size // 3] = 1
+    height, width = size
+    y, x = torch.meshgrid(torch.linspace(1, 0, height), torch.linspace(0, 1, width), indexing="ij")
+    image = torch.stack([x, y, torch.full(size, 0.5)])
+    image[:, height // 4 : height // 3, width // 4 : width // 3] = 1
     return image
 
 
@@ -195,7 +199,7 @@ class _InspectionGraph(nn.Module):
                 if isinstance(norm, nn.BatchNorm2d):
                     block[i - 1], block[i] = fuse_conv_bn_eval(cast(nn.Conv2d, block[i - 1]), norm), nn.Identity()
         self.scheduler = copy.deepcopy(pipe.scheduler)
-        self.top_k = min(pipe.config.top_k, pipe.config.image_size**2)
+        self.top_k = min(pipe.config.top_k, math.prod(pipe.tile))
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         def predict(noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -211,16 +215,16 @@ class _InspectionGraph(nn.Module):
         return probability, reconstruction, score
 
 
-def _examples(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _examples(size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     # Two images: tracing with a batch of one may bake the one in.
-    return torch.rand(2, 3, size, size), torch.randn(2, 2, 3, size, size)
+    return torch.rand(2, 3, *size), torch.randn(2, 2, 3, *size)
 
 
 def _write_openvino(
-    graph: _InspectionGraph, size: int, precision: str, samples: list[dict[str, np.ndarray]], folder: Path
+    graph: _InspectionGraph, size: tuple[int, int], precision: str, samples: list[dict[str, np.ndarray]], folder: Path
 ) -> None:
     openvino = require("openvino", "openvino")
-    shapes = [openvino.PartialShape([-1, 3, size, size]), openvino.PartialShape([2, -1, 3, size, size])]
+    shapes = [openvino.PartialShape([-1, 3, *size]), openvino.PartialShape([2, -1, 3, *size])]
     model = openvino.convert_model(graph, example_input=_examples(size), input=shapes)
     for port, name in zip((*model.inputs, *model.outputs), ("pixels", "noise", *_OUTPUTS), strict=True):
         port.get_tensor().set_names({name})
@@ -230,7 +234,7 @@ def _write_openvino(
 
 
 def _write_onnx(
-    graph: _InspectionGraph, size: int, precision: str, samples: list[dict[str, np.ndarray]], folder: Path
+    graph: _InspectionGraph, size: tuple[int, int], precision: str, samples: list[dict[str, np.ndarray]], folder: Path
 ) -> None:
     onnx = require("onnx", "openvino")
     file = folder / GRAPH_FILES["onnx"][0]

@@ -171,7 +171,9 @@ def build_card(
         defect_types=_defect_types(evaluation or {}),
         training=training or {},
         parameters=sum(p.numel() for model in (pipe.unet, pipe.segmenter) for p in model.parameters()),
-        image_size=pipe.config.image_size,
+        height=pipe.size[0],
+        width=pipe.size[1],
+        tiles=f"{pipe.tile[1]} x {pipe.tile[0]}" if pipe.tile != pipe.size else None,
         has_encoder=bool(pipe.segmenter.config.get("encoder")),
     )
 

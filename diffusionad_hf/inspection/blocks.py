@@ -88,7 +88,9 @@ class Run:
 def describe_model(pipe: DiffusionADPipeline) -> dict[str, str]:
     """All in a pipeline that the results depend on."""
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    settings = [{name: pipe.config[name] for name in _SETTINGS}, scheduler]
+    # Tiles only if there are any, so that a run of a former version can go on.
+    sizes = [pipe.config.tile_size] if pipe.config.tile_size else []
+    settings = [{name: pipe.config[name] for name in _SETTINGS}, scheduler, *sizes]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for network in (pipe.unet, pipe.segmenter):
         for name, tensor in sorted(network.state_dict().items()):

@@ -77,7 +77,7 @@ def read_list(path: Path) -> list[Path]:
     return files
 
 
-def read_small(files: Iterable[Path], size: int) -> Iterator[torch.Tensor | Failure]:
+def read_small(files: Iterable[Path], size: tuple[int, int]) -> Iterator[torch.Tensor | Failure]:
     """Images, 8-bit and at the model's resolution already, so that thousands of photos fit in memory."""
     for _, (image,) in _read_ahead([Item(str(file), file)] for file in files):
         yield image if isinstance(image, Failure) else to_uint8(resize_image(image, size))

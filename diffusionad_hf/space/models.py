@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -163,12 +164,12 @@ class Model:
         _check(settings, loaded)
         pipe = copy.copy(loaded)  # with settings of its own
         pipe.register_to_config(
-            image_size=settings.resolution or loaded.config.image_size,
+            image_size=loaded.config.image_size if settings.resolution is None else _size(settings, loaded),
             seed=loaded.config.seed if settings.seed is None else settings.seed,
         )
         began = time.perf_counter()
         try:
-            small = [resize_image(image, pipe.config.image_size) for image in images]
+            small = [resize_image(image, pipe.size) for image in images]
             with self._running if isinstance(pipe, ExportedDiffusionADPipeline) else nullcontext():
                 output = _call(pipe, small, settings)
         except Exception as error:
@@ -181,14 +182,22 @@ class Model:
         return [Raw(float(score), anomaly_map, to_uint8(normal)) for score, anomaly_map, normal in found]
 
 
+def _size(settings: Settings, pipe: DiffusionADPipeline) -> list[int]:
+    """Height and width in px: the model's, or in its shape about as many px as a square of the chosen side has."""
+    scale = settings.resolution / math.sqrt(math.prod(pipe.size)) if settings.resolution else 1
+    return [max(32, round(side * scale / 32) * 32) for side in pipe.size]
+
+
 def _check(settings: Settings, pipe: DiffusionADPipeline) -> None:
     chosen = (settings.small_timestep, settings.big_timestep, settings.resolution)
     if isinstance(pipe, ExportedDiffusionADPipeline) and any(value is not None for value in chosen):
         raise Refusal("Timesteps and resolution are fixed in this category's model: leave them empty.")
-    size = settings.resolution or pipe.config.image_size
-    draws = max(LIMITS.run_pixels // size**2, 1)
+    height, width = _size(settings, pipe)
+    draws = max(LIMITS.run_pixels // (height * width), 1)
     if settings.num_noises > draws:
-        raise Refusal(f"{settings.num_noises} noise draws at {size} px take too long: at most {draws} at that size.")
+        raise Refusal(
+            f"{settings.num_noises} noise draws at {width} x {height} px take too long: at most {draws} at that size."
+        )
     config = pipe.scheduler.config
     small = config.small_timestep if settings.small_timestep is None else settings.small_timestep
     big = config.big_timestep if settings.big_timestep is None else settings.big_timestep
@@ -273,8 +282,8 @@ def about(models: Models, name: str) -> str:
         model = models.get(name)
     except ModelError as error:
         return f"### {name}\n\n{error}"
-    calibration, size = model.calibration, model.load().config.image_size
-    known = f"Inspects at {size} × {size} px."
+    calibration, (height, width) = model.calibration, model.load().size
+    known = f"Inspects at {width} × {height} px."
     if calibration.scores:
         known += f" Calibrated on {len(calibration.scores)} normal images."
     else:

@@ -157,6 +157,19 @@ def test_a_top_k_beyond_the_images_pixels_is_the_mean_of_all():
     np.testing.assert_allclose(scores, pipe(list(pixels), noise=noise).anomaly_score, atol=1e-4)
 
 
+@pytest.mark.parametrize("tile_size", [None, 32], ids=["in one", "in tiles"])
+def test_an_image_that_is_not_square(tile_size, images, tmp_path):
+    pipe = make_pipeline()
+    pipe.register_to_config(image_size=[32, 96], tile_size=tile_size)
+    exported = quiet(export_pipeline(pipe, tmp_path / "onnx", format="onnx"))
+    ours, theirs = exported(images[:2]), pipe(images[:2])
+    np.testing.assert_allclose(ours.anomaly_score, theirs.anomaly_score, atol=1e-4)
+    for a, b, image in zip(ours.anomaly_map, theirs.anomaly_map, images, strict=False):
+        assert a.shape == image.shape[:2]
+        np.testing.assert_allclose(a, b, atol=1e-3)
+    assert load_model(tmp_path / "onnx").tile == pipe.tile == ((32, 32) if tile_size else (32, 96))
+
+
 @pytest.mark.parametrize("kind", ["openvino", "onnx"])
 def test_int8_is_close_and_spares_the_segmenter(kind, images, tmp_path):
     """With one block, for quantising takes long; what a trained model loses is for `python -m benchmarks.runtimes`."""
@@ -203,6 +216,14 @@ def test_signals_are_handled_after_models_came_and_went(exports):
 
 
 # ---- what travels with it
+
+
+def test_an_export_of_before_there_were_tiles_loads(onnx_dir, photo):
+    file = onnx_dir / "exported_model.json"
+    record = json.loads(file.read_text())
+    del record["tile_size"]
+    file.write_text(json.dumps(record))
+    assert quiet(load_model(onnx_dir))(photo).anomaly_score.shape == (1,)
 
 
 def test_noise_seed_and_top_k_are_kept(exports, calibrated):
@@ -332,7 +353,7 @@ def test_a_graph_whose_scores_are_no_numbers_is_refused(calibrated):
             return SimpleNamespace(anomaly_score=np.full(len(images), np.nan))
 
     with pytest.raises(ValueError, match="scores differ from the pipeline's"):
-        _compare(calibrated, Broken(), [_probe(32)], torch.randn(2, 1, 3, 32, 32))
+        _compare(calibrated, Broken(), [_probe((32, 32))], torch.randn(2, 1, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -457,7 +478,10 @@ def test_size_device_precision_and_variant_are_fixed(exports, photo, tmp_path, c
     ):
         with pytest.raises(ValueError, match="runs on the CPU"):
             ask()
-    exported.register_to_config(image_size=64)
+    exported.register_to_config(tile_size=16)
+    with pytest.raises(ValueError, match="tile_size=16: this model was exported for None px"):
+        exported(photo)
+    exported.register_to_config(image_size=64, tile_size=None)
     with pytest.raises(ValueError, match="image_size=64: this model was exported for 32 px"):
         exported(photo)
     Image.fromarray(photo).save(tmp_path / "photo.png")

@@ -200,6 +200,12 @@ def test_a_kind_of_defect_that_is_mostly_missed_is_a_limit(pipe, tmp_path):
     assert limits.count("mostly missed") == 1
 
 
+def test_the_size_is_width_by_height_and_tiles_are_named(pipe):
+    pipe.register_to_config(image_size=[64, 512], tile_size=64)
+    text = flat(build_card(pipe, REPO))
+    assert "look at 512 x 64 px, in tiles of 64 x 64 px." in text and "resized to 512 x 64 px" in text
+
+
 def test_pictures_are_shown_by_the_names_they_are_published_under(pipe):
     card = build_card(pipe, REPO, previews=["example_1.png", "example_2.png"])
     assert re.findall(r"!\[[^]]+\]\(([^)]+)\)", card.text) == ["previews/example_1.png", "previews/example_2.png"]

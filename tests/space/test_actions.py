@@ -120,6 +120,16 @@ def test_other_settings_change_the_score_drop_the_p_value_and_leave_the_model_as
             inspected(results, model, parts[0], settings=unknown)
 
 
+def test_another_resolution_keeps_the_shape_of_a_model_that_is_not_square(results, model, parts, tmp_path):
+    pipe = DiffusionADPipeline.from_pretrained(model.source, image_size=(32, 128))
+    pipe.save_pretrained(tmp_path / "long")
+    long = Models(str(tmp_path)).get("long")
+    assert models._size(Settings(), long.load()) == [32, 128]
+    assert models._size(Settings(resolution=128), long.load()) == [64, 256]
+    assert inspected(results, long, parts[0], settings=Settings(resolution=128))
+    assert "Inspects at 128 × 32 px." in models.about(Models(str(tmp_path)), "long")
+
+
 def test_models_are_found_in_folders_and_missing_ones_are_named(checkpoints, tmp_path):
     found = Models(f" {checkpoints} , {tmp_path / 'nothing'},{tmp_path}")
     assert found.names == ["flange"]
@@ -210,7 +220,7 @@ def test_a_model_that_runs_keeps_only_other_runs_waiting(checkpoints, results, p
 
 
 def test_large_images_leave_fewer_noise_draws(model, results, parts):
-    with pytest.raises(Refusal, match="16 noise draws at 512 px take too long: at most 4 at that size"):
+    with pytest.raises(Refusal, match="16 noise draws at 512 x 512 px take too long: at most 4 at that size"):
         inspected(results, model, parts[0], settings=Settings(num_noises=16, resolution=512))
     assert inspected(results, model, parts[0], settings=Settings(num_noises=16))
 
