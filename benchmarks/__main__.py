@@ -12,6 +12,7 @@ MEASUREMENTS = {
     "metrics": "time and memory of the evaluation's metrics",
     "blocks": "bookkeeping of an inspection of 300,000 files",
     "real": "real products: trained and evaluated from nothing, category by category",
+    "tiles": "time and memory of long images, in tiles and whole",
     "visitors": "the web demo: latency of 20 visitors while five others flood, drip and send bombs",
     "runtimes": "exported models: OpenVINO and ONNX against PyTorch",
 }

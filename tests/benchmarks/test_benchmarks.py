@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import blocks, inference, machine, metrics, runtimes, synthesis, training
+from benchmarks import blocks, inference, machine, metrics, runtimes, synthesis, tiles, training
 from benchmarks.machine import count_flops, find_slow_types, matmul_peak, measure_in_turns, spread
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
 from tests.dataset_factory import make_mvtec
@@ -198,6 +198,12 @@ def test_inference_of_a_model_of_ones_own(tmp_path, model_dir):
     )
     assert [row["way"] for row in result["rows"]] == ["pipeline"]
     assert result["rows"][0]["px"] == 32
+
+
+def test_long_images_are_measured_in_tiles_and_whole():
+    rows = [tiles.measure(32, 64, tile) for tile in (32, None)]
+    assert [(row["px"], row["tile"]) for row in rows] == [("32 x 64", 32), ("32 x 64", "whole")]
+    assert all(row["seconds"] > 0 and row["mb"] >= 0 for row in rows)
 
 
 def test_the_benchmarks_random_model_tells_images_apart():
