@@ -199,7 +199,9 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "train.py") -> Tr
     first.add_argument("--preset", default=parser.get_default("preset"))
     try:
         parser.set_defaults(**load_preset(first.parse_known_args(argv)[0].preset))
-        return TrainingConfig(**vars(parser.parse_args(argv)))
+        values = vars(parser.parse_args(argv))
+        values["image_size"] = values.pop("resolution", values["image_size"])
+        return TrainingConfig(**values)
     except ValueError as error:
         parser.error(as_flags(str(error)))
 
@@ -216,8 +218,8 @@ def load_preset(name: str) -> dict[str, Any]:
         raise ValueError(f"`preset` {path}: not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise ValueError(f"`preset` {path}: must be a JSON object of options and their values.")
-    if "resolution" in values:  # its former name
-        values["image_size"] = str(values.pop("resolution"))
+    if "resolution" in values:  # of former versions
+        values["image_size"] = _square(values.pop("resolution"))
     options = {option.name: option for option in fields(TrainingConfig) if option.name != "preset"}
     for key, value in values.items():
         if key not in options:
@@ -261,14 +263,24 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             group = parser.add_argument_group(_GROUPS[option.name])
         kind, required = _kind(option), option.default is MISSING
         settings = {"action": "store_true"} if kind is bool else {"type": kind, "choices": option.metadata["choices"]}
-        # Its former name.
-        also = ("--resolution",) if option.name == "image_size" else ()
         group.add_argument(
             f"--{option.name.replace('_', '-')}",
-            *also,
             default=None if required else option.default,
             required=required,
             help=as_flags(option.metadata["help"]),
             **settings,
         )
+        if option.name == "image_size":
+            add_former_size(group)
     return parser
+
+
+def add_former_size(parser: Any) -> None:
+    """Adds the flag by which former versions asked for a square."""
+    parser.add_argument(
+        "--resolution", type=_square, default=argparse.SUPPRESS, metavar="N", help="the same as --image-size NxN"
+    )
+
+
+def _square(side: Any) -> str:
+    return f"{side}x{side}"

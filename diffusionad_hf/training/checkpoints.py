@@ -92,8 +92,8 @@ def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -
     """Raises `ValueError` naming the first argument that differs and changes the weights."""
     # Trainings older than this option predicted the noise.
     then = {"prediction_type": "epsilon"} | then
-    if "resolution" in then:  # its former name
-        then["image_size"] = str(then["resolution"])
+    if "resolution" in then:  # of former versions, which squashed every photo
+        then["image_size"] = f"{then['resolution']}x{then['resolution']}"
     free = _FREE_ARGUMENTS | ({"max_train_steps"} if now.get("lr_schedule") in STEADY_SCHEDULES else set())
     for name, value in now.items():
         if name in then and name not in free and then[name] != value:

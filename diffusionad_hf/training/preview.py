@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..data import load_category
 from ..flags import DashedParser, as_flags
 from ..images_diffusionad import to_uint8
-from .arguments import TrainingConfig
+from .arguments import TrainingConfig, add_former_size
 from .dataset import NormalImages, TableImages, spread
 from .foreground import KINDS
 from .images import estimated_foregrounds, fit_size, given_foregrounds, learn_foreground
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--texture-dir", help="folder of texture images; procedural textures without it")
     parser.add_argument("--foreground-dir", help="folder of masks named like the images; estimated without it")
     parser.add_argument("--foreground", choices=KINDS, default="auto", help="what the images show, if known")
-    parser.add_argument("--image-size", "--resolution", default="256", help="as in training (default: %(default)s)")
+    parser.add_argument("--image-size", default="256", help="as in training (default: %(default)s)")
+    add_former_size(parser)
     parser.add_argument("--rows", type=int, default=8, help="images on the sheet (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the synthesis (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -76,8 +77,9 @@ def _write(args: argparse.Namespace) -> str:
     if args.output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--output {args.output} must end in a picture's extension, such as .png")
     images = TableImages(load_category(args.data_dir, args.category)["train"])
+    image_size = getattr(args, "resolution", args.image_size)
     size = fit_size(
-        TrainingConfig(data_dir="", output_dir="", architecture="perceptual", image_size=args.image_size), images
+        TrainingConfig(data_dir="", output_dir="", architecture="perceptual", image_size=image_size), images
     )
     reader = NormalImages(images, size)
     rows = spread(len(images), args.rows)

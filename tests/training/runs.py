@@ -35,7 +35,7 @@ def arguments(data, output, **options):
         "output_dir": output,
         "texture_dir": data.parent / "textures",
         "preset": "tiny",
-        "resolution": 32,
+        "image_size": 32,
         "max_train_steps": 4,
         "train_batch_size": 2,
         "validation_steps": 2,

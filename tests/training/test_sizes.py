@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from diffusionad_hf import DiffusionADPipeline
-from diffusionad_hf.training.arguments import TrainingConfig, load_preset
+from diffusionad_hf.training.arguments import TrainingConfig, load_preset, parse_arguments
 from diffusionad_hf.training.checkpoints import check_same_training
 from diffusionad_hf.training.images import fit_size
 from diffusionad_hf.training.synthesis import AnomalySynthesizer
@@ -64,7 +64,7 @@ def test_photos_beyond_sixteen_to_one_are_named():
 
 def test_a_training_on_long_photos_ends_with_a_model_of_their_shape(tmp_path, capsys):
     data = make_mvtec(tmp_path / "data", train=10, size=(192, 48))
-    options = {"image_size": "64", "texture_dir": None, "resolution": None, "max_train_steps": 2}
+    options = {"image_size": "64", "texture_dir": None, "max_train_steps": 2}
     assert run(data, tmp_path / "out", **options) == 0, capsys.readouterr().err
     pipe = DiffusionADPipeline.from_pretrained(tmp_path / "out")
     assert pipe.config.image_size == [32, 128] and len(pipe.config.calibration_scores) == 2
@@ -102,13 +102,15 @@ def test_textures_fill_a_long_image_without_being_stretched(tmp_path):
     assert seen.any(0).sum() == seen.any(1).sum() == 10
 
 
-def test_the_former_name_of_the_size_is_still_understood(tmp_path):
+def test_the_former_name_of_the_size_is_still_a_square(tmp_path):
     preset = tmp_path / "mine.json"
     preset.write_text('{"resolution": 64}')
-    assert load_preset(str(preset)) == {"image_size": "64"}
-    check_same_training({"resolution": 64}, {"image_size": "64"}, "here")
-    with pytest.raises(ValueError, match="`image_size` 64, this one has 96"):
-        check_same_training({"resolution": 64}, {"image_size": "96"}, "here")
+    flags = parse_arguments(["--data-dir", "d", "--output-dir", "o", "--resolution", "64"])
+    assert load_preset(str(preset)) == {"image_size": "64x64"} and flags.image_size == "64x64"
+    check_same_training({"resolution": 64}, {"image_size": "64x64"}, "here")
+    # It would go on with photos of another shape than it began with.
+    with pytest.raises(ValueError, match="`image_size` 64x64, this one has 64"):
+        check_same_training({"resolution": 64}, {"image_size": "64"}, "here")
 
 
 def test_the_paper_squashes():
