@@ -5,6 +5,7 @@ import inspect
 import ipaddress
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -41,7 +42,7 @@ _CHEAP = re.compile(r"/(?:assets|static|svelte|gradio_api/file=)")
 _TOOLS = re.compile(r"/gradio_api/mcp(/|$)")
 _COSTLY = re.compile(r"/(?:$|config|gradio_api/(?:info|openapi))")
 _HALF_LIFE = 60.0  # seconds after which half of what a visitor took is forgotten
-_LAST = 19  # the priority of what waits for everything else
+_BEHIND = 10  # the priority of who took much: a tenth of the processor as long as others want it
 
 
 def address_of(scope: dict[str, Any]) -> str:
@@ -228,9 +229,9 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _step_back() -> None:
-    """This thread, and those it starts, run when no other wants the processor."""
+    """Others come before this thread, and those it starts."""
     if sys.platform == "linux":  # elsewhere priorities are those of whole processes
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BEHIND)
 
 
 @dataclass
@@ -241,7 +242,8 @@ class _Share:
     taken: float = 0.0
 
 
-_SHARE: ContextVar[_Share] = ContextVar("share")
+# gradio calls some functions past the queue: what is done when a page closes, and what an example fills in.
+_SHARE: ContextVar[_Share] = ContextVar("share", default=_Share(math.inf))
 _BEHIND_OTHERS = ThreadPoolExecutor(4, initializer=_step_back)
 
 

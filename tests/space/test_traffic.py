@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -248,6 +249,10 @@ def test_who_took_much_computes_behind_everyone_else(queue, monkeypatch):
 
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     # It falls behind once it took its share, whatever it says then, and so does what comes after it.
-    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: list(priorities())) == [ours, 19]
-    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: priority(added=1)) == 20
+    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: list(priorities())) == [ours, 10]
+    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: priority(added=1)) == 11
     assert run(queue, monkeypatch, wait(queue, "2.2.2.2"), lambda: priority(added=1)) == ours + 1
+
+
+def test_what_is_called_past_the_queue_is_done_at_once():
+    assert in_turn(lambda: threading.current_thread())() is threading.current_thread()
