@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusionad_hf import DiffusionADPipeline, NormGuidedScheduler, NormGuidedUNet2DModel, PerceptualSegmenter
 from diffusionad_hf import modeling_perceptual_segmenter as module
-from tests.test_pipeline_loading import stranger
+from tests.test_pipeline_loading import strangers
 
 
 def pair(size=(64, 64), count=2, seed=0):
@@ -228,8 +228,8 @@ def test_vanilla_diffusers_loads_it_without_the_package(folder, tmp_path):
     pipe = DiffusionADPipeline.from_pretrained(folder)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(9))
     expected = float(pipe(image).anomaly_score[0])
-    found = stranger(folder, tmp_path / "saved", dict(os.environ, HF_HOME=str(tmp_path / "home")))
-    assert [float(found["score"]), float(found["again"])] == pytest.approx([expected] * 2, abs=1e-6)
+    [found] = strangers(tmp_path, dict(os.environ, HF_HOME=str(tmp_path / "home")), (folder, {}))
+    assert found == pytest.approx((expected, expected), abs=1e-6)
 
 
 @pytest.mark.parametrize("format", ["onnx", "openvino"])

@@ -94,7 +94,7 @@ def _work(sender: Connection, path: str, most_pixels: int, priority: int) -> Non
 
 def _read_into(pixels: np.ndarray, receiver: Connection) -> None:
     """Reads as many bytes as there is room for, without a copy: other visitors' threads go on meanwhile."""
-    left = memoryview(pixels).cast("B")  # type: ignore[arg-type]
+    left = memoryview(pixels).cast("B")
     with open(receiver.fileno(), "rb", buffering=0, closefd=False) as pipe:
         while left:
             count = pipe.readinto(left)

@@ -5,7 +5,6 @@ import inspect
 import ipaddress
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -242,26 +241,27 @@ class _Share:
     taken: float = 0.0
 
 
-# gradio calls some functions past the queue: what is done when a page closes, and what an example fills in.
-_SHARE: ContextVar[_Share] = ContextVar("share", default=_Share(math.inf))
+_SHARE: ContextVar[_Share] = ContextVar("share")
 _BEHIND_OTHERS = ThreadPoolExecutor(4, initializer=_step_back)
 
 
 def in_turn(function: Callable) -> Callable:
     """The function, or generator, which steps behind all others where [`FairQueue`] finds that it takes too much."""
 
-    def step(work: Callable, *args: Any, **kwargs: Any) -> Any:
-        share, began = _SHARE.get(), time.thread_time()
+    def step(share: _Share, work: Callable, *args: Any, **kwargs: Any) -> Any:
+        began = time.thread_time()
         try:
             return work(*args, **kwargs)
         finally:
             share.taken += time.thread_time() - began
 
     def run(work: Callable, *args: Any, **kwargs: Any) -> Any:
-        share = _SHARE.get()
+        share = _SHARE.get(None)
+        if share is None:  # past the queue: what is done when a page closes, or an example is chosen
+            return work(*args, **kwargs)
         if share.taken <= share.fair:
-            return step(work, *args, **kwargs)
-        return _BEHIND_OTHERS.submit(copy_context().run, step, work, *args, **kwargs).result()
+            return step(share, work, *args, **kwargs)
+        return _BEHIND_OTHERS.submit(copy_context().run, step, share, work, *args, **kwargs).result()
 
     def one(*args: Any, **kwargs: Any) -> Any:
         return run(function, *args, **kwargs)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..flags import DashedParser, as_flags
-from ..modeling_anomaly_segmenter import AnomalySegmenter
 from ..presets import PRESETS as ARCHITECTURES
 
 _PRESET_FOLDER = Path(__file__).parent / "presets"
@@ -144,7 +143,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for option in fields(self):
             _check_value(option, getattr(self, option.name))
-        multiple = AnomalySegmenter.size_multiple
+        multiple = 32
         if self.resolution < multiple or self.resolution % multiple:
             raise ValueError(
                 f"`resolution` {self.resolution}: the networks halve the image five times, so it must be a multiple "
