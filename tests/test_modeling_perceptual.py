@@ -13,6 +13,15 @@ from diffusionad_hf import DiffusionADPipeline, NormGuidedScheduler, NormGuidedU
 from diffusionad_hf import modeling_perceptual_segmenter as module
 from tests.test_pipeline_loading import strangers
 
+SMALL_UNET = {
+    "sample_size": 32,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D"),
+    "up_block_types": ("ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
+}
+
 
 def pair(size=(64, 64), count=2, seed=0):
     return torch.rand(count, 6, *size, generator=torch.Generator().manual_seed(seed))
@@ -209,7 +218,7 @@ def test_weights_that_lack_a_tensor_are_refused(remembering, tmp_path):
 @pytest.fixture(scope="module")
 def folder(remembering, tmp_path_factory):
     torch.manual_seed(1)
-    unet = NormGuidedUNet2DModel(**NormGuidedUNet2DModel.size_config(32, 32))
+    unet = NormGuidedUNet2DModel(**SMALL_UNET)
     pipe = DiffusionADPipeline(unet, remembering, NormGuidedScheduler())
     pipe.register_to_config(calibration_scores=[0.05 * i for i in range(20)])
     path = tmp_path_factory.mktemp("perceptual") / "model"
