@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusionad_hf import DiffusionADPipeline, NormGuidedUNet2DModel
+from diffusionad_hf import DiffusionADPipeline, NormGuidedUNet2DModel, build_pipeline
 from tests.conftest import make_pipeline
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(9))
@@ -145,13 +145,17 @@ def test_a_folder_of_before_loads(of_before, score):
     assert DiffusionADPipeline.from_pretrained(of_before)(IMAGE).anomaly_score[0] == score
 
 
-def test_vanilla_diffusers_loads_folders_old_and_new_and_hub_ids_without_the_package(
+def test_vanilla_diffusers_loads_folders_of_every_kind_and_hub_ids_without_the_package(
     repo, model_dir, of_before, score, tmp_path
 ):
+    perceptual = build_pipeline("perceptual", 32)
+    perceptual.segmenter.remember(torch.rand(4, 3, 32, 32))
+    perceptual.save_pretrained(tmp_path / "perceptual")
     half = {"variant": "fp16", "dtype": torch.float32}
-    models = ((model_dir, {}), (of_before, {}), (REPO, {}), (REPO, half))
+    models = ((model_dir, {}), (of_before, {}), (REPO, {}), (REPO, half), (tmp_path / "perceptual", {}))
     environment = {**os.environ, **repo.environment(tmp_path / "home")}
-    *whole, (of_half, _) = strangers(tmp_path, environment, *models)
+    *whole, (of_half, _), remembering = strangers(tmp_path, environment, *models)
+    assert remembering == pytest.approx([perceptual(IMAGE).anomaly_score[0]] * 2, abs=1e-6)
     assert np.array(whole) == pytest.approx(score, abs=1e-6)
     assert of_half == pytest.approx(score, abs=1e-2)
     # What was saved after a remote load is again a folder for everyone.
