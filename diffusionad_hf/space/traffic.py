@@ -133,7 +133,7 @@ class Guard:
 
     def _may_call(self, address: str, path: str) -> bool:
         """Takes what a call costs of what an address has, which comes back at a steady rate."""
-        cost = 0 if _CHEAP.match(path) else 5 if _COSTLY.match(path) else 1
+        cost = 0 if _CHEAP.match(path) else 10 if _COSTLY.match(path) else 1
         most, now = 15.0 * LIMITS.calls_per_second, time.monotonic()
         left, before = self._calls.pop(address, (most, now))
         while len(self._calls) > 10_000:
