@@ -1,5 +1,6 @@
 """Images of any kind as tensors: decoding, brightness, size."""
 
+import logging
 import os
 import threading
 import warnings
@@ -9,14 +10,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.utils import logging
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Travels to the Hub beside the pipeline's file, which imports it: this file imports nothing of this package. Repos of
 # different versions share one copy in a process, so names are added here and never taken away.
 __all__ = ["FORMATS", "IMAGE_SUFFIXES", "ImageInput", "InvalidImageError", "load_image", "resize_image", "to_uint8"]
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 ImageInput = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor

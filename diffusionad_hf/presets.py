@@ -1,13 +1,10 @@
 """Named sizes of the two networks, and untrained pipelines of them."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .modeling_anomaly_segmenter import AnomalySegmenter
-from .modeling_norm_guided_unet import NormGuidedUNet2DModel
-from .modeling_perceptual_segmenter import PerceptualSegmenter
-from .pipeline_diffusionad import DiffusionADPipeline
-from .scheduling_norm_guided import NormGuidedScheduler
+if TYPE_CHECKING:
+    from .pipeline_diffusionad import DiffusionADPipeline
 
 # `paper` is the size of the published models and predicts the noise, as they do. The others predict the image, which
 # narrow networks learn in fewer steps. `tiny` has self-attention only up to 16 px: on a CPU, attention at 32 px took
@@ -33,7 +30,7 @@ def build_pipeline(
     resolution: int = 256,
     prediction_type: str | None = None,
     image_size: tuple[int, int] | None = None,
-) -> DiffusionADPipeline:
+) -> "DiffusionADPipeline":
     """
     Builds an untrained pipeline of a named size.
 
@@ -46,6 +43,13 @@ def build_pipeline(
     Raises:
         ValueError: If the preset or prediction type is unknown, or the size does not fit the networks.
     """
+    # Here, so that the names are known without torch: `--help` is there at once.
+    from .modeling_anomaly_segmenter import AnomalySegmenter
+    from .modeling_norm_guided_unet import NormGuidedUNet2DModel
+    from .modeling_perceptual_segmenter import PerceptualSegmenter
+    from .pipeline_diffusionad import DiffusionADPipeline
+    from .scheduling_norm_guided import NormGuidedScheduler
+
     if preset not in PRESETS:
         raise ValueError(f'preset="{preset}": must be one of {", ".join(PRESETS)}.')
     unet_sizes = dict(PRESETS[preset])
@@ -73,10 +77,12 @@ def build_pipeline(
 
 def size_multiple(preset: str, resolution: int) -> int:
     """What both sides of the images must be multiples of at a resolution, for networks of a named size."""
+    from .modeling_norm_guided_unet import NormGuidedUNet2DModel
+
     names = ("base_channels", "patch_size", "norm_num_groups", "largest_attention_map")
     sizes = {name: value for name, value in PRESETS[preset].items() if name in names}
     return math.lcm(
-        AnomalySegmenter.size_multiple,
+        32,
         _smallest_map(NormGuidedUNet2DModel.size_config(resolution=resolution, **sizes)),
     )
 

@@ -22,6 +22,16 @@ hub = loopback_hub.hub
 torch.set_num_threads(1)
 
 
+# What starts servers, browsers and trainings; of these the first are the longest.
+_LONG = """test_browser test_blocks test_wheel test_interruption test_exporting test_spaces test_api test_train
+test_train_options test_hub test_pipeline_loading test_fuzz test_hostile test_categories test_actions""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
+
+
 def make_pipeline(resolution: int = 32) -> DiffusionADPipeline:
     """A small pipeline whose output depends on its input: fresh networks would give zeros."""
     torch.manual_seed(0)

@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 
 from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.hub.publishing import list_models, publish_model
-from tests.hub.test_publishing import BLOCKER
 from tests.loopback_hub import LoopbackHub
+from tests.test_pipeline_loading import BLOCKER
 
 REPO = "org/diffusionad-demo-part"
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +21,6 @@ MODEL = ROOT / "space/checkpoints/demo-part"
 EXAMPLES = sorted((ROOT / "space/examples").glob("*.png"))
 
 STRANGER = f"""{BLOCKER}
-import sys
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)

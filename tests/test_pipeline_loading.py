@@ -13,30 +13,31 @@ import numpy as np
 import pytest
 import torch
 
-from diffusionad_hf import DiffusionADPipeline, NormGuidedUNet2DModel
+from diffusionad_hf import DiffusionADPipeline, NormGuidedUNet2DModel, build_pipeline
 from tests.conftest import make_pipeline
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(9))
 REPO = "org/diffusionad-test"
 
-# Runs where this package cannot be imported, with nothing but diffusers.
-STRANGER = """
+# From then on this package cannot be imported.
+BLOCKER = """
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "diffusionad_hf":
+        if name.partition(".")[0] == "diffusionad_hf":
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 sys.meta_path.insert(0, Blocker())
+"""
+STRANGER = f"""{BLOCKER}
 import torch
 from diffusers import DiffusionPipeline
-kwargs = eval(sys.argv[3])
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True, **kwargs)
-pipe.set_progress_bar_config(disable=True)
 image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(9))
-print("score", repr(float(pipe(image).anomaly_score[0])), pipe(image).is_anomalous[0])
-pipe.save_pretrained(sys.argv[2])
-again = DiffusionPipeline.from_pretrained(sys.argv[2], trust_remote_code=True)
-print("again", repr(float(again(image).anomaly_score[0])))
+for model, save_to, options in eval(sys.argv[1]):
+    pipe = DiffusionPipeline.from_pretrained(model, trust_remote_code=True, **options)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(save_to)
+    again = DiffusionPipeline.from_pretrained(save_to, trust_remote_code=True)
+    print("scores", *(repr(float(p(image).anomaly_score[0])) for p in (pipe, again)))
 try:
     import diffusionad_hf
 except ModuleNotFoundError:
@@ -44,15 +45,20 @@ except ModuleNotFoundError:
 """
 
 
-def stranger(model, save_to, environment, kwargs="{}"):
-    """What `STRANGER` printed, a dictionary by first word."""
-    command = [sys.executable, "-c", STRANGER, str(model), str(save_to), kwargs]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(save_to).parent)
+def strangers(folder, environment, *models):
+    """
+    The scores that plain diffusers finds with each model, as loaded and as saved to `<folder>/<number>` and loaded.
+
+    Args:
+        models: Folder or Hub id, and options of `from_pretrained`; all of them in one process.
+    """
+    cases = [(str(model), str(folder / str(number)), options) for number, (model, options) in enumerate(models)]
+    # Options hold no objects but torch's types, which print as they are written.
+    command = [sys.executable, "-c", STRANGER, repr(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "the package was not there" in done.stdout
-    return {
-        line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.startswith(("score", "again"))
-    }
+    return [tuple(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("scores")]
 
 
 def files_of(folder):
@@ -124,29 +130,40 @@ def test_half_precision_weights_compute_in_float32_by_default(tmp_path):
     assert DiffusionADPipeline.from_pretrained(tmp_path).unet.dtype == torch.float32
 
 
-def test_vanilla_diffusers_loads_a_folder_without_the_package(model_dir, score, tmp_path):
-    result = stranger(model_dir, tmp_path / "resaved", dict(os.environ, HF_HOME=str(tmp_path / "home")))
-    assert float(result["score"]) == pytest.approx(score, abs=1e-6)
-    assert float(result["again"]) == pytest.approx(score, abs=1e-6)
-    # What was saved after a remote load is again a folder for everyone.
-    assert DiffusionADPipeline.from_pretrained(tmp_path / "resaved")(IMAGE).anomaly_score[0] == pytest.approx(
-        score, abs=1e-6
-    )
-    index = [(f / "model_index.json").read_text() for f in (tmp_path / "resaved", Path(model_dir))]
-    assert index[0] == index[1]
-
-
-def test_a_folder_of_before_the_images_had_a_file_of_their_own_loads(model_dir, score, tmp_path):
-    old = tmp_path / "old"
-    shutil.copytree(model_dir, old)
+@pytest.fixture(scope="module")
+def of_before(model_dir, tmp_path_factory):
+    """A folder of before the images had a file of their own."""
+    old = Path(shutil.copytree(model_dir, tmp_path_factory.mktemp("old") / "old"))
     images, pipeline = old / "images_diffusionad.py", old / "pipeline_diffusionad.py"
-    # As then: all in one file.
     lines = pipeline.read_text().splitlines(keepends=True)
     pipeline.write_text(images.read_text() + "".join(line for line in lines if ".images_diffusionad" not in line))
     images.unlink()
-    assert DiffusionADPipeline.from_pretrained(old)(IMAGE).anomaly_score[0] == score
-    result = stranger(old, tmp_path / "resaved", dict(os.environ, HF_HOME=str(tmp_path / "home")))
-    assert float(result["again"]) == pytest.approx(score, abs=1e-6)
+    return old
+
+
+def test_a_folder_of_before_loads(of_before, score):
+    assert DiffusionADPipeline.from_pretrained(of_before)(IMAGE).anomaly_score[0] == score
+
+
+def test_vanilla_diffusers_loads_folders_of_every_kind_and_hub_ids_without_the_package(
+    repo, model_dir, of_before, score, tmp_path
+):
+    perceptual = build_pipeline("perceptual", 32)
+    perceptual.segmenter.remember(torch.rand(4, 3, 32, 32))
+    perceptual.save_pretrained(tmp_path / "perceptual")
+    half = {"variant": "fp16", "dtype": torch.float32}
+    models = ((model_dir, {}), (of_before, {}), (REPO, {}), (REPO, half), (tmp_path / "perceptual", {}))
+    environment = {**os.environ, **repo.environment(tmp_path / "home")}
+    *whole, (of_half, _), remembering = strangers(tmp_path, environment, *models)
+    assert remembering == pytest.approx([perceptual(IMAGE).anomaly_score[0]] * 2, abs=1e-6)
+    assert np.array(whole) == pytest.approx(score, abs=1e-6)
+    assert of_half == pytest.approx(score, abs=1e-2)
+    # What was saved after a remote load is again a folder for everyone.
+    assert DiffusionADPipeline.from_pretrained(tmp_path / "0")(IMAGE).anomaly_score[0] == pytest.approx(
+        score, abs=1e-6
+    )
+    index = [(f / "model_index.json").read_text() for f in (tmp_path / "0", Path(model_dir))]
+    assert index[0] == index[1]
 
 
 def test_the_siblings_of_the_pipeline_are_saved_and_import_nothing_of_this_package(model_dir):
@@ -164,36 +181,6 @@ def test_the_siblings_of_the_pipeline_are_saved_and_import_nothing_of_this_packa
 def repo(hub, model_dir):
     hub.add_repo(REPO, files_of(model_dir))
     return hub
-
-
-def test_a_hub_id_loads_and_then_loads_offline(repo, monkeypatch, tmp_path, score):
-    repo.adopt_client(monkeypatch, tmp_path)
-    pipe = DiffusionADPipeline.from_pretrained(REPO, cache_dir=tmp_path / "cache")
-    assert pipe(IMAGE).anomaly_score[0] == pytest.approx(score, abs=1e-6)
-    before = len(repo.requests)
-    cached = DiffusionADPipeline.from_pretrained(REPO, cache_dir=tmp_path / "cache", local_files_only=True)
-    assert cached(IMAGE).anomaly_score[0] == pytest.approx(score, abs=1e-6)
-    assert len(repo.requests) == before
-
-
-def test_the_fp16_variant_of_a_hub_id(repo, monkeypatch, tmp_path, score):
-    repo.adopt_client(monkeypatch, tmp_path)
-    pipe = DiffusionADPipeline.from_pretrained(REPO, variant="fp16", dtype=torch.float32, cache_dir=tmp_path / "cache")
-    assert pipe(IMAGE).anomaly_score[0] == pytest.approx(score, abs=1e-2)
-    downloaded = [p.name for p in (tmp_path / "cache").rglob("*.safetensors")]
-    assert downloaded and all("fp16" in name for name in downloaded)
-
-
-def test_vanilla_diffusers_loads_a_hub_id_without_the_package(repo, score, tmp_path):
-    result = stranger(REPO, tmp_path / "resaved", dict(os.environ, **repo.environment(tmp_path / "home")))
-    assert float(result["score"]) == pytest.approx(score, abs=1e-6)
-    assert float(result["again"]) == pytest.approx(score, abs=1e-6)
-
-
-def test_vanilla_diffusers_loads_the_variant_of_a_hub_id(repo, score, tmp_path):
-    environment = dict(os.environ, **repo.environment(tmp_path / "home"))
-    result = stranger(REPO, tmp_path / "resaved", environment, "dict(variant='fp16', dtype=torch.float32)")
-    assert float(result["score"]) == pytest.approx(score, abs=1e-2)
 
 
 def test_code_that_someone_put_into_a_repo_is_never_run(hub, model_dir, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from ..files import require
+from ..training.arguments import parse_arguments
 from .options import add_command
 
 
@@ -12,4 +13,6 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    return require("diffusionad_hf.training.loop", "train").main(args.arguments, prog="diffusionad train")
+    prog = "diffusionad train"
+    parse_arguments(args.arguments, prog)  # says what is wrong with them, and helps, before torch is there
+    return require("diffusionad_hf.training.loop", "train").main(args.arguments, prog=prog)

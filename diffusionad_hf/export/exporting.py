@@ -225,7 +225,10 @@ def _write_openvino(
 ) -> None:
     openvino = require("openvino", "openvino")
     shapes = [openvino.PartialShape([-1, 3, *size]), openvino.PartialShape([2, -1, 3, *size])]
-    model = openvino.convert_model(graph, example_input=_examples(size), input=shapes)
+    # Traced here, as OpenVINO would trace it three times to compare; `_compare` does that with the finished model.
+    with torch.no_grad():
+        traced = torch.jit.trace(graph, _examples(size), check_trace=False)
+    model = openvino.convert_model(traced, input=shapes)
     for port, name in zip((*model.inputs, *model.outputs), ("pixels", "noise", *_OUTPUTS), strict=True):
         port.get_tensor().set_names({name})
     if precision == "int8":

@@ -18,7 +18,7 @@ from .intake import LIMITS, Refusal, admit
 from .models import Models, about
 from .reports import COLUMNS
 from .results import Results
-from .traffic import FairQueue, Guard
+from .traffic import FairQueue, Guard, in_turn
 from .views import OPACITY
 
 STYLE = Path(__file__).with_name("style.css")
@@ -243,6 +243,8 @@ class Page(gr.Blocks):
             max_size=LIMITS.waiting,
             blocks=self,
         )
+        for event in self.fns.values():
+            event.fn = event.fn and in_turn(event.fn)
         return self
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..flags import DashedParser, as_flags
-from ..modeling_anomaly_segmenter import AnomalySegmenter
 from ..presets import PRESETS as ARCHITECTURES
 
 _PRESET_FOLDER = Path(__file__).parent / "presets"
@@ -150,7 +149,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for option in fields(self):
             _check_value(option, getattr(self, option.name))
-        multiple = AnomalySegmenter.size_multiple
+        multiple = 32
         if not re.fullmatch(r"\d{1,5}(x\d{1,5})?", self.image_size):
             raise ValueError(f"`image_size` {self.image_size}: must be a number of px, or HEIGHTxWIDTH like 192x512.")
         if any(side < multiple or side % multiple for side in self.sides):

@@ -62,12 +62,24 @@ def test_train_hands_on_every_argument(monkeypatch):
         "diffusionad_hf.training.loop",
         SimpleNamespace(main=lambda argv, prog: given.extend([prog, *argv]) or 7),
     )
-    arguments = ["--data_dir", "d", "--help", "--preset=tiny", "--resume_from_checkpoint", "latest"]
+    arguments = ["--data_dir", "d", "--output-dir", "o", "--preset=tiny", "--resume_from_checkpoint", "latest"]
     assert main(["train", *arguments]) == 7 and given == ["diffusionad train", *arguments]
 
 
+def test_help_and_refusals_of_train_need_no_torch():
+    for arguments, expected in ((["--help"], 0), (["--data-dir", "d"], 2)):
+        program = (
+            "import sys; sys.modules['torch'] = None; from diffusionad_hf.cli.main import main; "
+            f"main(['train', *{arguments}])"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == expected, done.stderr
+        assert (done.stdout or done.stderr).startswith("usage: diffusionad train")
+
+
 @pytest.mark.parametrize(
-    "module, arguments, extra", [("datasets", ["train"], "train"), ("gradio", ["serve"], "space")]
+    "module, arguments, extra",
+    [("datasets", ["train", "--data-dir", "d", "--output-dir", "o"], "train"), ("gradio", ["serve"], "space")],
 )
 def test_an_extra_that_is_missing_is_named(module, arguments, extra, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith(("diffusionad_hf.training", "diffusionad_hf.space"))]:

@@ -291,10 +291,14 @@ def test_two_ray_workers_read_a_dataset_and_one_of_them_is_killed(
     assert list(written(target)) == BLOCKS and len(list(tmp_path.glob("out/**/*_overlay.png"))) == 18
 
 
-def test_ray_says_what_went_wrong_in_a_worker(cluster, photos, model_dir, target, capsys):
+def test_ray_says_what_went_wrong_in_a_worker(cluster, photos, model_dir, target, tmp_path, capsys):
     out = target.with_name("out")
     (out / "01_mask.png").mkdir(parents=True)
-    arguments = (photos, "--engine", "ray", "--model", model_dir, "--output-dir", out, "--parquet", target)
+    few = tmp_path / "few"  # one block, for which one worker loads the model
+    few.mkdir()
+    for name in ("00.png", "01.png"):
+        shutil.copy(photos / name, few)
+    arguments = (few, "--engine", "ray", "--model", model_dir, "--output-dir", out, "--parquet", target)
     assert run(*arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("diffusionad: error: ") and "01_mask.png" in error and "Traceback" not in error

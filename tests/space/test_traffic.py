@@ -2,6 +2,10 @@
 
 import asyncio
 import json
+import os
+import sys
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +14,7 @@ import pytest
 
 from diffusionad_hf.space import traffic
 from diffusionad_hf.space.intake import LIMITS, MB
-from diffusionad_hf.space.traffic import FairQueue, Guard, address_of
+from diffusionad_hf.space.traffic import FairQueue, Guard, address_of, in_turn
 
 
 def scope(path="/config", address="192.0.2.1", **more):
@@ -180,30 +184,75 @@ def test_who_took_least_comes_first_and_what_was_taken_is_forgotten(queue, monke
     assert queue._took("1.1.1.1") == pytest.approx(2)
 
 
-def test_of_those_who_took_much_one_runs_at_a_time(queue, monkeypatch):
+def test_of_those_who_took_much_one_runs_a_kind_at_a_time(queue, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(traffic.time, "monotonic", lambda: now)
     queue._taken |= dict.fromkeys(("1.1.1.1", "2.2.2.2"), (2 * LIMITS.light_seconds, now))
-    first, second = wait(queue, "1.1.1.1"), wait(queue, "2.2.2.2", "batch")
-    running = next_of(queue)
-    assert running in (first, second) and next_of(queue) is None
+    first, second, batch = wait(queue, "1.1.1.1"), wait(queue, "2.2.2.2"), wait(queue, "1.1.1.1", "batch")
+    # Whose batch runs can go on looking at single photos.
+    running = {next_of(queue), next_of(queue)}
+    assert batch in running and next_of(queue) is None
     light = wait(queue, "3.3.3.3")
     assert next_of(queue) is light
-    del queue._running[running]
-    assert next_of(queue) in {first, second} - {running}
-    now += LIMITS.light_seconds + 1  # `light` runs for long by now
-    wait(queue, "3.3.3.3", "batch")
+    waiting = ({first, second} - running).pop()
+    del queue._running[(running - {batch}).pop()]
+    queue._running[light].taken = LIMITS.light_seconds + 1
     assert next_of(queue) is None
+    del queue._running[light]
+    assert next_of(queue) is waiting
 
 
-def test_what_a_call_took_is_charged_to_its_address(queue, monkeypatch):
+def run(queue, monkeypatch, call, work):
+    """Lets the queue call a function, or take all of a generator, in a thread, as gradio does."""
+
     async def process(self, events):
-        await asyncio.sleep(0.05)
+        found.append(await asyncio.to_thread(work))
+
+    found = []
+    monkeypatch.setattr(traffic.Queue, "process_events", process)
+    assert next_of(queue) is call
+    asyncio.run(queue.process_events([call]))
+    return found[0]
+
+
+def busy(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_what_a_call_computes_is_charged_to_its_address_and_what_it_waits_for_is_not(queue, monkeypatch):
+    @in_turn
+    def failing():
+        time.sleep(0.2)
+        busy(0.05)
         raise RuntimeError("failed")
 
-    monkeypatch.setattr(traffic.Queue, "process_events", process)
-    call = wait(queue, "1.1.1.1")
-    assert next_of(queue) is call
     with pytest.raises(RuntimeError):
-        asyncio.run(queue.process_events([call]))
-    assert 0.04 < queue._took("1.1.1.1") < 30 and not queue._running
+        run(queue, monkeypatch, wait(queue, "1.1.1.1"), failing)
+    assert 0.04 < queue._took("1.1.1.1") < 0.15 and not queue._running
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_who_took_much_computes_behind_everyone_else(queue, monkeypatch):
+    monkeypatch.setattr(traffic, "LIMITS", replace(LIMITS, light_seconds=0.05))
+
+    @in_turn
+    def priorities():
+        for _ in range(2):
+            busy(0.06)
+            yield os.getpriority(os.PRIO_PROCESS, 0)
+
+    @in_turn
+    def priority(added):
+        return os.getpriority(os.PRIO_PROCESS, 0) + added
+
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    # It falls behind once it took its share, whatever it says then, and so does what comes after it.
+    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: list(priorities())) == [ours, 10]
+    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: priority(added=1)) == 11
+    assert run(queue, monkeypatch, wait(queue, "2.2.2.2"), lambda: priority(added=1)) == ours + 1
+
+
+def test_what_is_called_past_the_queue_is_done_at_once():
+    assert in_turn(lambda: threading.current_thread())() is threading.current_thread()
