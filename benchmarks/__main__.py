@@ -10,6 +10,7 @@ MEASUREMENTS = {
     "training": "images a second (and GPU memory) of a training step, synthesis included",
     "synthesis": "synthetic anomalies a second",
     "metrics": "time and memory of the evaluation's metrics",
+    "intervals": "how often the 95 % intervals of an evaluation hold the truth",
     "blocks": "bookkeeping of an inspection of 300,000 files",
     "real": "real products: trained and evaluated from nothing, category by category",
     "tiles": "time and memory of long images, in tiles and whole",

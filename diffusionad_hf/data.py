@@ -11,7 +11,8 @@ The splits are "train" (normal images only, all that training may see) and "test
 The layout is recognised:
 
     mvtec    <category>/train/good, test/<good or defect>, ground_truth/<defect>. MVTec AD, MPDD, BTAD (`ok`, `ko`)
-             and VisA converted to it. Masks carry the image's name, with or without `_mask`, in any image format
+             and VisA converted to it. Masks carry the image's name, with or without `_mask`, in any image format. To
+             evaluate, test (and ground_truth) are enough
     visa     split_csv/1cls.csv and the files that it lists: VisA as downloaded
     dagm     Class<N>/Train and Test, each with a Label folder: DAGM 2007. Defective training images are left out
     folder   good/ and one folder per defect, if any (ground_truth/<defect> for masks), or normal images alone
@@ -23,8 +24,10 @@ The layout is recognised:
                  defect_type  text
                  category     text; several configurations are categories as well
 
-             Splits "train" and "test"; without a test split every fifth normal image is held out. Without a label and
-             a type, images with a mask are defective
+             Splits "train" and "test". Without a label and a type, images with a mask are defective
+
+A dataset without a split of its own (folder, and on the Hub without "test") is divided: a fifth of the normal images
+is held out for testing. `hold_out=False` makes all of it the test set instead.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from mimetypes import guess_type
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -146,14 +150,35 @@ def _defect_samples(folders: Sequence[Path], root: Path) -> list[_Sample]:
     return samples
 
 
+def _refuse_left_over(samples: list[_Sample], folders: Iterable[Path]) -> None:
+    """Refuses a test set if a picture anywhere below its folders does not count; masks of normal images need not."""
+    used = {path for sample in samples for path in (sample.image, sample.mask)}
+    left = [
+        file
+        for file in sorted(file for folder in folders for file in folder.rglob("[!.]*"))
+        if file not in used
+        and (guess_type(file.name, strict=False)[0] or "").startswith("image/")
+        and not (_is_normal(file.parent.name) and file.parent.parent.name in _MASK_FOLDERS)
+    ]
+    if left:
+        raise ValueError(
+            f"{len(left)} picture(s) would not count in the test set: {_shorten(left)}. Images belong directly into "
+            f"good or the folder of a defect, as {_shorten(sorted(IMAGE_SUFFIXES), most=9)}, and masks into "
+            f"{_MASK_FOLDERS[0]}/<defect>: move, convert or remove these."
+        )
+
+
 # -- The images of a category, by layout ----------------------------------------------------------------------------
 
 
-def _read_mvtec(folder: Path) -> list[_Sample]:
+def _read_mvtec(folder: Path, hold_out: bool) -> list[_Sample]:
     train = [_Sample(image, None, NORMAL, "train") for image in _normal_images(folder / "train")]
     normal = [_Sample(image, None, NORMAL, "test") for image in _normal_images(folder / "test")]
     defects = [sub for sub in _subfolders(folder / "test") if not _is_normal(sub.name)]
-    return train + normal + _defect_samples(defects, folder)
+    samples = train + normal + _defect_samples(defects, folder)
+    if not hold_out:
+        _refuse_left_over(samples, [folder / name for name in ("test", *_MASK_FOLDERS)])
+    return samples
 
 
 def _visa_rows(root: Path) -> list[dict[str, str]]:
@@ -197,18 +222,20 @@ def _read_dagm(folder: Path) -> list[_Sample]:
     return samples
 
 
-def _read_folder(folder: Path) -> list[_Sample]:
+def _read_folder(folder: Path, hold_out: bool) -> list[_Sample]:
     flat, subfolders = _images(folder), _subfolders(folder)
     if flat and any(_images(sub) for sub in subfolders):
         raise ValueError(f"{folder} holds images next to folders of images: move the normal ones to a folder good.")
     normal = flat or _normal_images(folder)
     kinds = [sub for sub in subfolders if not _is_normal(sub.name) and sub.name not in _MASK_FOLDERS]
     defects = _defect_samples(kinds, folder)
-    held_out = set()
-    if defects:
+    held_out = set(normal)
+    if not hold_out:
+        _refuse_left_over([_Sample(image, None, NORMAL, "test") for image in normal] + defects, [folder])
+    else:
         # By a hash of the name: independent of the order in which photos were taken, and of the machine.
         by_hash = sorted(normal, key=lambda image: zlib.crc32(image.name.encode()))
-        held_out = set(by_hash[: round(_TEST_SHARE * len(normal))])
+        held_out = set(by_hash[: round(_TEST_SHARE * len(normal))] if defects else [])
     return [_Sample(image, None, NORMAL, "test" if image in held_out else "train") for image in normal] + defects
 
 
@@ -219,25 +246,32 @@ def _is_hub_id(source: str | Path) -> bool:
     return not Path(source).expanduser().exists() and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)))
 
 
-def _recognise(source: str | Path) -> dict[str, Callable[[], list[_Sample]]]:
+def _is_mvtec(folder: Path) -> bool:
+    return (folder / "train").is_dir() or any(_images(sub) for sub in _subfolders(folder / "test"))
+
+
+def _recognise(source: str | Path, hold_out: bool = True) -> dict[str, Callable[[], list[_Sample]]]:
     """The categories in a folder, sorted, with the functions that read them."""
     root = Path(source).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {source}: give a dataset's folder, or owner/name on the Hub.")
     root = root.resolve()  # so that "." has a name
+    if root.name == "test" and any((root.parent / name).is_dir() for name in _MASK_FOLDERS):
+        root = root.parent  # where its masks are
+    read_mvtec, read_folder = (partial(read, hold_out=hold_out) for read in (_read_mvtec, _read_folder))
     if rows := _visa_rows(root):
         return {name: partial(_read_visa, root, name) for name in sorted({row["object"] for row in rows})}
     # Those that others would match as well come last.
     layouts: list[tuple[Callable[[Path], bool], Callable[[Path], list[_Sample]]]] = [
         (lambda folder: any((folder / split / "Label").is_dir() for split in ("Train", "Test")), _read_dagm),
-        (lambda folder: (folder / "train").is_dir(), _read_mvtec),
-        (lambda folder: any(_is_normal(sub.name) for sub in _subfolders(folder)), _read_folder),
+        (_is_mvtec, read_mvtec),
+        (lambda folder: any(_is_normal(sub.name) for sub in _subfolders(folder)), read_folder),
     ]
     for matches, read in layouts:
         if folders := [root] if matches(root) else [folder for folder in _subfolders(root) if matches(folder)]:
             return {folder.name: partial(read, folder) for folder in folders}
     if _images(root):
-        return {root.name: partial(_read_folder, root)}
+        return {root.name: partial(read_folder, root)}
     found = _shorten(sorted(f.name for f in root.iterdir())) or "nothing"
     raise ValueError(
         f"the layout of {root} is not recognised (it holds {found}). Expected split_csv/1cls.csv (VisA), "
@@ -262,7 +296,7 @@ def list_categories(source: str | Path) -> list[str]:
     return _hub_categories(str(source)) if _is_hub_id(source) else list(_recognise(source))
 
 
-def load_category(source: str | Path, category: str | None = None) -> Any:
+def load_category(source: str | Path, category: str | None = None, *, hold_out: bool = True) -> Any:
     """Load one category as a `datasets.DatasetDict` with the splits "train" (normal images) and "test".
 
     Only paths are in memory; images are decoded row by row.
@@ -270,21 +304,25 @@ def load_category(source: str | Path, category: str | None = None) -> Any:
     Args:
         source: folder of the dataset or of one category of it, or a dataset id on the Hub (`owner/name`).
         category: which one; not needed if there is only one.
+        hold_out: divide a dataset that has no split of its own. False is for evaluation: such a dataset is a test set
+            as a whole, training images are not needed, and a picture that would not count is an error.
 
     Raises:
         FileNotFoundError: If the folder or the Hub dataset does not exist.
-        ValueError: If layout or category are unknown, there is no normal training image, a mask has no image, or a
-            defective image no mask.
+        ValueError: If layout or category are unknown, there is no normal training image (or, without `hold_out`, no
+            test image), a mask has no image, or a defective image no mask.
         ImportError: If `datasets` is not installed.
     """
     datasets = require("datasets", "train")
     if _is_hub_id(source):
-        return _load_hub(str(source), category)
-    categories = _recognise(source)
+        return _load_hub(str(source), category, hold_out)
+    categories = _recognise(source, hold_out)
     category = _choose(category, list(categories), source)
     samples = categories[category]()
-    if not any(sample.split == "train" for sample in samples):
-        raise ValueError(f"category {category!r} in {source} has no normal images to train on.")
+    needed = "train" if hold_out else "test"
+    if not any(sample.split == needed for sample in samples):
+        missing = "normal images to train on" if hold_out else "test images"
+        raise ValueError(f"category {category!r} in {source} has no {missing}.")
     splits = {}
     for split in ("train", "test"):
         rows = [sample for sample in samples if sample.split == split]
@@ -360,7 +398,7 @@ def _hub_categories(repo_id: str) -> list[str]:
     return configs if len(configs) > 1 else sorted(set(_hub_table(repo_id, configs[0])[2]))
 
 
-def _load_hub(repo_id: str, category: str | None) -> Any:
+def _load_hub(repo_id: str, category: str | None, hold_out: bool) -> Any:
     """One category of a Hub dataset: a configuration, or the rows of that `category`."""
     datasets = require("datasets", "train")
     configs = _hub_configs(repo_id)
@@ -371,16 +409,16 @@ def _load_hub(repo_id: str, category: str | None) -> Any:
 
     types = _hub_defect_types(table)
     normal, split = types == NORMAL, origin.copy()
-    if "train" in origin and "test" in origin:
+    if "test" in origin and ("train" in origin or not hold_out):
         dropped = ~normal & (origin == "train")
         split[dropped] = ""
         if dropped.any():
             logger.warning("%s: %d defective images of the train split are left out", repo_id, dropped.sum())
     else:
-        split = np.where(origin == "", "", np.where(normal, "train", "test"))
-        if "test" in split:
+        split = np.where(origin == "", "", np.where(normal & hold_out, "train", "test"))
+        if hold_out and "test" in split:
             split[np.flatnonzero(split == "train")[4::5]] = "test"
-    if "train" not in split:
+    if hold_out and "train" not in split:
         found = _shorten(sorted(set(types[origin != ""])))
         raise ValueError(f"dataset {repo_id} has no normal images to train on: it has {found}.")
 

@@ -353,6 +353,13 @@ def test_hub_labels_by_class_name(publish, caplog):
     assert list(loaded["test"]["label"]) == [1, 0]
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_hub_dataset_with_one_split_is_a_test_set_as_a_whole(publish, split):
+    rows = [{"image": picture(), "label": label} for label in (0, 0, 0, 0, 0, 1)]
+    loaded = load_category(publish({split: rows}, image=datasets.Image()), hold_out=False)
+    assert counts(loaded) == {"train": {}, "test": {"good": 5, "defect": 1}}
+
+
 def test_hub_labels_by_number_name_their_type(publish):
     rows = [{"image": picture(), "label": 0, "defect_type": ""}] * 5
     rows += [{"image": picture(), "label": 1, "defect_type": kind} for kind in ("dent", "")]

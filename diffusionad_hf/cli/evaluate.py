@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import add_command, add_pipeline_options, check_writable, load_pipeline, report_left_out
+from .options import (
+    add_command,
+    add_pipeline_options,
+    check_writable,
+    format_table,
+    load_pipeline,
+    report_left_out,
+)
 
 
 def add_commands(commands: Any) -> None:
@@ -24,6 +31,12 @@ def add_commands(commands: Any) -> None:
         help="dataset: MVTec AD, VisA, DAGM or plain folder layout, or a Hub dataset id",
     )
     parser.add_argument("--category", metavar="C", help="which category; may be left out if there is only one")
+    parser.add_argument(
+        "--split",
+        action="store_true",
+        help="test on what training holds out (a fifth of the normal images, and the defects) if the dataset has no "
+        "test split: needed if the model was trained on this dataset; by default every image counts",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all metrics as JSON")
     parser.add_argument(
         "--plots", metavar="DIR", type=Path, help="write the ROC curve, score histograms and the worst misses here"
@@ -46,10 +59,16 @@ def _evaluate(args: argparse.Namespace) -> int:
     from ..evaluation.plots import save_plots
 
     check_writable(args.json and args.json.parent, args.plots)
-    test, problems = check_images(load_category(args.data_dir, args.category)["test"])
+    data = load_category(args.data_dir, args.category, hold_out=args.split)
+    test, problems = check_images(data["test"])
     pipe = load_pipeline(args, args.device)
     result = evaluate_pipeline(pipe, test, batch_size=args.batch_size)
+    num_train = len(data["train"])
     print(_format_metrics(result.metrics))
+    if num_train:
+        print(f"{num_train} normal images of the dataset are for training and were not evaluated.")
+    elif not args.split:
+        print("All images of the dataset count: if the model was trained on some of them, give --split.")
     if args.json is not None:
         result.save_json(args.json)
     if args.plots is not None:
@@ -58,23 +77,25 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _format_metrics(metrics: dict) -> str:
+    from ..evaluation.intervals import show
     from ..evaluation.metrics import METRIC_NAMES
 
-    lines = [f"{metrics['num_images']} images, {metrics['num_anomalous']} of them anomalous"]
-    intervals = metrics.get("intervals", {})
-    for key, name in METRIC_NAMES.items():
+    at = f" at the threshold {metrics['threshold']:.4f}" if "threshold" in metrics else ""
+    names = METRIC_NAMES | {"false_alarm_rate": f"false alarms{at}", "miss_rate": f"misses{at}"}
+
+    count = "{num_images} images: {num_normal} normal, {num_anomalous} anomalous".format(**metrics)
+    count += f" ({metrics['num_anomalous'] - metrics['num_without_mask']} with a mask); 95 % intervals in brackets"
+    rows = []
+    for key, name in names.items():
         if key in metrics:
-            interval = "  [{:.4f}, {:.4f}]".format(*intervals[key]) if key in intervals else ""
-            lines.append(f"{name:<24} {metrics[key]:.4f}{interval}")
-    for key, name in {"false_alarm_rate": "false-alarm rate", "miss_rate": "miss rate"}.items():
-        if key in metrics:
-            at = f" {metrics['threshold']:.4f}" if "threshold" in metrics else ""
-            lines.append(f"{name:<24} {metrics[key]:.1%}  at the threshold{at}")
-    lines.append(f"{'seconds per image':<24} {metrics['seconds_per_image']:.3f}")
-    for kind, values in metrics.get("defect_types", {}).items():
-        found = ", ".join(f"{METRIC_NAMES[k]} {values[k]:.4f}" for k in ("image_auroc", "aupro_30") if k in values)
-        lines.append(f"  {kind:<22} {found}")
-    return "\n".join(lines)
+            rows.append((name, show(metrics, key)))
+        elif key in metrics["unknown"]:
+            rows.append((name, f"unknown: {metrics['unknown'][key]}"))
+    rows.append(("seconds per image", f"{metrics['seconds_per_image']:.3g}"))
+    for kind, values in metrics["defect_types"].items():
+        found = [f"{METRIC_NAMES[key]} {show(values, key)}" for key in ("image_auroc", "aupro_30") if key in values]
+        rows.append((f"  {kind} (of {values['num_anomalous']})", ", ".join(found)))
+    return f"{count}\n{format_table(rows)}"
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 from ..data import NORMAL, binary_mask
 from ..files import require, write_json
 from ..version import __version__
-from .metrics import ImagePixels, detection_metrics, image_metrics, pixel_curve, read_pixel_metrics
+from .intervals import bootstrap_interval, exact_interval, image_intervals
+from .metrics import METRIC_NAMES, ImagePixels, image_metrics, pixel_curve, read_pixel_metrics
 
 _NUM_WORST = 8  # misses and false alarms, each, whose maps are kept for the plots
 
@@ -29,14 +29,13 @@ class AnomalyEvaluator:
     It keeps 4 bytes per background pixel and 8 per defect pixel, and `compute` briefly needs 2.5 times that: about
     0.7 GB for 1,000 maps of 256 px. Maps are compared as float32.
 
-    The bootstrap draws normal and anomalous images separately, because whoever made the test set decided how many
-    there are of each. Image-level resamples are exact; pixel-level ones use about 1,000 thresholds and are centred on
-    the exact value. Rates get the exact binomial (Clopper-Pearson) interval, which, unlike the bootstrap's, does not
-    collapse to a point when no image was missed.
+    The 95 % intervals are `image_intervals`, `exact_interval` for rates, and `bootstrap_interval` for pixel metrics
+    (see `intervals`). The bootstrap draws images with and without defect pixels separately, because whoever made the
+    test set decided how many there are of each, and reads its metrics at about 1,000 thresholds.
 
     Args:
         threshold: images with a score above it are flagged; adds false-alarm and miss rates.
-        n_bootstrap: resamples behind the 95 % intervals; 0 leaves out all but the binomial ones.
+        n_bootstrap: resamples behind the intervals of pixel metrics; 0 leaves these out.
     """
 
     def __init__(self, threshold: float | None = None, *, n_bootstrap: int = 1000):
@@ -71,21 +70,24 @@ class AnomalyEvaluator:
         self._types.append(defect_type or (NORMAL if label == 0 else "defect"))
 
     def compute(self) -> dict[str, Any]:
-        """All metrics as plain numbers, ready for JSON; what is undefined (one class only, no mask) is absent.
+        """All metrics as plain numbers, ready for JSON; those that are undefined are absent.
 
         These are the keys of `METRIC_NAMES`; `num_images`, `num_normal`, `num_anomalous`, `num_without_mask`; with a
-        threshold `threshold`, `false_alarm_rate`, `miss_rate`; `intervals` {metric: [low, high]}; and `defect_types`
-        {type: its metrics against all normal images}.
+        threshold `threshold`, `false_alarm_rate`, `miss_rate`; `intervals` {metric: [low, high]}; `unknown`
+        {undefined metric: reason}; and `defect_types` {type: its metrics against all normal images, with those
+        intervals that take no bootstrap}.
         """
         labels, types = np.array(self._labels), np.array(self._types)
         result, curve = self._metrics(np.arange(len(labels)))
-        if self.n_bootstrap:
+        if self.n_bootstrap and curve is not None:
             result["intervals"] |= self._bootstrap(result, curve)
+        result["unknown"] = self._unknown(result)
         result["defect_types"] = {}
         for name in sorted(set(types[labels == 1])):
             of_type, _ = self._metrics(np.flatnonzero((labels == 0) | (types == name)))
-            for key in ("num_normal", "num_images", "false_alarm_rate", "threshold", "intervals"):
+            for key in ("num_normal", "num_images", "false_alarm_rate", "threshold"):
                 of_type.pop(key, None)
+            of_type["intervals"].pop("false_alarm_rate", None)
             result["defect_types"][str(name)] = of_type
         return result
 
@@ -96,11 +98,12 @@ class AnomalyEvaluator:
         num_anomalous = int(labels.sum())
         result: dict[str, Any] = {"num_images": len(index), "num_normal": len(index) - num_anomalous}
         result |= {"num_anomalous": num_anomalous, "num_without_mask": len(index) - len(known)}
-        result |= image_metrics(scores, labels)
+        of_images = image_metrics(scores, labels)
+        intervals = image_intervals(of_images, scores, labels)
+        result |= of_images
         curve = pixel_curve(known)
         if curve is not None:
             result |= {name: float(v) for name, v in read_pixel_metrics(curve[1], *curve[2]).items()}
-        intervals = {}
         if self.threshold is not None:
             if np.isfinite(self.threshold):
                 result["threshold"] = float(self.threshold)
@@ -108,47 +111,31 @@ class AnomalyEvaluator:
             for name, wrong in (("false_alarm_rate", flagged[labels == 0]), ("miss_rate", ~flagged[labels == 1])):
                 if len(wrong):
                     result[name] = float(wrong.mean())
-                    interval = binomtest(int(wrong.sum()), len(wrong)).proportion_ci(0.95, method="exact")
-                    intervals[name] = [float(interval.low), float(interval.high)]
+                    intervals[name] = exact_interval(result[name], len(wrong))
         result["intervals"] = intervals
         return result, curve
 
-    def _bootstrap(self, exact: dict[str, Any], curve: tuple | None) -> dict[str, list[float]]:
-        """95 % percentile intervals; a resample is a row of counts: how often each image was drawn."""
+    def _unknown(self, result: dict[str, Any]) -> dict[str, str]:
+        """Why metrics are not known."""
+        missing = [name for name in ("normal", "anomalous") if not result[f"num_{name}"]]
+        one_class = f"no {' and no '.join(missing)} images" if missing else ""
+        reasons = dict.fromkeys(METRIC_NAMES, one_class or "no mask marks a defect beside background")
+        if self.threshold is not None:
+            reasons |= {"false_alarm_rate": "no normal images", "miss_rate": "no anomalous images"}
+        return {name: reason for name, reason in reasons.items() if name not in result}
+
+    def _bootstrap(self, exact: dict[str, Any], curve: tuple) -> dict[str, list[float]]:
+        """Intervals of the pixel metrics; a resample is a row of counts: how often each image was drawn."""
         rng = np.random.default_rng(0)
-        labels, scores = np.array(self._labels), np.array(self._scores)
-        counts = np.zeros((self.n_bootstrap, len(labels)))
-        for label in (0, 1):
-            members = np.flatnonzero(labels == label)
-            if len(members):
-                uniform = np.full(len(members), 1 / len(members))
-                counts[:, members] = rng.multinomial(len(members), uniform, size=self.n_bootstrap)
-        intervals = {}
-        if "image_auroc" in exact:
-            order = np.argsort(-scores)
-            ends = np.flatnonzero(np.r_[np.diff(scores[order]) != 0, True])
-            fp, tp = (
-                np.pad(np.cumsum(counts[:, order] * (labels[order] == label), axis=1)[:, ends], ((0, 0), (1, 0)))
-                for label in (0, 1)
-            )
-            for name, samples in detection_metrics(fp, tp).items():
-                intervals[f"image_{name}"] = _interval(samples)
-        if curve is not None:
-            known = {i: pixels for i, pixels in enumerate(self._pixels) if pixels is not None}
-            tables = _count_tables(list(known.values()), *curve)
-            drawn = counts[:, list(known)]
-            # Without a defect pixel in a resample, its metrics are undefined.
-            drawn = drawn[drawn @ tables[1][:, -1] > 0]
-            resampled = read_pixel_metrics(*(drawn @ table for table in tables))
-            centre = read_pixel_metrics(*(table.sum(axis=0) for table in tables))
-            for name, samples in resampled.items():
-                intervals[name] = _interval(samples + (exact[name] - centre[name]))
-        return intervals
-
-
-def _interval(samples: np.ndarray) -> list[float]:
-    low, high = np.clip(np.percentile(samples, [2.5, 97.5]), 0.0, 1.0)
-    return [float(low), float(high)]
+        known = [pixels for pixels in self._pixels if pixels is not None]
+        defective = np.array([len(pixels.defect) > 0 for pixels in known])
+        counts = np.zeros((self.n_bootstrap, len(known)))
+        for members in filter(len, (np.flatnonzero(~defective), np.flatnonzero(defective))):
+            uniform = np.full(len(members), 1 / len(members))
+            counts[:, members] = rng.multinomial(len(members), uniform, size=self.n_bootstrap)
+        resampled = read_pixel_metrics(*(counts @ table for table in _count_tables(known, *curve)))
+        images = int(defective.sum())
+        return {name: bootstrap_interval(exact[name], samples, images) for name, samples in resampled.items()}
 
 
 def _count_tables(images: list[ImagePixels], thresholds: np.ndarray, fp: np.ndarray, tp: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from ..data import NORMAL, binary_mask
 from ..files import require
 from ..images_diffusionad import load_image
 from .evaluator import EvaluationResult
+from .intervals import show_parts
 from .metrics import roc_vertices
 
 
@@ -50,9 +51,7 @@ def _plot_roc(result: EvaluationResult) -> Any:
         xlabel="false-alarm rate", ylabel="detection rate", title="ROC curve of images", aspect="equal"
     )
     metrics = result.metrics
-    auroc = "AUROC {:.3f} (95 %: {:.3f} to {:.3f})".format(
-        metrics["image_auroc"], *metrics["intervals"]["image_auroc"]
-    )
+    auroc = "AUROC {} (95 %: {} to {})".format(*show_parts(metrics, "image_auroc"))
     axes.plot(fp / fp[-1], tp[0] / tp[0, -1], label=auroc, clip_on=False, zorder=3)
     axes.plot([0, 1], [0, 1], color="0.7", linestyle=":", label="chance")
     if "threshold" in metrics:

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..calibration import images_needed
+from ..evaluation.intervals import show, show_parts
 from ..evaluation.metrics import METRIC_NAMES
 from ..files import one_line, slug
 from ..pipeline_diffusionad import DiffusionADPipeline
@@ -211,15 +212,10 @@ def _calibration(pipe: DiffusionADPipeline) -> dict[str, Any] | None:
 
 
 def _metric_rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
-    intervals = evaluation.get("intervals", {})
+    shown = {key: show_parts(evaluation, key) for key in (METRIC_NAMES | _RATES) if key in evaluation}
     return [
-        {
-            "name": name,
-            "value": _shown(key, evaluation[key]),
-            "interval": " to ".join(_shown(key, bound) for bound in intervals.get(key) or ()),
-        }
-        for key, name in {**METRIC_NAMES, **_RATES}.items()
-        if key in evaluation
+        {"name": (METRIC_NAMES | _RATES)[key], "value": value, "interval": " to ".join(interval)}
+        for key, (value, *interval) in shown.items()
     ]
 
 
@@ -231,21 +227,17 @@ def _defect_types(evaluation: dict[str, Any]) -> dict[str, list]:
         {
             "name": name,
             "images": results.get("num_anomalous", ""),
-            "cells": [_shown(key, results[key]) if key in results else "" for key in columns],
+            "cells": [show(results, key) if key in results else "" for key in columns],
         }
         for name, results in types.items()
     ]
     missed = [
-        {"name": name, "rate": _shown("miss_rate", results["miss_rate"])}
+        {"name": name, "rate": show_parts(results, "miss_rate")[0]}
         for name, results in types.items()
         if results.get("miss_rate", 0) > _MOSTLY_MISSED
     ]
     names = ["misses" if key == "miss_rate" else METRIC_NAMES[key] for key in columns]
     return {"columns": names, "rows": rows, "missed": missed}
-
-
-def _shown(key: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if key in _RATES else f"{value:.3f}"
 
 
 def _weights_sentence(folder: Path) -> str:

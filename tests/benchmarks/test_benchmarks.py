@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import blocks, inference, machine, metrics, runtimes, synthesis, tiles, training
+from benchmarks import blocks, inference, intervals, machine, metrics, runtimes, synthesis, tiles, training
 from benchmarks.machine import count_flops, find_slow_types, matmul_peak, measure_in_turns, spread
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
 from tests.dataset_factory import make_mvtec
@@ -268,3 +268,19 @@ def test_runtimes_tell_time_and_what_exporting_does_to_the_scores(tmp_path, mode
     assert eager["ms"] > 0 and eager["times_faster"] == 1 and 0 <= onnx["image_auroc"] <= 1
     assert eager["largest_score_difference"] == 0 and 0 <= onnx["largest_score_difference"] < 1e-4
     assert ("error" in rows["torch eager bf16"]) == bool(SLOW_TYPES)
+
+
+# ---- intervals ------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_cover(monkeypatch, tmp_path):
+    for name, value in {"_SIZES": (10,), "_TRUE_SCORES": 100_000, "_TRUE_MAPS": 200, "_MAPS": ("strong",)}.items():
+        monkeypatch.setattr(intervals, name, value)
+    file = tmp_path / "result.json"
+    intervals.main(["--repeats", "100", "--json", str(file)])
+    *scores, maps = json.loads(file.read_text())["rows"]
+    assert len(scores) == 5 and {row["AUROC"] for row in scores} == {0.8, 0.95, 1.0}
+    for row in scores:
+        for name in ("image_auroc", "image_ap", "image_f1_max", "false_alarm_rate", "miss_rate"):
+            assert float(row[name].split("%")[0]) >= 90, (row, name)
+    assert float(maps["aupro_30"].split("%")[0]) >= 85

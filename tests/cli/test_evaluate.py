@@ -1,11 +1,18 @@
 """`diffusionad evaluate` on a small test set."""
 
 import json
+import shutil
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
+from diffusionad_hf.cli import evaluate as command
 from diffusionad_hf.cli.main import main
+from diffusionad_hf.evaluation.intervals import show
+from tests.conftest import make_pipeline
+from tests.dataset_factory import make_flat, make_folder, make_mvtec
 
 
 def test_evaluate_prints_and_writes_the_metrics(model_dir, tmp_path, capsys):
@@ -29,5 +36,112 @@ def test_evaluate_prints_and_writes_the_metrics(model_dir, tmp_path, capsys):
     (root / "test/good/9.png").unlink()
     assert main(arguments) == 0
     printed, written = capsys.readouterr().out, json.loads((tmp_path / "e.json").read_text())
-    assert f"{written['image_auroc']:.4f}" in printed and f"{written['aupro_30']:.4f}" in printed
+    assert show(written, "image_auroc") in printed and show(written, "aupro_30") in printed
+    assert "8 images: 4 normal, 4 anomalous (4 with a mask)" in printed and "4 normal images of the dataset" in printed
     assert written["num_images"] == 8 and {p.name for p in (tmp_path / "plots").iterdir()} >= {"roc_curve.png"}
+
+
+@pytest.fixture
+def evaluate(monkeypatch, tmp_path, capsys):
+    """Runs the command with a model that is never loaded; returns exit code, JSON (or None) and what was printed."""
+    pipe = make_pipeline()
+
+    def run(data, *options, change=None):
+        if change:
+            change(pipe)
+        monkeypatch.setattr(command, "load_pipeline", lambda *_: pipe)
+        file = tmp_path / "evaluation.json"
+        code = main(["evaluate", "--model", "any", "--data-dir", str(data), "--json", str(file), *options])
+        printed = capsys.readouterr()
+
+        def refuse(constant):
+            raise AssertionError(f"{constant} is no JSON")
+
+        found = json.loads(file.read_text(), parse_constant=refuse) if file.is_file() else None
+        return code, found, printed.out + printed.err
+
+    return run
+
+
+def without_train(root):
+    shutil.rmtree(make_mvtec(root, good=5) / "widget/train")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("make", "normal"),
+    [
+        (lambda root: make_folder(root, normal=10, masks=True), 10),
+        (without_train, 5),
+        (lambda root: without_train(root) / "widget", 5),
+        (lambda root: without_train(root) / "widget/test", 5),
+    ],
+    ids=["good and bad", "test without train", "its category", "its test folder"],
+)
+def test_every_image_and_every_mask_counts(evaluate, tmp_path, make, normal):
+    code, found, printed = evaluate(make(tmp_path / "data"))
+    assert code == 0, printed
+    assert (found["num_normal"], found["num_anomalous"], found["num_without_mask"]) == (normal, 5, 0)
+    assert "pixel_auroc" in found and f"{normal + 5} images: {normal} normal, 5 anomalous (5 with a mask)" in printed
+    assert "give --split" in printed
+
+
+def test_a_split_is_made_when_asked_for_and_printed(evaluate, tmp_path):
+    code, found, printed = evaluate(make_folder(tmp_path / "data", normal=10), "--split")
+    assert code == 0 and (found["num_normal"], found["num_anomalous"]) == (2, 5)
+    assert "8 normal images of the dataset are for training and were not evaluated." in printed
+
+
+@pytest.mark.parametrize("name", ["test/loose.png", "test/good/deeper/0.png", "masks/hole/0.png", "test/good/1.ico"])
+def test_a_picture_that_would_not_count_is_refused(evaluate, tmp_path, name):
+    root = make_mvtec(tmp_path / "data") / "widget"
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (48, 32)).save(root / name)
+    code, found, printed = evaluate(root)
+    assert code == 2 and found is None and str(root / name) in printed and "would not count" in printed
+
+
+def test_test_images_that_are_not_there(evaluate, tmp_path):
+    code, found, printed = evaluate(make_mvtec(tmp_path / "data", good=0, defects={}))
+    assert code == 2 and found is None and "has no test images" in printed
+
+
+@pytest.mark.parametrize("kind", ["normal", "anomalous"])
+def test_one_class_only_leaves_the_auroc_unknown(evaluate, tmp_path, kind):
+    root = tmp_path / "data"
+    if kind == "normal":
+        make_flat(root)
+    else:
+        shutil.rmtree(make_mvtec(root) / "widget/test/good")
+        shutil.rmtree(root / "widget/train")
+    code, found, printed = evaluate(root, change=lambda pipe: pipe.register_to_config(threshold=2.0))
+    other = "anomalous" if kind == "normal" else "normal"
+    assert code == 0 and "image_auroc" not in found and found["unknown"]["image_auroc"] == f"no {other} images"
+    lines = {" ".join(line.split()) for line in printed.splitlines()}
+    assert f"image AUROC unknown: no {other} images" in lines
+    rates = {
+        "false alarms at the threshold 2.0000": "0 % [0 %, 46 %]" if kind == "normal" else "unknown: no normal images",
+        "misses at the threshold 2.0000": "100 % [48 %, 100 %]"
+        if kind == "anomalous"
+        else "unknown: no anomalous images",
+    }
+    assert {f"{name} {shown}" for name, shown in rates.items()} <= lines
+
+
+def test_equal_scores_are_worth_chance(evaluate, tmp_path):
+    for name in ("good/0", "good/1", "good/2", "hole/0", "hole/1"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), "gray").save(tmp_path / f"data/{name}.png")
+    code, found, printed = evaluate(tmp_path / "data")
+    low, high = found["intervals"]["image_auroc"]
+    assert code == 0 and found["image_auroc"] == 0.5 and low < 0.1 and high > 0.9
+    assert "image AUROC" in printed and "0.50 [0.0" in printed
+
+
+def test_scores_that_are_no_numbers_are_refused(evaluate, tmp_path):
+    def spoil(pipe):
+        with torch.no_grad():
+            list(pipe.segmenter.parameters())[-1].fill_(float("nan"))
+
+    code, found, printed = evaluate(make_folder(tmp_path / "data"), change=spoil)
+    assert code == 2 and found is None and "good/000.png: score must be a finite number, got nan" in printed

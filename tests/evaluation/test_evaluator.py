@@ -16,6 +16,7 @@ from diffusionad_hf.evaluation.evaluator import (
     describe_hardware,
     evaluate_pipeline,
 )
+from diffusionad_hf.evaluation.intervals import bootstrap_interval
 from diffusionad_hf.evaluation.metrics import METRIC_NAMES, image_metrics, pixel_metrics
 from diffusionad_hf.evaluation.plots import save_plots
 from tests.conftest import make_pipeline
@@ -59,7 +60,9 @@ def test_each_defect_type_is_judged_against_all_normal_images():
         "num_without_mask": 0,
         "miss_rate": np.mean([scores[i] <= 0.4 for i in keep if labels[i]]),
     }
-    assert result["defect_types"]["hole"] == pytest.approx(expected)
+    hole = result["defect_types"]["hole"]
+    assert set(hole.pop("intervals")) == {"image_auroc", "image_ap", "image_f1_max", "miss_rate"}
+    assert hole == pytest.approx(expected)
 
 
 def test_rates_at_the_threshold():
@@ -116,32 +119,49 @@ def test_intervals_are_repeatable_and_hold_the_value():
     for name, (low, high) in first["intervals"].items():
         assert 0 <= low <= first[name] <= high <= 1
         assert low < high
-    assert evaluate(*predictions(1), n_bootstrap=0)["intervals"] == {}
+    without = evaluate(*predictions(1), n_bootstrap=0)["intervals"]
+    assert without == {name: first["intervals"][name] for name in ("image_auroc", "image_ap", "image_f1_max")}
 
 
-def test_intervals_agree_with_resampling_the_images_themselves():
+def test_intervals_of_pixel_metrics_follow_the_spread_between_images():
     maps, masks, scores, labels, types = predictions(2)
-    ours = evaluate(maps, masks, scores, labels, types, n_bootstrap=2000)["intervals"]
+    ours = evaluate(maps, masks, scores, labels, types)["intervals"]
     rng = np.random.default_rng(99)
     normal, anomalous = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
     samples = []
-    for _ in range(400):
+    for _ in range(200):
         drawn = np.concatenate([rng.choice(group, len(group)) for group in (normal, anomalous)])
-        samples.append({**image_metrics(scores[drawn], labels[drawn]), **pixel_metrics(maps[drawn], masks[drawn])})
-    for name in METRIC_NAMES:
-        low, high = np.percentile([sample[name] for sample in samples], [2.5, 97.5])
-        assert ours[name] == pytest.approx([low, high], abs=0.15 * (high - low) + 0.01), name
+        samples.append(pixel_metrics(maps[drawn], masks[drawn]))
+    exact = pixel_metrics(maps, masks)
+    for name, value in exact.items():
+        expected = bootstrap_interval(value, np.array([sample[name] for sample in samples]), len(anomalous))
+        assert ours[name] == pytest.approx(expected, abs=0.15 * (expected[1] - expected[0])), name
 
 
-def test_intervals_of_pixel_metrics_are_centred_on_the_exact_value():
-    # Resamples of identical images are identical: their intervals are points, at the exact value and not at that of
-    # the coarser grid of thresholds that the resamples are computed on.
-    maps, masks = make_maps(3, num_images=2, num_defective=1, size=(100, 100))
-    masks[0, 20:80, 20:80] = True
+def test_equal_images_still_leave_doubt_about_the_next_one():
+    maps, masks = make_maps(3, num_images=2, num_defective=1)
     maps, masks = np.repeat(maps, 3, axis=0), np.repeat(masks, 3, axis=0)
-    result = evaluate(maps, masks, [0.5] * 6, [1, 1, 1, 0, 0, 0], n_bootstrap=20)
-    for name, value in pixel_metrics(maps, masks).items():
-        assert result["intervals"][name] == pytest.approx([value, value], abs=1e-9), name
+    result = evaluate(maps, masks, [0.5] * 6, [1, 1, 1, 0, 0, 0], threshold=0.5)
+    assert result["image_auroc"] == 0.5
+    for name, (low, high) in result["intervals"].items():
+        assert 0 <= low <= result[name] <= high <= 1 and high - low > 0.3, name
+
+
+def test_perfect_predictions_are_not_certain():
+    _, masks = make_maps(4, num_images=20, num_defective=10)
+    labels = masks.any(axis=(1, 2)).astype(int)
+    result = evaluate(masks.astype(np.float32), masks, labels.astype(float), labels, threshold=0.5)
+    assert {result[name] for name in METRIC_NAMES} == {1.0}
+    for name in METRIC_NAMES:
+        low, high = result["intervals"][name]
+        assert 0.5 < low < 0.97 and high == 1.0, name
+
+
+def test_no_image_at_all():
+    result = AnomalyEvaluator(0.5).compute()
+    assert result["num_images"] == 0 and result["intervals"] == {}
+    assert set(result["unknown"]) == {*METRIC_NAMES, "false_alarm_rate", "miss_rate"}
+    assert result["unknown"]["image_auroc"] == "no normal and no anomalous images"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from diffusionad_hf.evaluation.evaluator import AnomalyEvaluator
+from diffusionad_hf.evaluation.intervals import show, show_parts
 from diffusionad_hf.evaluation.metrics import METRIC_NAMES
 from diffusionad_hf.hub.cards import build_card, find_data_source, read_evaluation
 from tests.conftest import make_pipeline
@@ -80,11 +81,10 @@ def test_every_number_is_that_of_the_evaluation(pipe, tmp_path):
     assert {m["type"]: m["value"] for m in result["metrics"]} == {key: evaluation[key] for key in METRIC_NAMES}
     assert all(type(m["value"]) is float for m in result["metrics"])
     for key, name in METRIC_NAMES.items():
-        low, high = evaluation["intervals"][key]
-        assert f"| {name} | {evaluation[key]:.3f} | {low:.3f} to {high:.3f} |" in card.text
-    low, high = evaluation["intervals"]["miss_rate"]
-    misses = f"{100 * evaluation['miss_rate']:.1f} % | {100 * low:.1f} % to {100 * high:.1f} %"
-    assert f"| misses (anomalous images passed) | {misses} |" in card.text
+        value, low, high = show_parts(evaluation, key)
+        assert f"| {name} | {value} | {low} to {high} |" in card.text
+    value, low, high = show_parts(evaluation, "miss_rate")
+    assert f"| misses (anomalous images passed) | {value} | {low} to {high} |" in card.text
     assert "50 test images of MVTec AD (30 normal, 20 anomalous)" in flat(card)
     assert "0.0123 s an image on NVIDIA H100 80GB HBM3 (float32, batches of 8)" in flat(card)
 
@@ -93,8 +93,13 @@ def test_the_table_by_kind_of_defect(pipe, tmp_path):
     evaluation = written(tmp_path, measured(pipe.threshold), pipe)
     card = build_card(pipe, REPO, evaluation=evaluation, data=MVTEC)
     dent = evaluation["defect_types"]["dent"]
-    cells = [f"{dent[key]:.3f}" for key in ("image_auroc", "pixel_auroc", "aupro_30")]
-    assert f"| dent | 8 | {' | '.join(cells)} | {100 * dent['miss_rate']:.1f} % |" in card.text
+    cells = [
+        show(dent, "image_auroc"),
+        f"{dent['pixel_auroc']:.3f}",
+        f"{dent['aupro_30']:.3f}",
+        show(dent, "miss_rate"),
+    ]
+    assert f"| dent | 8 | {' | '.join(cells)} |" in card.text and "[" in cells[0] and "[" in cells[3]
     assert "| thread \\| side | 12 |" in card.text
     assert "Tested kinds of defect: dent, thread | side. No other kind was tested." in card.text
     tables = re.findall(r"(?:^\|.*\n)+", card.text, re.MULTILINE)
@@ -196,7 +201,7 @@ def test_a_kind_of_defect_that_is_mostly_missed_is_a_limit(pipe, tmp_path):
     evaluation["defect_types"]["dent"]["miss_rate"] = 0.75
     evaluation["defect_types"]["thread | side"]["miss_rate"] = 0.25
     limits = build_card(pipe, REPO, evaluation=evaluation).text.partition("## Limits")[2]
-    assert "- **dent is mostly missed**: 75.0 % of them passed as normal.\n- It knows one product" in limits
+    assert "- **dent is mostly missed**: 75 % of them passed as normal.\n- It knows one product" in limits
     assert limits.count("mostly missed") == 1
 
 
@@ -254,4 +259,4 @@ def test_rates_at_a_threshold_that_promises_nothing_are_taken(pipe, tmp_path):
     pipe.register_to_config(false_alarm_rate=0.001)
     evaluation = written(tmp_path, measured(math.inf), pipe)
     assert "threshold" not in evaluation
-    assert "| misses (anomalous images passed) | 100.0 % |" in build_card(pipe, REPO, evaluation=evaluation).text
+    assert "| misses (anomalous images passed) | 100 % |" in build_card(pipe, REPO, evaluation=evaluation).text
