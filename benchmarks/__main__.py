@@ -11,6 +11,7 @@ MEASUREMENTS = {
     "synthesis": "synthetic anomalies a second",
     "metrics": "time and memory of the evaluation's metrics",
     "intervals": "how often the 95 % intervals of an evaluation hold the truth",
+    "promises": "whether calibrations keep the false-alarm rate that they promise",
     "blocks": "bookkeeping of an inspection of 300,000 files",
     "real": "real products: trained and evaluated from nothing, category by category",
     "tiles": "time and memory of long images, in tiles and whole",

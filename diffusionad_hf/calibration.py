@@ -1,18 +1,42 @@
 """Thresholds and p-values from normal images alone."""
 
+import hashlib
+import json
 import logging
-import math
 from collections.abc import Sequence
+from typing import Any
 
-from .images_diffusionad import ImageInput
+import numpy as np
+import torch
+
+from .familiarity_diffusionad import Familiarity, describe
+from .images_diffusionad import ImageInput, load_image, resize_image
 from .pipeline_diffusionad import DiffusionADPipeline
+from .verdicts_diffusionad import images_needed, percent
 
 logger = logging.getLogger(__name__)
 
 
-def images_needed(false_alarm_rate: float) -> int:
-    """The fewest normal images that can promise a false-alarm rate: `1 / rate - 1`."""
-    return math.ceil(1 / false_alarm_rate - 1 - 1e-9)
+def promised_rate(count: int, asked: float) -> float:
+    """
+    The false-alarm rate that `count` normal images can promise: the one asked for or, if they are too few for it, the
+    lowest possible, `1 / (count + 1)`, with a warning.
+
+    Raises:
+        ValueError: If the rate is out of range or there is no image.
+    """
+    if not 0 < asked < 1:
+        raise ValueError(f"false_alarm_rate={asked}: must lie between 0 and 1, such as 0.05.")
+    if not count:
+        raise ValueError("no normal image to calibrate on; give 19 or more for a false-alarm rate of 5 %.")
+    needed = images_needed(asked)
+    if count >= needed:
+        return asked
+    logger.warning(
+        f"{count} normal image(s) cannot promise a false-alarm rate of {percent(asked)}: the threshold is set for "
+        f"{percent(1 / (count + 1))}, the lowest they can. Give {needed} or more for {percent(asked)}."
+    )
+    return 1 / (count + 1)
 
 
 def calibrate(
@@ -24,10 +48,11 @@ def calibrate(
 ) -> list[float]:
     """
     Sets the pipeline's threshold and p-values from normal images that it was not trained on (split conformal
-    prediction).
+    prediction), and tells it what normal images look like.
 
     A false-alarm rate alpha holds on average over calibrations, for images of the same kind; with n images, the rate
-    of one calibration varies around it with a standard deviation of about `sqrt(alpha (1 - alpha) / n)`.
+    of one calibration varies around it with a standard deviation of about `sqrt(alpha (1 - alpha) / n)`. If the images
+    are too few for the rate, the lowest that they can promise takes its place, with a warning.
 
     Args:
         pipe: Its configuration is changed; `save_pretrained` keeps it.
@@ -39,26 +64,46 @@ def calibrate(
         `list[float]`: Their scores, ascending.
 
     Raises:
-        ValueError: If the rate is out of range or there is no image.
+        ValueError: If the rate is out of range, there is no image, or the pipeline was trained on one of them.
         InvalidImageError: If an image cannot be read; the message names it.
     """
-    rate = pipe.config.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
-    if not 0 < rate < 1:
-        raise ValueError(f"false_alarm_rate={rate}: must lie between 0 and 1, such as 0.05.")
-    if len(images) < images_needed(rate):
-        logger.warning(
-            f"{len(images)} normal images cannot promise a false-alarm rate of {rate:.1%}: no image will be "
-            f"called anomalous. Give {images_needed(rate)} or more, or allow a higher rate."
-        )
+    rate = promised_rate(len(images), pipe.config.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)
     size = pipe.default_batch_size if batch_size is None else batch_size
     scores: list[float] = []
+    grids: list[np.ndarray] = []
     # Batch by batch: the full-size maps of thousands of images would not fit into memory.
     with pipe.progress_bar(total=len(images)) as progress:
         for start in range(0, len(images), size):
-            found = pipe(images[start : start + size], batch_size=size).anomaly_score.tolist()
-            scores += found
-            progress.update(len(found))
+            batch: list[torch.Tensor] = []
+            for i, image in enumerate(images[start : start + size], start):
+                batch.append(resize_image(load_image(image, f"image {i}"), pipe.config.image_size))
+                if pipe.trained_on(batch[-1]):
+                    raise ValueError(
+                        f"image {i}: the model was trained on it, so its score says nothing of other normal images; "
+                        "calibrate on others."
+                    )
+            scores += pipe(batch, batch_size=size).anomaly_score.tolist()
+            grids += map(describe, batch)
+            progress.update(len(batch))
     scores.sort()
-    # An explicit threshold overrides the calibrated one, so clear it.
-    pipe.register_to_config(calibration_scores=scores, false_alarm_rate=rate, threshold=None)
+    familiarity = Familiarity.of(grids)
+    pipe.register_to_config(
+        calibration_scores=scores,
+        false_alarm_rate=rate,
+        calibrated_settings=pipe.settings,
+        familiarity=pipe.config.familiarity if familiarity is None else familiarity.to_json(),
+        # An explicit threshold overrides the calibrated one, so clear it.
+        threshold=None,
+    )
     return scores
+
+
+def fingerprint(pipe: DiffusionADPipeline, *more: Any) -> str:
+    """Tells models apart: 16 hexadecimal digits of the SHA-256 of all that scores depend on, and of `more`."""
+    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps([pipe.settings, scheduler, *more], sort_keys=True, default=str).encode())
+    for network in (pipe.unet, pipe.segmenter):
+        for name, tensor in sorted(network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

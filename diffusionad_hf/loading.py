@@ -1,6 +1,8 @@
 """Loads models of either kind, patiently, and explains in one line what the Hub or a folder lacks."""
 
 import errno
+import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -114,10 +116,26 @@ def load_pretrained(load: Callable[..., Pipeline], name: str, **kwargs: Any) -> 
             continue
         if failure is not None and kwargs.get("local_files_only"):
             # Diffusers' logger, as for all that concerns a pipeline.
-            from diffusers.utils import logging
+            from diffusers.utils.logging import get_logger
 
-            logging.get_logger(__name__).warning(f"{name}: the Hub cannot be reached; using the cached copy.")
+            get_logger(__name__).warning(f"{name}: the Hub cannot be reached; using the cached copy.")
+        _add_former_familiarity(pipe, Path(name))
         return pipe
+
+
+def _add_former_familiarity(pipe: Any, folder: Path) -> None:
+    """Earlier versions kept what normal images look like in a file of its own."""
+    from .familiarity_diffusionad import Familiarity
+
+    file = folder / "familiarity.json"
+    if pipe.config.get("familiarity") is None and file.is_file():
+        try:
+            familiarity = json.loads(file.read_text(encoding="utf-8"))
+            Familiarity.from_json(familiarity)
+            pipe.register_to_config(familiarity=familiarity)
+        except (ValueError, RecursionError) as error:
+            # Verdicts do without it, and say that it is unknown.
+            logging.getLogger(__name__).warning(f"{file}: {one_line(error)}; run `diffusionad calibrate` again.")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from .familiarity_diffusionad import DIGEST_LENGTH, Familiarity, pixel_digest
 from .images_diffusionad import ImageInput, InvalidImageError, load_image, resize_image, to_uint8
+from .verdicts_diffusionad import Calibration, Verdict, check_calibration, conformal_p_value, conformal_threshold
 
 # This file is saved beside the weights, and plain diffusers runs it from there, together with the siblings that it
 # imports relatively. Other modules of this package are imported by name, and only if it is installed: see `_package`.
@@ -30,6 +32,8 @@ __all__ = [
     "DiffusionADPipeline",
     "DiffusionADPipelineOutput",
     "InvalidImageError",
+    "Verdict",
+    "check_calibration",
     "conformal_p_value",
     "conformal_threshold",
     "load_image",
@@ -72,12 +76,16 @@ class DiffusionADPipelineOutput(BaseOutput):
             resolution; of an image in tiles, over the whole blended map.
         reconstruction (`list`): Per image, its reconstruction without a defect, at the image's own size: arrays of
             shape `(H, W, 3)` in [0, 1], tensors of shape `(3, H, W)` (`"pt"`) or RGB images (`"pil"`).
-        is_anomalous (`np.ndarray` of shape `(N,)`, *optional*): Whether the score exceeds the threshold; `None`
-            without one.
+        is_anomalous (`np.ndarray` of shape `(N,)`, *optional*): The verdicts as bool; if some are undecided, as
+            objects, `True`, `False` or `None`. `None` in place of the array if the model has no threshold.
         p_value (`np.ndarray` of shape `(N,)`, *optional*): Probability of a score at least as high on a normal image;
-            `None` if the model is not calibrated.
+            `None` if the model is not calibrated, or not with these settings.
         intermediates (`dict[str, torch.Tensor]`, *optional*): Every intermediate tensor, `(N, C, H, W)`; only with
             `return_intermediates=True`.
+        verdict (`list[Verdict]`): Per image `"normal"`, `"anomalous"` or `"undecided"`, with its reason.
+        strangeness (`np.ndarray` of shape `(N,)`, *optional*): How far each image is from the closest normal one, in
+            units of what is still familiar; `None` if the model does not know what normal images look like.
+        is_familiar (`np.ndarray` of shape `(N,)`, *optional*): Whether that is at most 1.
     """
 
     anomaly_map: list
@@ -86,6 +94,9 @@ class DiffusionADPipelineOutput(BaseOutput):
     is_anomalous: np.ndarray | None = None
     p_value: np.ndarray | None = None
     intermediates: dict[str, torch.Tensor] | None = None
+    verdict: list[Verdict] | None = None
+    strangeness: np.ndarray | None = None
+    is_familiar: np.ndarray | None = None
 
 
 class DiffusionADPipeline(DiffusionPipeline):
@@ -111,6 +122,11 @@ class DiffusionADPipeline(DiffusionPipeline):
         calibration_scores (`list[float]`, *optional*): Scores of held-out normal images; see `diffusionad calibrate`.
         false_alarm_rate (`float`): Share of normal images that the calibrated threshold may call anomalous.
         threshold (`float`, *optional*): Overrides the calibrated threshold.
+        familiarity (`dict`, *optional*): What normal images look like (`Familiarity.to_json`); written by calibration.
+        calibrated_settings (`dict`, *optional*): [`settings`] that `calibration_scores` were computed with.
+        training_digests (`str`, *optional*): [`pixel_digest`] of every training image, one after another, so that
+            none of them is calibrated on.
+        has_learnt (`bool`, *optional*): Whether the trained model told synthetic defects from normal images.
     """
 
     model_cpu_offload_seq = "unet->segmenter"
@@ -130,6 +146,10 @@ class DiffusionADPipeline(DiffusionPipeline):
         false_alarm_rate: float = 0.05,
         threshold: float | None = None,
         tile_size: int | tuple[int, int] | list[int] | None = None,
+        familiarity: dict | None = None,
+        calibrated_settings: dict | None = None,
+        training_digests: str | None = None,
+        has_learnt: bool | None = None,
     ):
         super().__init__()
         image_size = image_size if image_size is not None else unet.config.sample_size
@@ -139,6 +159,16 @@ class DiffusionADPipeline(DiffusionPipeline):
         if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed={seed!r:.80}: must be a whole number of 64 bits.")
         check_calibration(calibration_scores, false_alarm_rate, threshold)
+        if familiarity is not None:
+            Familiarity.from_json(familiarity)
+        if calibrated_settings is not None and not isinstance(calibrated_settings, dict):
+            raise ValueError(f"calibrated_settings={calibrated_settings!r:.80}: must be settings and their values.")
+        if training_digests is not None and (
+            not isinstance(training_digests, str) or len(training_digests) % DIGEST_LENGTH
+        ):
+            raise ValueError(f"training_digests: must be a text of {DIGEST_LENGTH} letters per image.")
+        if has_learnt not in (None, True, False):
+            raise ValueError(f"has_learnt={has_learnt!r:.80}: must be true, false or null.")
         if not hasattr(scheduler, "reconstruct"):
             raise ValueError(f"scheduler={type(scheduler).__name__}: must be a NormGuidedScheduler.")
         self.register_modules(unet=unet.eval(), segmenter=segmenter.eval(), scheduler=scheduler)
@@ -150,7 +180,15 @@ class DiffusionADPipeline(DiffusionPipeline):
             false_alarm_rate=false_alarm_rate,
             threshold=threshold,
             tile_size=tile_size,
+            familiarity=familiarity,
+            calibrated_settings=calibrated_settings,
+            training_digests=training_digests,
+            has_learnt=has_learnt,
         )
+
+    def __repr__(self) -> str:
+        config = {name: value for name, value in self.config.items() if len(str(value)) < 200}
+        return f"{type(self).__name__} {json.dumps(config, indent=2, default=str)}"
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
@@ -170,11 +208,27 @@ class DiffusionADPipeline(DiffusionPipeline):
     @property
     def threshold(self) -> float | None:
         """Scores above it are anomalous. The configured threshold, else the calibrated one, else `None`."""
-        if self.config.threshold is not None:
-            return self.config.threshold
-        if self.config.calibration_scores is None:
-            return None
-        return conformal_threshold(self.config.calibration_scores, self.config.false_alarm_rate)
+        return self.calibration.threshold
+
+    @property
+    def calibration(self) -> Calibration:
+        """What verdicts rest on."""
+        config = self.config
+        return Calibration(
+            tuple(config.calibration_scores or ()), config.false_alarm_rate, config.threshold, config.has_learnt
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that scores depend on."""
+        scheduler = {k: self.scheduler.config[k] for k in ("small_timestep", "big_timestep", "guidance_weight")}
+        sizes = ("image_size", *(["tile_size"] if self.config.tile_size else []))
+        return scheduler | {name: self.config[name] for name in (*sizes, "top_k", "seed")}
+
+    def trained_on(self, image: torch.Tensor) -> bool:
+        """Whether an image, `(3, S, S)` at the model's size, is known to be one of those it was trained on."""
+        digests = self.config.training_digests or ""
+        return pixel_digest(image) in {digests[i : i + DIGEST_LENGTH] for i in range(0, len(digests), DIGEST_LENGTH)}
 
     @property
     def default_batch_size(self) -> int:
@@ -219,7 +273,8 @@ class DiffusionADPipeline(DiffusionPipeline):
                 scheduler's values.
             output_type (`str`): `"np"`, `"pt"` or `"pil"`.
             return_intermediates (`bool`): Also return every intermediate tensor.
-            return_dict (`bool`): Return a [`DiffusionADPipelineOutput`], else a plain tuple.
+            return_dict (`bool`): Return a [`DiffusionADPipelineOutput`], else a tuple of its first fields, up to
+                `intermediates`, that are not `None`.
 
         Returns:
             [`DiffusionADPipelineOutput`] or `tuple`.
@@ -232,6 +287,11 @@ class DiffusionADPipeline(DiffusionPipeline):
         """
         # 0. Defaults and checks.
         images = self._as_list(image)
+        given = {"small_timestep": small_timestep, "big_timestep": big_timestep, "guidance_weight": guidance_weight}
+        settings = self.settings | {name: value for name, value in given.items() if value is not None}
+        settings_changed = settings != (self.config.calibrated_settings or self.settings)
+        settings_changed |= num_noises != 1 or generator is not None or noise is not None
+        familiarity = None if self.config.familiarity is None else Familiarity.from_json(self.config.familiarity)
         small_timestep = self.scheduler.config.small_timestep if small_timestep is None else small_timestep
         big_timestep = self.scheduler.config.big_timestep if big_timestep is None else big_timestep
         device = self._execution_device
@@ -241,7 +301,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         if noise is None and generator is None:
             draws = [draw.to(device) for draw in self._seeded_noise(num_noises)]
 
-        maps, scores, reconstructions, kept = [], [], [], []
+        maps, scores, reconstructions, kept, distances = [], [], [], [], []
         starts = range(0, len(images), batch_size)
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:
             # 1. Decode and resize: (B, 3, H, W) in [0, 1], and each image's own size.
@@ -250,7 +310,10 @@ class DiffusionADPipeline(DiffusionPipeline):
             sizes = [(item.shape[-2], item.shape[-1]) for item in decoded]
             for i, size in enumerate(sizes, start):
                 self._warn_of_shape(i, *size)
-            pixels = torch.stack([resize_image(item, self.config.image_size) for item in decoded]).to(device)
+            resized = [resize_image(item, self.config.image_size) for item in decoded]
+            if familiarity is not None:
+                distances += [familiarity.strangeness(item) for item in resized]
+            pixels = torch.stack(resized).to(device)
 
             # 2. Noise both scales, denoise in one step each, guide, segment; averaged over the noise draws.
             probability = reconstruction = torch.zeros((), device=device)
@@ -283,9 +346,21 @@ class DiffusionADPipeline(DiffusionPipeline):
 
         # 4. Verdicts.
         anomaly_score = torch.cat(scores).double().numpy()
-        threshold, calibration = self.threshold, self.config.calibration_scores
-        is_anomalous = None if threshold is None else anomaly_score > threshold
-        p_value = None if calibration is None else conformal_p_value(calibration, anomaly_score)
+        calibration, p_value = self.calibration, None
+        if calibration.scores and not settings_changed:
+            p_value = conformal_p_value(calibration.scores, anomaly_score)
+        strangeness = None if familiarity is None else np.array(distances)
+        is_familiar = None if strangeness is None else strangeness <= 1
+        verdict = [
+            calibration.verdict(
+                float(score),
+                is_familiar=None if is_familiar is None else bool(is_familiar[i]),
+                settings_changed=settings_changed,
+            )
+            for i, score in enumerate(anomaly_score)
+        ]
+        # An array of bool if all are decided, else of objects.
+        is_anomalous = None if calibration.threshold is None else np.array([v.is_anomalous for v in verdict])
         intermediates = {name: torch.cat([k[name] for k in kept]) for name in kept[0]} if kept else None
         output = DiffusionADPipelineOutput(
             anomaly_map=maps,
@@ -295,7 +370,10 @@ class DiffusionADPipeline(DiffusionPipeline):
             p_value=p_value,
             intermediates=intermediates,
         )
-        return output if return_dict else output.to_tuple()
+        if not return_dict:
+            return output.to_tuple()
+        output.verdict, output.strangeness, output.is_familiar = verdict, strangeness, is_familiar
+        return output
 
     def check_inputs(
         self,
@@ -468,7 +546,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         index.pop("_name_or_path", None)
         index.pop("_module", None)
         index["_diffusionad_format"] = _FORMAT
-        for module in (type(self).__module__, InvalidImageError.__module__):
+        for module in (type(self).__module__, *(cls.__module__ for cls in (InvalidImageError, Familiarity, Verdict))):
             _copy_module(module, folder)
         for name, component in self.components.items():
             component = getattr(component, "_orig_mod", component)  # of torch.compile
@@ -584,50 +662,6 @@ def _starts(side: int, tile: int) -> list[int]:
     """Where tiles begin that cover a side evenly and overlap by a quarter or more."""
     count = math.ceil((side - tile) / (tile * (1 - _OVERLAP))) + 1
     return [round(i * (side - tile) / max(count - 1, 1)) for i in range(count)]
-
-
-def check_calibration(calibration_scores: Any, false_alarm_rate: Any, threshold: Any = None) -> None:
-    """
-    Checks what a verdict depends on, before anything is computed with it.
-
-    Raises:
-        ValueError: If the scores are neither `None` nor one or more numbers from 0 to 1, the rate is no number between
-            0 and 1, or the threshold neither `None` nor a number; the message names the field.
-    """
-    if calibration_scores is not None:
-        # A mean of probabilities may be rounded beyond 1.
-        listed = isinstance(calibration_scores, (list, tuple)) and 0 < len(calibration_scores) <= 1_000_000
-        if not listed or not all(_is_number(score) and -1e-3 <= score <= 1.001 for score in calibration_scores):
-            raise ValueError("calibration_scores: must be one or more numbers from 0 to 1.")
-    if not _is_number(false_alarm_rate) or not 0 < false_alarm_rate < 1:
-        raise ValueError(f"false_alarm_rate={false_alarm_rate!r:.80}: must be a number between 0 and 1, such as 0.05.")
-    if threshold is not None and not _is_number(threshold):
-        raise ValueError(f"threshold={threshold!r:.80}: must be a number.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and value == value  # NaN is not
-
-
-def conformal_p_value(calibration_scores: Sequence[float], score: np.ndarray | float) -> np.ndarray:
-    """
-    Probability that a normal image scores at least as high (split conformal prediction): `(1 + #{scores >= s}) / (n +
-    1)` for n scores of held-out normal images. Takes one score or an array of them.
-    """
-    ordered = np.sort(np.asarray(calibration_scores, dtype=np.float64))
-    at_least = len(ordered) - np.searchsorted(ordered, np.asarray(score, dtype=np.float64), side="left")
-    return (1 + at_least) / (len(ordered) + 1)
-
-
-def conformal_threshold(calibration_scores: Sequence[float], false_alarm_rate: float) -> float:
-    """
-    The lowest threshold that keeps the false-alarm rate: `score > threshold` if and only if the p-value is at most the
-    rate. It is the k-th largest of the n scores, k = floor(rate (n + 1)), or infinity if n is too small for the rate.
-    """
-    ordered = np.sort(np.asarray(calibration_scores, dtype=np.float64))
-    # Tolerates rounding: (1 / 49) * 49 may be just below 1.
-    k = int(np.floor(false_alarm_rate * (len(ordered) + 1) + 1e-9))
-    return float(ordered[-k]) if k else float("inf")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -80,7 +80,7 @@ def test_the_card_of_the_demo_tells_what_it_is_and_what_it_reaches(published, mo
     assert f"| image AUROC | {recorded['image_auroc']:.3f} |" in card
     assert "[TRAINING.md](TRAINING.md)" in card and files["TRAINING.md"] == (MODEL / "TRAINING.md").read_bytes()
     assert re.findall(r"!\[.*\]\((.*)\)", card) == ["previews/example_1.png", "previews/example_2.png"]
-    assert {"previews/example_1.png", "previews/example_2.png", "familiarity.json"} <= set(files)
+    assert {"previews/example_1.png", "previews/example_2.png"} <= set(files)
     (model,) = list_models("org")
     assert (model["category"], model["image_auroc"]) == ("demo-part", recorded["image_auroc"])
     assert HfApi().model_info(REPO).pipeline_tag == "image-segmentation"

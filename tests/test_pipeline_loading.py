@@ -132,12 +132,14 @@ def test_half_precision_weights_compute_in_float32_by_default(tmp_path):
 
 @pytest.fixture(scope="module")
 def of_before(model_dir, tmp_path_factory):
-    """A folder of before the images had a file of their own."""
+    """A folder of before the pipeline had more than one file."""
     old = Path(shutil.copytree(model_dir, tmp_path_factory.mktemp("old") / "old"))
-    images, pipeline = old / "images_diffusionad.py", old / "pipeline_diffusionad.py"
-    lines = pipeline.read_text().splitlines(keepends=True)
-    pipeline.write_text(images.read_text() + "".join(line for line in lines if ".images_diffusionad" not in line))
-    images.unlink()
+    siblings = [old / f"{name}_diffusionad.py" for name in ("images", "familiarity", "verdicts")]
+    pipeline = old / "pipeline_diffusionad.py"
+    lines = "".join(file.read_text() for file in (*siblings, pipeline)).splitlines(keepends=True)
+    pipeline.write_text("".join(line for line in lines if not re.match(r"from \.\w+_diffusionad import", line)))
+    for file in siblings:
+        file.unlink()
     return old
 
 
@@ -159,18 +161,19 @@ def test_vanilla_diffusers_loads_folders_of_every_kind_and_hub_ids_without_the_p
     assert np.array(whole) == pytest.approx(score, abs=1e-6)
     assert of_half == pytest.approx(score, abs=1e-2)
     # What was saved after a remote load is again a folder for everyone.
-    assert DiffusionADPipeline.from_pretrained(tmp_path / "0")(IMAGE).anomaly_score[0] == pytest.approx(
-        score, abs=1e-6
-    )
+    found = DiffusionADPipeline.from_pretrained(tmp_path / "0")(IMAGE).anomaly_score[0]
+    assert found == pytest.approx(score, abs=1e-6)
     index = [(f / "model_index.json").read_text() for f in (tmp_path / "0", Path(model_dir))]
     assert index[0] == index[1]
 
 
 def test_the_siblings_of_the_pipeline_are_saved_and_import_nothing_of_this_package(model_dir):
-    for name in ("pipeline_diffusionad", "images_diffusionad"):
-        source = (Path(model_dir) / f"{name}.py").read_text()
+    expected = {"pipeline": ["familiarity", "images", "verdicts"], "familiarity": ["images"], "images": []}
+    for name, imported in (expected | {"verdicts": []}).items():
+        source = (Path(model_dir) / f"{name}_diffusionad.py").read_text()
         relative = re.findall(r"^\s*from \.(\S*) import", source, re.MULTILINE)
-        assert relative == (["images_diffusionad"] if name.startswith("pipeline") else [])
+        # The pipeline names them all: diffusers does not look into siblings for more.
+        assert relative == [f"{sibling}_diffusionad" for sibling in imported]
         assert not re.search(r"^\s*(from|import) diffusionad_hf", source, re.MULTILINE)
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,9 @@ from ..files import require
 from . import options
 
 _COLUMNS = ("file", "score", "threshold", "p-value", "verdict", "seconds", "where")
-_NO_VERDICTS = (
-    "No verdicts: the model is not calibrated. Run `diffusionad calibrate` with normal images, or give --threshold."
-)
+_CALIBRATE = "Run `diffusionad calibrate` with normal images, or give --threshold."
+# Exit codes of `inspect`; 2 if an input could not be read.
+_SOME_ANOMALOUS, _SOME_UNDECIDED = 1, 3
 
 
 def add_commands(commands: Any) -> None:
@@ -26,8 +27,8 @@ def add_commands(commands: Any) -> None:
         "inspect",
         "inspect images: score, verdict, and where the defects are",
         _inspect,
-        epilog="exit code: 0 if all images were inspected, 2 if some could not be read (0 with --parquet: its table\n"
-        "contains the errors)\n\n"
+        epilog="exit code: 0 if all images are normal, 1 if some are anomalous, 3 if some are undecided, 2 if some\n"
+        "could not be read; the last of these that applies (0 with --parquet: its table contains all that)\n\n"
         "example: diffusionad inspect photos/ --model org/diffusionad-mvtec-screw --output-dir report --csv r.csv\n\n"
         "For many images, --parquet writes the results in blocks; run the same command again after an interruption.\n"
         "All GPUs of a machine, or several processes on its CPU, work on it together with\n"
@@ -94,7 +95,8 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.engine not in (None, "local") or _num_processes() > 1:
         raise ValueError("several processes share the work only with --parquet FILE.")
     from ..inspection.inspection import find_images, inspect_files, read_list
-    from ..inspection.records import Failure, write_report, write_table
+    from ..inspection.records import Failure, Inspection, write_report, write_table
+    from ..verdicts_diffusionad import ANOMALOUS, UNDECIDED
 
     files, results = (read_list(args.file_list), []) if args.file_list else find_images(args.input)
     if not files:
@@ -112,11 +114,17 @@ def _inspect(args: argparse.Namespace) -> int:
         if args.csv is not None:
             write_table(args.csv, results)
     print(options.format_table([_COLUMNS, *map(_cells, results)]))
-    if pipe.threshold is None:
-        print(_NO_VERDICTS)
+    inspected = [result for result in results if isinstance(result, Inspection)]
+    reasons = Counter((result.verdict, result.reason, result.sentence) for result in inspected)
+    for (verdict, reason, sentence), count in reasons.items():
+        if reason != "calibrated":
+            help = _CALIBRATE if reason in ("not_calibrated", "rate_not_promised") else ""
+            print(f"{count} {verdict}: {sentence} {help}".rstrip())
     if args.output_dir is not None:
         print(f"Pictures in {args.output_dir}.")
-    return options.report_left_out([result.error for result in results if isinstance(result, Failure)])
+    verdicts = {result.verdict for result in inspected}
+    code = _SOME_UNDECIDED if UNDECIDED in verdicts else _SOME_ANOMALOUS if ANOMALOUS in verdicts else 0
+    return options.report_left_out([result.error for result in results if isinstance(result, Failure)]) or code
 
 
 def _num_processes() -> int:
@@ -139,7 +147,7 @@ def _cells(result: Any) -> list[str]:
         f"{result.score:.4f}",
         "-" if result.threshold is None else f"{result.threshold:.4f}",
         "-" if result.p_value is None else f"{result.p_value:.3f}",
-        result.verdict or "-",
+        result.verdict,
         f"{result.seconds:.2f}",
         ", ".join(dict.fromkeys(result.where[:3])),
     ]
@@ -149,7 +157,7 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
     require("pyarrow", "train")
     from ..inspection.blocks import merge_blocks, open_run
     from ..inspection.engines import AccelerateEngine, LocalEngine, RayEngine
-    from ..inspection.records import ANOMALOUS
+    from ..verdicts_diffusionad import ANOMALOUS, UNDECIDED
 
     if args.json is not None or args.csv is not None:
         raise ValueError("--json and --csv hold all results in memory; leave them out with --parquet.")
@@ -183,11 +191,11 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
         if engine.is_main:
             table = merge_blocks(run, target)
             errors = table["error"].drop_null().to_pylist()
-            calibrated = description["threshold"] != "None"
-            verdicts = f", {table['verdict'].to_pylist().count(ANOMALOUS)} anomalous" if calibrated else ""
-            print(f"{target}: {len(table)} images{verdicts}, {len(errors)} could not be read.")
-            if not calibrated:
-                print(_NO_VERDICTS)
+            counts, reasons = (Counter(table[name].to_pylist()) for name in ("verdict", "reason"))
+            verdicts = f"{counts[ANOMALOUS]} anomalous, {counts[UNDECIDED]} undecided"
+            print(f"{target}: {len(table)} images, {verdicts}, {len(errors)} could not be read.")
+            if reasons["not_calibrated"] or reasons["rate_not_promised"]:
+                print(f"No verdicts: nothing supports them. {_CALIBRATE}")
             for error in errors[:10]:
                 print(f"  {error}", file=sys.stderr)
             if len(errors) > 10:
@@ -222,13 +230,18 @@ def _calibrate(args: argparse.Namespace) -> int:
     pipe = options.load_pipeline(args, args.device)
     images, failures = options.read_normal_images(args.input, pipe.size)
     pipe.set_progress_bar_config(disable=False, desc="calibrating", file=sys.stderr)
-    scores = calibrate(pipe, images, false_alarm_rate=args.false_alarm_rate, batch_size=args.batch_size)
+    new = [image for image in images if not pipe.trained_on(image)]
+    if len(new) < len(images):
+        failures.append(f"{len(images) - len(new)} image(s) that the model was trained on.")
+    if not new:
+        raise ValueError("the model was trained on all of these images; calibrate it on others.")
+    scores = calibrate(pipe, new, false_alarm_rate=args.false_alarm_rate, batch_size=args.batch_size)
     if args.output_dir is not None:
         pipe.save_pretrained(args.output_dir)
     else:
         pipe.save_config(args.model)
     print(
-        f"{target}: threshold {pipe.threshold:.4f} at a false-alarm rate of {args.false_alarm_rate:.1%}, "
+        f"{target}: threshold {pipe.threshold:.4f} at a false-alarm rate of {pipe.config.false_alarm_rate:.1%}, "
         f"from {len(scores)} normal images (scores {scores[0]:.4f} to {scores[-1]:.4f})."
     )
     return options.report_left_out(failures)

@@ -228,7 +228,7 @@ def evaluate_pipeline(
                 if output.p_value is not None:
                     prediction["p_value"] = float(output.p_value[i])
                 if output.is_anomalous is not None:
-                    prediction["is_anomalous"] = bool(output.is_anomalous[i])
+                    prediction["is_anomalous"] = output.verdict[i].is_anomalous
                 predictions.append(prediction)
                 heapq.heappush(worst[label], (score if label == 0 else -score, start + i, anomaly_map))
                 if len(worst[label]) > _NUM_WORST:

@@ -26,7 +26,11 @@ EXPORT_FORMAT = 1
 # Files of the graph by format, first the one that the runtime opens.
 GRAPH_FILES = {"openvino": ("model.xml", "model.bin"), "onnx": ("model.onnx",)}
 # Configuration values of the pipeline that an exported model keeps.
-SETTINGS = ("image_size", "top_k", "seed", "calibration_scores", "false_alarm_rate", "threshold", "tile_size")
+_FORMER_SETTINGS = ("image_size", "top_k", "seed", "calibration_scores", "false_alarm_rate", "threshold")
+SETTINGS = (
+    *(*_FORMER_SETTINGS, "tile_size", "familiarity"),
+    *("calibrated_settings", "training_digests", "has_learnt"),
+)
 # Those of them that are fixed in the graph.
 _SIZES = ("image_size", "tile_size")
 
@@ -115,7 +119,8 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
             raise ValueError(f"{unknown[0]}: an exported model has no such option; leave it out.")
         record = _read_record(folder)
         graph, scheduler = _Graph(folder, record), NormGuidedScheduler(**record["scheduler"])
-        pipe = cls(graph, graph, scheduler, **{name: record[name] for name in SETTINGS} | kwargs)
+        settings: dict[str, Any] = {name: record.get(name) for name in SETTINGS} | kwargs
+        pipe = cls(graph, graph, scheduler, **settings)
         pipe.register_to_config(_name_or_path=str(folder))
         pipe.record, pipe.folder = record, folder
         here, there = graph.arithmetic, record["calibrated_with"]
@@ -210,7 +215,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         if record["_diffusionad_export"] > EXPORT_FORMAT:
             raise OSError(f"{file}: written by a newer version of this package: pip install --upgrade diffusionad-hf.")
         files = GRAPH_FILES[record["format"]]
-        if missing := {"precision", "scheduler", "calibrated_with", *SETTINGS} - record.keys():
+        if missing := {"precision", "scheduler", "calibrated_with", *_FORMER_SETTINGS} - record.keys():
             raise KeyError(min(missing))
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{file}: damaged ({one_line(error)}); copy the folder again, or export once more.") from error

@@ -167,6 +167,8 @@ def build_card(
         has_training_notes=bool(folder and (folder / TRAINING_NOTES).is_file()),
         threshold=pipe.threshold,
         calibration=_calibration(pipe),
+        has_learnt=pipe.config.has_learnt,
+        is_familiar_known=pipe.config.familiarity is not None,
         evaluation=evaluation,
         metrics=_metric_rows(evaluation) if evaluation else [],
         defect_types=_defect_types(evaluation or {}),

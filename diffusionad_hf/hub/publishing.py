@@ -25,10 +25,11 @@ PUBLISHED = (
     "README.md",
     "TRAINING.md",
     "evaluation.json",
-    "familiarity.json",
     "model_index.json",
     "pipeline_diffusionad.py",
     "images_diffusionad.py",
+    "familiarity_diffusionad.py",
+    "verdicts_diffusionad.py",
     "previews/*.png",
     "scheduler/scheduler_config.json",
     "scheduler/*.py",
@@ -38,8 +39,6 @@ PUBLISHED = (
         for pattern in ("config.json", "*.py", "*.safetensors", "*.safetensors.index*.json")
     ),
 )
-# Copied unchanged: the maker's notes, and the data by which the web demo recognises photos of another product.
-_COPIED = (TRAINING_NOTES, "familiarity.json")
 
 
 def publish_model(
@@ -100,9 +99,8 @@ def publish_model(
         results = _stage_evaluation(pipe, evaluation, model_dir, staging, repo_id)
         training = read_training(model_dir / "training_arguments.json")
         previews = _stage_previews(pipe, model_dir, staging, examples)
-        for name in _COPIED:
-            if (model_dir / name).is_file():
-                shutil.copyfile(model_dir / name, staging / name)
+        if (model_dir / TRAINING_NOTES).is_file():
+            shutil.copyfile(model_dir / TRAINING_NOTES, staging / TRAINING_NOTES)
         _save_weights(pipe, model_dir, staging)
         card = build_card(
             pipe,

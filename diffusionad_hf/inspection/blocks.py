@@ -7,7 +7,6 @@ consist of whole batches, since a score depends on its batch in the last bits of
 merged table is the same to the bit.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from filelock import FileLock, Timeout
 
+from ..calibration import fingerprint
 from ..files import replace_file, replacing
 from ..pipeline_diffusionad import DiffusionADPipeline
 from .inputs import Inputs
@@ -31,7 +30,7 @@ from .records import Failure, Inspection
 _BATCHES_PER_BLOCK = 16
 _ROWS_PER_GROUP = 10_000
 _RUN_FILE = "run.json"
-_SETTINGS = ("image_size", "top_k", "seed", "calibration_scores", "false_alarm_rate")
+_SETTINGS = ("calibration_scores", "false_alarm_rate", "calibrated_settings", "familiarity", "has_learnt")
 _REGION = {
     "box": pa.list_(pa.int32()),
     "area_px": pa.int64(),
@@ -46,7 +45,10 @@ _SCHEMA = pa.schema(
         "score": pa.float64(),
         "threshold": pa.float64(),
         "verdict": pa.string(),
+        "reason": pa.string(),
         "p_value": pa.float64(),
+        "is_familiar": pa.bool_(),
+        "strangeness": pa.float64(),
         "where": pa.list_(pa.string()),
         "regions": pa.list_(pa.struct(_REGION)),
         "error": pa.string(),
@@ -87,16 +89,8 @@ class Run:
 
 def describe_model(pipe: DiffusionADPipeline) -> dict[str, str]:
     """All in a pipeline that the results depend on."""
-    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    # Tiles only if there are any, so that a run of a former version can go on.
-    sizes = [pipe.config.tile_size] if pipe.config.tile_size else []
-    settings = [{name: pipe.config[name] for name in _SETTINGS}, scheduler, *sizes]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for network in (pipe.unet, pipe.segmenter):
-        for name, tensor in sorted(network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return {"model": digest.hexdigest()[:16], "threshold": str(pipe.threshold)}
+    verdicts = {name: pipe.config[name] for name in _SETTINGS}
+    return {"model": fingerprint(pipe, verdicts), "threshold": str(pipe.threshold)}
 
 
 @contextmanager
@@ -172,7 +166,7 @@ def inspect_blocks(
 
 def _row(result: Inspection | Failure) -> dict[str, Any]:
     # Times are left out: they say nothing of the image, and differ from run to run.
-    row = {key: value for key, value in vars(result).items() if key not in ("seconds", "pictures")}
+    row = {key: value for key, value in vars(result).items() if key not in ("seconds", "pictures", "sentence")}
     # Names of files need not be text.
     row["file"] = row["file"].encode("utf-8", "backslashreplace").decode()
     if isinstance(result, Inspection):

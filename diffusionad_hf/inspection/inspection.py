@@ -2,6 +2,7 @@
 
 import glob
 import io
+import math
 import os
 import time
 from collections import deque
@@ -20,8 +21,9 @@ from PIL import Image
 from ..files import one_line
 from ..images_diffusionad import IMAGE_SUFFIXES, InvalidImageError, load_image, resize_image, to_uint8
 from ..pipeline_diffusionad import DiffusionADPipeline
+from ..verdicts_diffusionad import NORMAL
 from ..visualization import find_regions, location_words, mask_image, overlay, region_threshold, save_image
-from .records import ANOMALOUS, NORMAL, Failure, Inspection
+from .records import Failure, Inspection
 
 # Decoder threads, and the batches that may wait for the model: beyond this, disk I/O is the bottleneck.
 _READERS = 8
@@ -162,7 +164,7 @@ def _inspect_batch(
     started = time.perf_counter()
     output: Any = pipe(good, batch_size=len(good)) if good else None
     seconds = (time.perf_counter() - started) / max(len(good), 1)
-    threshold = pipe.threshold
+    threshold = pipe.threshold if pipe.threshold is None or math.isfinite(pipe.threshold) else None
     drawn = region_threshold(threshold)
     row = 0
     for item, image in zip(batch, images, strict=True):
@@ -170,15 +172,15 @@ def _inspect_batch(
             yield image
             continue
         anomaly_map, score = output.anomaly_map[row], float(output.anomaly_score[row])
-        verdict = None if threshold is None else (ANOMALOUS if output.is_anomalous[row] else NORMAL)
+        verdict = output.verdict[row]
         # A normal image has no regions to show, in its mask neither, whatever single pixels of its map say.
-        regions = [] if verdict == NORMAL else find_regions(anomaly_map, drawn)
+        regions = [] if verdict.word == NORMAL else find_regions(anomaly_map, drawn)
         pictures = {}
         if output_dir is not None:
             photo = Image.fromarray(to_uint8(image.permute(1, 2, 0).numpy()))
             drawings = {
-                "overlay": overlay(photo, anomaly_map, threshold=drawn, contour=verdict != NORMAL),
-                "mask": Image.new("L", photo.size) if verdict == NORMAL else mask_image(anomaly_map, drawn),
+                "overlay": overlay(photo, anomaly_map, threshold=drawn, contour=verdict.word != NORMAL),
+                "mask": Image.new("L", photo.size) if verdict.word == NORMAL else mask_image(anomaly_map, drawn),
                 "reconstruction": Image.fromarray(to_uint8(output.reconstruction[row])),
             }
             for kind, drawing in drawings.items():
@@ -187,8 +189,12 @@ def _inspect_batch(
             file=item.name,
             score=score,
             threshold=threshold,
-            verdict=verdict,
+            verdict=verdict.word,
+            reason=verdict.reason,
+            sentence=verdict.sentence,
             p_value=None if output.p_value is None else float(output.p_value[row]),
+            is_familiar=None if output.is_familiar is None else bool(output.is_familiar[row]),
+            strangeness=None if output.strangeness is None else float(output.strangeness[row]),
             seconds=seconds,
             where=[location_words(region, anomaly_map.shape[::-1]) for region in regions],
             regions=[asdict(region) for region in regions],

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..files import replacing, write_json
 
-ANOMALOUS = "anomalous"
-NORMAL = "normal"
-
-_COLUMNS = ("file", "score", "threshold", "verdict", "p_value", "seconds", "regions", "largest_box", "where", "error")
+_COLUMNS = (
+    *("file", "score", "threshold", "verdict", "reason", "p_value", "is_familiar", "strangeness"),
+    *("seconds", "regions", "largest_box", "where", "error"),
+)
 # What makes a spreadsheet run a cell as a formula: at its beginning, or after a separator at which a spreadsheet
 # with other settings splits it in two.
 _FORMULA = re.compile(r"(^|[,;\t\r\n|])([\s'\"]*)(?=[=+\-@\t\r])")
@@ -26,9 +26,13 @@ class Inspection:
     Args:
         file: The image.
         score: Its anomaly score.
-        threshold: Scores above it are anomalous; `None` without one.
-        verdict: `"anomalous"`, `"normal"`, or `None` without a threshold.
+        threshold: Scores above it are anomalous; `None` without one, or if so few calibration images promise none.
+        verdict: `"normal"`, `"anomalous"` or `"undecided"`.
+        reason: Code of [`Verdict`].
+        sentence: The reason in plain words.
         p_value: Probability of such a score on a normal image; `None` if the model is not calibrated.
+        is_familiar: Whether the image looks like the normal ones; `None` if the model cannot tell.
+        strangeness: Its distance from the closest normal image; up to 1 it is familiar.
         seconds: Time of the pipeline for this image, its share of the batch's.
         where: The regions in words, strongest first.
         regions: Boxes `(x0, y0, x1, y1)` in px of the image, half open, with area and peak.
@@ -38,8 +42,12 @@ class Inspection:
     file: str
     score: float
     threshold: float | None
-    verdict: str | None
+    verdict: str
+    reason: str
+    sentence: str
     p_value: float | None
+    is_familiar: bool | None
+    strangeness: float | None
     seconds: float
     where: list[str]
     regions: list[dict[str, Any]]

@@ -9,41 +9,41 @@ from pathlib import Path
 
 import torch
 
-from ..familiarity import Familiarity, describe
+from ..calibration import promised_rate
+from ..familiarity_diffusionad import Familiarity
 from ..files import replace_file, write_json
 from ..visualization import anomaly_map_16bit
 from .intake import LIMITS, Refusal, Settings, Upload, collect
 from .models import Calibration, Model, ModelError, Raw
-from .reports import Row, report_page, result_json, sort_rows, write_archive, write_table
+from .reports import Row, finite, report_page, result_json, sort_rows, write_archive, write_table
 from .results import Results
 from .views import OPACITY, Drawing, Result, companions, full_size, load, store, view, view_photo
 
 CHUNK = 8
 FEWEST_CALIBRATION_IMAGES = 10
+TRAINED_ON = "the model was trained on this photo, so its score says nothing of others."
 
 
-def inspect_one(
-    results: Results, owner: str, model: Model, upload: Upload, calibration: Calibration, settings: Settings
-) -> tuple[str, Path]:
+def inspect_one(results: Results, owner: str, model: Model, upload: Upload, settings: Settings) -> tuple[str, Path]:
     """Runs the model on one image and keeps the result; returns its key and folder."""
     image = upload.image()
     raw = model.run([image], settings)[0]
     key, folder = results.new(owner)
-    store(folder, Result.of(upload.name, model.name, image, raw, calibration, settings), image, raw, upload.path)
+    store(folder, Result.of(upload.name, model.name, image, raw, settings), image, raw, upload.path)
     return key, folder
 
 
-def download(folder: Path, kind: str, threshold: float, opacity: float) -> Path:
+def download(folder: Path, kind: str, calibration: Calibration, opacity: float) -> Path:
     """Writes one of the downloads of a result: "overlay", "mask", "map", "json" or "report"."""
     if kind in ("overlay", "mask", "map"):
-        return full_size(folder, kind, threshold, opacity)
-    result, shown = load(folder), view(folder, threshold, opacity)
+        return full_size(folder, kind, calibration, opacity)
+    result, shown = load(folder), view(folder, calibration, opacity)
     if kind == "json":
         path = folder / f"{result.file_stem}.json"
-        write_json(path, result_json(result, threshold, shown.regions))
+        write_json(path, result_json(result, calibration, shown.regions))
     else:
         path = folder / f"{result.file_stem}-report.html"
-        replace_file(path, report_page(result, threshold, shown, *companions(folder)))
+        replace_file(path, report_page(result, calibration, shown, *companions(folder)))
     return path
 
 
@@ -52,7 +52,7 @@ class Batch:
     """A finished batch, its rows sorted."""
 
     rows: list[Row]
-    threshold: float
+    calibration: Calibration
     table: Path
     archive: Path
 
@@ -63,7 +63,7 @@ class Batch:
 
 
 def inspect_many(
-    results: Results, owner: str, model: Model, files: Sequence[Upload], calibration: Calibration, threshold: float
+    results: Results, owner: str, model: Model, files: Sequence[Upload], calibration: Calibration
 ) -> Iterator[tuple[int, int] | Batch]:
     """Inspects files and archives, a few images at a time; yields (done, total) after each few and, last, the batch.
 
@@ -84,14 +84,14 @@ def inspect_many(
                     continue
                 pictures = folder / str(len(rows))
                 pictures.mkdir()
-                result = Result.of(upload.name, model.name, image, raw, calibration, Settings())
-                rows.append(_drawn(pictures, result, image, raw, threshold))
+                result = Result.of(upload.name, model.name, image, raw, Settings())
+                rows.append(_drawn(pictures, result, image, raw, calibration))
             yield len(rows), len(uploads)
     rows = sort_rows(rows)
     table, archive = folder / "report.csv", folder / "inspection.zip"
-    write_table(rows, threshold, table)
+    write_table(rows, finite(calibration.threshold), table)
     write_archive(rows, table, archive)
-    yield Batch(rows, threshold, table, archive)
+    yield Batch(rows, calibration, table, archive)
 
 
 def _read(
@@ -123,14 +123,14 @@ def _run_all(model: Model, images: list[torch.Tensor]) -> list[Raw | None]:
         return [None] if len(images) == 1 else [_run_all(model, [image])[0] for image in images]
 
 
-def _drawn(folder: Path, result: Result, image: torch.Tensor, raw: Raw, threshold: float) -> Row:
+def _drawn(folder: Path, result: Result, image: torch.Tensor, raw: Raw, calibration: Calibration) -> Row:
     photo = view_photo(image)
-    drawing = Drawing(result, raw.anomaly_map, photo.size, threshold)
+    drawing = Drawing(result, raw.anomaly_map, photo.size, calibration)
     pictures = {"overlay": folder / "overlay.jpg", "mask": folder / "mask.png", "map": folder / "map.png"}
     drawing.overlay(photo, OPACITY).save(pictures["overlay"], quality=88)
     drawing.mask().save(pictures["mask"])
     anomaly_map_16bit(raw.anomaly_map).save(pictures["map"])
-    return Row(result_json(result, threshold, drawing.photo_regions), pictures)
+    return Row(result_json(result, calibration, drawing.photo_regions), pictures)
 
 
 @dataclass(frozen=True)
@@ -151,18 +151,26 @@ def calibrate_on(
     with tempfile.TemporaryDirectory(dir=results.folder) as unpacked:
         uploads = collect(files, Path(unpacked))
         for images, refused in _read(uploads, time.monotonic() + LIMITS.batch_seconds):
+            refused += [(upload.name, TRAINED_ON) for upload, image in images if model.trained_on(image)]
             unusable += [f"{name}: {reason}" for name, reason in refused]
-            if images:
-                scores += [raw.score for raw in model.run([image for _, image in images])]
-                grids += [describe(image) for _, image in images]
+            new = [image for _, image in images if not model.trained_on(image)]
+            found = model.run(new) if new else []
+            scores += [raw.score for raw in found]
+            grids += [raw.grid for raw in found]
             yield len(scores) + len(unusable), len(uploads)
     if len(scores) < FEWEST_CALIBRATION_IMAGES:
         reason = f"{len(scores)} usable images; a calibration takes {FEWEST_CALIBRATION_IMAGES} or more."
         raise Refusal(f"{reason} Not usable: {'; '.join(unusable[:3])}" if unusable else reason)
-    calibration = Calibration(tuple(sorted(scores)), false_alarm_rate, None, Familiarity.of(grids), True)
+    calibration = Calibration(
+        tuple(sorted(scores)),
+        promised_rate(len(scores), false_alarm_rate),
+        has_learnt=model.calibration.has_learnt,
+        familiarity=Familiarity.of(grids),
+        yours=True,
+    )
     former = model.calibration.threshold
     rejected = None if former is None else sum(score > former for score in scores)
     _, folder = results.new(owner)
     file = folder / f"calibration-{Path(model.name).name}.json"
-    write_json(file, calibration.to_json(model.name))
+    write_json(file, calibration.to_json(model))
     yield Calibrated(calibration, file, unusable, rejected)

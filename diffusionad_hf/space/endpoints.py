@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import gradio as gr
 
 from .actions import calibrate_on, inspect_many, inspect_one
 from .intake import Refusal, Settings, number, owner_of, upload_of, uploads_of
-from .models import Calibration, Models
+from .models import Calibration, Model, Models
 from .reports import result_json
 from .results import Results
 from .views import load, promise_words, view
@@ -32,12 +33,12 @@ class Endpoints:
     def inspect(
         self, image, category, threshold=None, calibration_file=None, num_noises=1, request: gr.Request = None
     ):
-        """Tell whether the part on a photo is defective, where, and how sure that is.
+        """Tell whether a part is normal or anomalous, where, and how sure that is, or why it is undecided.
 
         Args:
             image: The photo.
             category: Which model to use.
-            threshold: Scores above it are defective, 0 to 1. The calibrated threshold if left out.
+            threshold: Scores above it are anomalous, 0 to 1. The calibrated threshold if left out.
             calibration_file: From /calibrate; the model's own calibration if left out.
             num_noises: Average over this many noise draws, 1 to 16: slower, a little more accurate.
 
@@ -47,10 +48,10 @@ class Endpoints:
         with one_line_errors():
             upload, settings = upload_of(image), Settings.read(draws=num_noises)
             model = self.models.get(category)
-            calibration, limit = self._calibration(category, calibration_file, threshold)
-            _, folder = inspect_one(self.results, owner_of(request), model, upload, calibration, settings)
-            shown = view(folder, limit)
-            return result_json(load(folder), limit, shown.regions), self.results.show(folder, shown.overlay)
+            calibration = self._calibration(model, calibration_file, threshold)
+            _, folder = inspect_one(self.results, owner_of(request), model, upload, settings)
+            shown = view(folder, calibration)
+            return result_json(load(folder), calibration, shown.regions), self.results.show(folder, shown.overlay)
 
     def inspect_batch(self, files, category, threshold=None, calibration_file=None, request: gr.Request = None):
         """Inspect many photos, or zip archives of them.
@@ -58,7 +59,7 @@ class Endpoints:
         Args:
             files: The photos and archives.
             category: Which model to use.
-            threshold: Scores above it are defective, 0 to 1. The calibrated threshold if left out.
+            threshold: Scores above it are anomalous, 0 to 1. The calibrated threshold if left out.
             calibration_file: From /calibrate; the model's own calibration if left out.
 
         Returns:
@@ -66,8 +67,8 @@ class Endpoints:
         """
         with one_line_errors():
             model, uploads = self.models.get(category), uploads_of(files)
-            calibration, limit = self._calibration(category, calibration_file, threshold)
-            *_, batch = inspect_many(self.results, owner_of(request), model, uploads, calibration, limit)
+            calibration = self._calibration(model, calibration_file, threshold)
+            *_, batch = inspect_many(self.results, owner_of(request), model, uploads, calibration)
             files = (self.results.show(batch.table.parent, file) for file in (batch.table, batch.archive))
             return [row.record for row in batch.rows], *files
 
@@ -89,17 +90,18 @@ class Endpoints:
             calibration = done.calibration
             summary = {
                 "category": category,
-                "threshold": calibration.threshold if calibration.threshold <= 1 else None,
-                "false_alarm_rate": rate,
+                "threshold": calibration.threshold,
+                "false_alarm_rate": calibration.false_alarm_rate,
                 "images": len(calibration.scores),
                 "promise": promise_words(calibration),
                 "unusable": done.unusable,
             }
             return summary, self.results.show(done.file.parent, done.file)
 
-    def _calibration(self, category: str, file: dict | None, threshold: object) -> tuple[Calibration, float]:
-        """The calibration and the threshold to inspect with."""
-        calibration = self.models.get(category).calibration
-        if file:
-            calibration = Calibration.read(upload_of(file), category)
-        return calibration, calibration.shown_threshold if threshold is None else number(threshold, "threshold", 0, 1)
+    @staticmethod
+    def _calibration(model: Model, file: dict | None, threshold: object) -> Calibration:
+        """What the verdict rests on."""
+        calibration = Calibration.read(upload_of(file), model) if file else model.calibration
+        if threshold is None:
+            return calibration
+        return replace(calibration, own_threshold=number(threshold, "threshold", 0, 1))

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import gradio as gr
 
-from ..pipeline_diffusionad import conformal_threshold
+from ..verdicts_diffusionad import ANOMALOUS, NORMAL, UNDECIDED, percent
 from .actions import Batch, Calibrated, calibrate_on, download, inspect_many, inspect_one
 from .endpoints import one_line_errors
 from .intake import Refusal, Settings, number, owner_of, upload_of, uploads_of
 from .models import Calibration, Models, about
-from .reports import Row, verdict_words
+from .reports import Row, finite
 from .results import Results
-from .views import View, companions, load, p_words, percent, promise_words, region_words, view
+from .views import View, companions, headline, load, p_words, promise_words, region_words, view
 
 PICTURES_IN_GALLERY = 60
 NO_MODEL = "There is no model here. Put one into checkpoints/, or name some in DIFFUSIONAD_MODELS."
-MARKS = {"bad": "✕", "good": "✓", "error": "!", "note": "i"}
+MARKS = {"bad": "✕", "good": "✓", "undecided": "?", "error": "!", "note": "i"}
+KINDS = {ANOMALOUS: "bad", NORMAL: "good", UNDECIDED: "undecided"}
 
 
 def card(kind: str, body: str) -> str:
@@ -36,22 +37,15 @@ def message(text: object, kind: str = "error") -> str:
 EMPTY = message("Add a photo or pick an example.", "note")
 
 
-def verdict_card(folder: Path, threshold: float) -> str:
+def verdict_card(folder: Path, calibration: Calibration) -> str:
     result = load(folder)
-    if result.p_value is not None:
-        promise = p_words(result.p_value, result.calibration_images)
-    elif result.settings_changed:
-        promise = "Other settings than it was calibrated with: nothing is known of false alarms."
-    else:
-        promise = "This model is not calibrated: nothing is known of false alarms."
-    body = f"<h2>{verdict_words(result, threshold)}</h2><p>Score {result.score:.3f}, threshold {threshold:.3f}. "
-    body += f"{html.escape(promise)}</p>"
-    if result.unfamiliar:
-        body += (
-            f'<p class="warning"><strong>Unlike any normal {html.escape(result.category)} image.</strong> '
-            "Another object, position, distance, light or focus? Do not rely on the verdict.</p>"
-        )
-    return card("bad" if result.is_defective(threshold) else "good", body)
+    verdict, p_value = result.verdict(calibration), result.p_value(calibration)
+    score = f"Score {result.score:.3f}"
+    if (threshold := finite(calibration.threshold)) is not None:
+        score += f", threshold {threshold:.3f}"
+    words = [f"{score}.", verdict.sentence] + ([] if p_value is None else [p_words(p_value, len(calibration.scores))])
+    body = f"<h2>{html.escape(headline(verdict))}</h2><p>{html.escape(' '.join(words))}</p>"
+    return card(KINDS[verdict.word], body)
 
 
 def progress_card(done: int, total: int) -> str:
@@ -62,17 +56,20 @@ def progress_card(done: int, total: int) -> str:
 
 
 def batch_card(batch: Batch) -> str:
-    verdicts = ("Defect", "defective", "bad"), ("Good", "good", "good"), ("Not inspected", "not inspected", "note")
     tiles = "".join(
-        f'<div class="tile {kind}"><strong>{batch.counts[verdict]}</strong> {word}</div>'
-        for verdict, word, kind in verdicts
+        f'<div class="tile {kind}"><strong>{batch.counts[verdict]}</strong> {verdict.lower()}</div>'
+        for verdict, kind in {**KINDS, "Not inspected": "error"}.items()
     )
-    return f'<div class="tiles" role="status">{tiles}<p>Threshold {batch.threshold:.3f}</p></div>'
+    # What holds for every photo, whatever its score.
+    sentence = batch.calibration.verdict(0).sentence
+    if (threshold := finite(batch.calibration.threshold)) is not None:
+        sentence = f"Threshold {threshold:.3f}. {sentence}"
+    return f'<div class="tiles" role="status">{tiles}<p>{html.escape(sentence)}</p></div>'
 
 
 def caption(row: Row) -> str:
-    mark = MARKS["bad" if row.record["is_anomalous"] else "good"]
-    return f"{mark} {row.cells[1]} {row.record['anomaly_score']:.3f}  {row.record['name']}"
+    verdict = row.record["verdict"]
+    return f"{MARKS[KINDS[verdict]]} {verdict} {row.record['anomaly_score']:.3f}  {row.record['name']}"
 
 
 def images_words(calibration: Calibration) -> str:
@@ -87,10 +84,16 @@ def calibration_card(calibration: Calibration, category: str, extra: str = "") -
     return card("note", f"<h2>{html.escape(title)}</h2><p>{html.escape(words)}</p>{extra}")
 
 
+def controls(calibration: Calibration) -> tuple[dict, dict, dict]:
+    """Threshold and false-alarm rate of the Inspect tab and threshold of the Batch tab, as they belong to it."""
+    threshold = threshold_update(calibration)
+    return threshold, gr.update(value=calibration.shown_rate), threshold
+
+
 def threshold_update(calibration: Calibration) -> dict:
     threshold = calibration.shown_threshold
     if calibration.threshold is None:
-        info = "Not calibrated"
+        info = "Not calibrated: moved by hand, it decides"
     elif calibration.own_threshold is not None:
         info = f"Set by the model's maker: {threshold:.3f}"
     else:
@@ -103,8 +106,9 @@ def no_result(text: str) -> tuple:
     return text, "", hidden, hidden, None, None, None, gr.update(choices=[], value=None)
 
 
-def drawing(threshold: object, opacity: object) -> tuple[float, float]:
-    return number(threshold, "The threshold", 0, 1), number(opacity, "The opacity", 0, 1)
+def rate_of(value: object) -> float:
+    """In percent."""
+    return number(value, "The false-alarm rate", 0.1, 50)
 
 
 class Handlers:
@@ -118,89 +122,105 @@ class Handlers:
         """The visitor's calibration of a category, else the model's."""
         return own.get(category) or self.models.get(category).calibration
 
-    def photo(self, request: gr.Request, photo, category, threshold, opacity, own, *advanced):
+    def moved(self, folder: Path, threshold: object, rate: object, own: dict) -> Calibration:
+        """What a kept result's verdict rests on, with the controls as they are."""
+        category = load(folder).category
+        calibration = own.get(category) or self.models.models[category].calibration
+        return calibration.moved(number(threshold, "The threshold", 0, 1), rate_of(rate))
+
+    def photo(self, request: gr.Request, photo, category, threshold, opacity, rate, own, *advanced):
         """Photo in, verdict and pictures out."""
         if not photo:
             return no_result(EMPTY)
         try:
-            threshold, opacity = drawing(threshold, opacity)
-            model, calibration = self.models.get(category), self.calibration(category, own)
-            upload, settings = upload_of(photo), Settings.read(*advanced)
-            key, folder = inspect_one(self.results, owner_of(request), model, upload, calibration, settings)
+            number(threshold, "The threshold", 0, 1), rate_of(rate)
+            opacity = number(opacity, "The opacity", 0, 1)
+            model, upload, settings = self.models.get(category), upload_of(photo), Settings.read(*advanced)
+            key, folder = inspect_one(self.results, owner_of(request), model, upload, settings)
+            calibration = self.moved(folder, threshold, rate, own)
         except Refusal as error:
             return no_result(message(error))
-        verdict, drawn, regions = self._shown(folder, threshold, opacity)
+        verdict, drawn, regions = self._shown(folder, calibration, opacity)
         visible = gr.update(visible=True)
         normal, difference = (self.results.show(folder, file) for file in companions(folder))
         return verdict, key, visible, visible, drawn, normal, difference, regions
 
-    def threshold(self, key, threshold, opacity, request: gr.Request):
+    def threshold(self, key, threshold, opacity, rate, own, request: gr.Request):
         """A new verdict and picture of a kept result; the model does not run."""
         if not key:
             return gr.skip(), gr.skip(), gr.skip()
         try:
             folder = self.results.open(key, owner_of(request))
-            threshold, opacity = drawing(threshold, opacity)
+            calibration = self.moved(folder, threshold, rate, own)
+            opacity = number(opacity, "The opacity", 0, 1)
         except Refusal as error:
             return message(error), gr.skip(), gr.skip()
-        return self._shown(folder, threshold, opacity)
+        return self._shown(folder, calibration, opacity)
 
-    def _shown(self, folder: Path, threshold: float, opacity: float) -> tuple:
-        shown, size = view(folder, threshold, opacity), load(folder).size
+    def _shown(self, folder: Path, calibration: Calibration, opacity: float) -> tuple:
+        shown, size = view(folder, calibration, opacity), load(folder).size
         choices = [("All", -1), *((region_words(i, region, size), i - 1) for i, region in enumerate(shown.regions, 1))]
         regions = gr.update(choices=choices, value=-1, visible=bool(shown.regions))
-        return verdict_card(folder, threshold), self._pictures(folder, shown), regions
+        return verdict_card(folder, calibration), self._pictures(folder, shown), regions
 
     def _pictures(self, folder: Path, shown: View) -> tuple[str, str]:
         return self.results.show(folder, shown.photo), self.results.show(folder, shown.overlay)
 
-    def region(self, key, threshold, opacity, region, request: gr.Request):
+    def region(self, key, threshold, opacity, rate, own, region, request: gr.Request):
         """The picture with one region framed (none for -1)."""
         try:
             folder = self.results.open(key, owner_of(request))
             highlight = int(number(-1 if region is None else region, "The region", -1, 100))
-            return self._pictures(folder, view(folder, *drawing(threshold, opacity), highlight))
+            calibration = self.moved(folder, threshold, rate, own)
+            shown = view(folder, calibration, number(opacity, "The opacity", 0, 1), highlight)
+            return self._pictures(folder, shown)
         except Refusal:
             return gr.skip()
 
     def download(self, kind: str) -> Callable:
-        def prepare(key, threshold, opacity, request: gr.Request):
+        def prepare(key, threshold, opacity, rate, own, request: gr.Request):
             with one_line_errors():
                 folder = self.results.open(key, owner_of(request))
-                return self.results.show(folder, download(folder, kind, *drawing(threshold, opacity)))
+                calibration = self.moved(folder, threshold, rate, own)
+                file = download(folder, kind, calibration, number(opacity, "The opacity", 0, 1))
+                return self.results.show(folder, file)
 
         return prepare
 
     def category(self, category, own):
-        """The threshold and the false-alarm rate that go with a category."""
+        """The controls as they belong to a category."""
         try:
-            calibration = self.calibration(category, own)
+            return controls(self.calibration(category, own))
         except Refusal:
-            return gr.update(value=0.5, info=""), gr.update()
-        return threshold_update(calibration), gr.update(value=round(100 * calibration.false_alarm_rate, 2))
+            unknown = gr.update(value=0.5, info="")
+            return unknown, gr.update(), unknown
 
     def rate(self, category, rate, own):
         """The threshold of another false-alarm rate."""
         try:
-            calibration = self.calibration(category, own)
-            rate = number(rate, "The false-alarm rate", 0.1, 50) / 100
+            calibration = self.calibration(category, own).moved(None, rate_of(rate))
         except Refusal:
             return gr.skip()
         if not calibration.scores:
             return gr.update(info="Not calibrated: a rate cannot be promised")
-        threshold = conformal_threshold(calibration.scores, rate)
-        if threshold > 1:
-            return gr.update(value=1, info=f"{len(calibration.scores)} normal images are too few for {percent(rate)}")
-        return gr.update(value=round(threshold, 4), info=f"{percent(rate)} false alarms: {threshold:.3f}")
+        threshold, share = calibration.shown_threshold, percent(calibration.false_alarm_rate)
+        if threshold == 1:
+            return gr.update(value=1, info=f"{len(calibration.scores)} normal images are too few for {share}")
+        return gr.update(value=round(threshold, 4), info=f"{share} false alarms: {threshold:.3f}")
 
-    def batch(self, files, category, threshold, own, request: gr.Request):
+    def batch_threshold(self, category, own, by_hand):
+        """The calibrated threshold, unless it was moved."""
+        return gr.skip() if by_hand is not None else self.category(category, own)[2]
+
+    def batch(self, files, category, by_hand, own, request: gr.Request):
         """Files in; progress, then the table, the gallery and the downloads out."""
         nothing = gr.update(visible=False), None, None, None, None
         try:
-            threshold = number(threshold, "The threshold", 0, 1)
             model, calibration = self.models.get(category), self.calibration(category, own)
+            if by_hand is not None:
+                calibration = calibration.moved(number(by_hand, "The threshold", 0, 1))
             uploads, owner = uploads_of(files), owner_of(request)
-            for step in inspect_many(self.results, owner, model, uploads, calibration, threshold):
+            for step in inspect_many(self.results, owner, model, uploads, calibration):
                 if isinstance(step, tuple):
                     yield progress_card(*step), *nothing
         except Refusal as error:
@@ -216,7 +236,7 @@ class Handlers:
 
     def recalibrate(self, files, category, rate, own, request: gr.Request):
         """Normal images in; the new calibration for this visit out."""
-        nothing = gr.skip(), gr.update(visible=False), gr.skip()
+        nothing = gr.skip(), gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()
         try:
             rate = number(rate, "The false-alarm rate", 0.1, 50) / 100
             model = self.models.get(category)
@@ -229,23 +249,23 @@ class Handlers:
         state = calibration_card(step.calibration, category, calibrated_words(step))
         own = {**own, category: step.calibration}
         file = self.results.show(step.file.parent, step.file)
-        yield state, own, gr.update(value=file, visible=True), threshold_update(step.calibration)
+        yield state, own, gr.update(value=file, visible=True), *controls(step.calibration)
 
     def calibration_file(self, file, category, own):
         """A calibration file in; the same outputs."""
+        nothing = [gr.skip()] * 4
         if not file:
-            return gr.skip(), gr.skip(), gr.skip()
+            return gr.skip(), *nothing
         try:
-            self.models.get(category)
-            calibration = Calibration.read(upload_of(file), category)
+            calibration = Calibration.read(upload_of(file), self.models.get(category))
         except Refusal as error:
-            return message(error), gr.skip(), gr.skip()
-        return calibration_card(calibration, category), {**own, category: calibration}, threshold_update(calibration)
+            return message(error), *nothing
+        return calibration_card(calibration, category), {**own, category: calibration}, *controls(calibration)
 
     def forget_calibration(self, category, own):
         """Back to the model's own calibration."""
         own = {name: calibration for name, calibration in own.items() if name != category}
-        return self.show_calibration(category, own), own, self.category(category, own)[0], gr.update(visible=False)
+        return self.show_calibration(category, own), own, gr.update(visible=False), *self.category(category, own)
 
     def show_calibration(self, category, own):
         try:
@@ -267,7 +287,7 @@ def calibrated_words(done: Calibrated) -> str:
     words = ""
     if done.formerly_rejected is not None:
         count = len(done.calibration.scores)
-        words += f"<p>The model's own threshold calls {done.formerly_rejected} of these {count} images defective.</p>"
+        words += f"<p>The model's own threshold calls {done.formerly_rejected} of these {count} images anomalous.</p>"
     if done.unusable:
         listed = "".join(f"<li>{html.escape(reason)}</li>" for reason in done.unusable[:10])
         words += f"<p>{len(done.unusable)} could not be used:</p><ul>{listed}</ul>"

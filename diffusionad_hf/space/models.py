@@ -1,6 +1,7 @@
 """The categories on offer: a model each, with its calibration and what it says of itself."""
 
 import copy
+import hashlib
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -18,13 +19,14 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
+from .. import verdicts_diffusionad as verdicts
+from ..calibration import fingerprint
 from ..export.exported_pipeline import ExportedDiffusionADPipeline
-from ..familiarity import FILE_NAME as FAMILIARITY_FILE
-from ..familiarity import Familiarity
+from ..familiarity_diffusionad import Familiarity, describe
 from ..hub.publishing import list_models
 from ..images_diffusionad import resize_image, to_uint8
 from ..loading import load_model
-from ..pipeline_diffusionad import DiffusionADPipeline, check_calibration, conformal_p_value, conformal_threshold
+from ..pipeline_diffusionad import DiffusionADPipeline, check_calibration
 from .intake import LIMITS, Refusal, Settings, Upload, read_card, shown_name
 
 try:
@@ -44,67 +46,86 @@ class ModelError(Refusal):
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Scores of normal images and the share of them that may be called defective; `scores` is empty without any."""
+class Calibration(verdicts.Calibration):
+    """What verdicts of a model rest on: its own calibration, or a visitor's."""
 
-    scores: tuple[float, ...] = ()
-    false_alarm_rate: float = 0.05
-    own_threshold: float | None = None
     familiarity: Familiarity | None = None
     yours: bool = False
 
     @property
-    def threshold(self) -> float | None:
-        """Scores above it are defective; infinite if there are too few images, None if there are none."""
-        if self.own_threshold is not None:
-            return self.own_threshold
-        return conformal_threshold(self.scores, self.false_alarm_rate) if self.scores else None
-
-    @property
     def shown_threshold(self) -> float:
-        """The one to start from: 0.5 without a calibration; 1, which no score exceeds, if it promises nothing."""
+        """Where the control stands: at 0.5 without a calibration, at 1, beyond all scores, if it promises nothing."""
         return 0.5 if self.threshold is None else min(self.threshold, 1.0)
 
-    def p_value(self, score: float) -> float | None:
-        return float(conformal_p_value(self.scores, score)) if self.scores else None
+    @property
+    def shown_rate(self) -> float:
+        """In percent, within what the control offers."""
+        return min(max(round(100 * self.false_alarm_rate, 2), 0.1), 50)
 
-    def to_json(self, category: str) -> dict:
-        return {
+    def moved(self, threshold: float | None, rate: float | None = None) -> "Calibration":
+        """With the controls as they are; where the page itself put them, nothing changes."""
+        found = self
+        if rate is not None and abs(self.shown_rate - rate) > 0.051:  # half a step
+            found = replace(self, false_alarm_rate=rate / 100, own_threshold=None)
+        if threshold is None or abs(found.shown_threshold - threshold) < 0.00051:
+            return found
+        return replace(found, own_threshold=threshold)
+
+    def to_json(self, model: "Model") -> dict:
+        data = {
             "format": "diffusionad-calibration",
-            "category": category,
+            "category": model.name,
+            "model": fingerprint(model.load()),
             "false_alarm_rate": self.false_alarm_rate,
             "scores": list(self.scores),
             "familiarity": self.familiarity.to_json() if self.familiarity else None,
         }
+        return {**data, "digest": _digest(data)}
 
     @classmethod
-    def read(cls, file: Upload, category: str) -> "Calibration":
-        """Reads a calibration file, unless it is something else, damaged, or another category's."""
+    def read(cls, file: Upload, model: "Model") -> "Calibration":
+        """Reads a calibration file, unless it is something else, damaged, edited, or another model's."""
         try:
             if file.path.stat().st_size > LIMITS.calibration_bytes:
                 raise ValueError("too large")
             data = json.loads(file.path.read_text(encoding="utf-8"))
-            if data["format"] != "diffusionad-calibration":
-                raise ValueError("another format")
+            if data["format"] != "diffusionad-calibration" or data.pop("digest", None) != _digest(data):
+                raise ValueError("another format, or edited")
             owner, rate, scores = str(data["category"]), data["false_alarm_rate"], data["scores"]
             if isinstance(scores, list) and len(scores) > LIMITS.calibration_scores:
                 raise ValueError("too many scores")
             check_calibration(scores, rate)
             familiarity = Familiarity.from_json(data["familiarity"]) if data.get("familiarity") else None
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise Refusal("This is not a calibration file of this page, or it is damaged.") from error
-        if owner != category:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise Refusal("This is not a calibration file of this page, or it is damaged or edited.") from error
+        if owner != model.name:
             raise Refusal(f"This file belongs to {shown_name(owner)}. Choose that category first.")
-        return cls(tuple(sorted(map(float, scores))), rate, None, familiarity, True)
+        if data.get("model") != fingerprint(model.load()):
+            raise Refusal("This category's model has changed since this file was made. Calibrate again.")
+        return cls(
+            tuple(sorted(map(float, scores))),
+            rate,
+            has_learnt=model.calibration.has_learnt,
+            familiarity=familiarity,
+            yours=True,
+        )
+
+
+def _digest(data: dict) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Raw:
-    """What a model says of one image: score, map (S, S) float32 in [0, 1], and reconstruction (S, S, 3) uint8."""
+    """
+    What a model says of one image: score, map (S, S) float32 in [0, 1], reconstruction (S, S, 3) uint8, and the grid
+    by which it is compared with normal images.
+    """
 
     score: float
     anomaly_map: np.ndarray
     reconstruction: np.ndarray
+    grid: np.ndarray
 
 
 class Model:
@@ -129,9 +150,8 @@ class Model:
             try:
                 pipe = load_model(self.source)
                 config = pipe.config
-                scores = tuple(config.calibration_scores or ())
-                familiarity = self._familiarity()
-                self.calibration = Calibration(scores, config.false_alarm_rate, config.threshold, familiarity)
+                familiarity = None if config.familiarity is None else Familiarity.from_json(config.familiarity)
+                self.calibration = Calibration(**vars(pipe.calibration), familiarity=familiarity)
             except (OSError, ValueError, ImportError) as error:
                 logger.warning("%s: %s", self.name, error)
                 raise ModelError(f"{self.name}: this model could not be loaded. Choose another category.") from error
@@ -139,14 +159,10 @@ class Model:
             self.pipe = pipe
             return pipe
 
-    def _familiarity(self) -> Familiarity | None:
-        file = self.file(FAMILIARITY_FILE)
-        try:
-            return Familiarity.from_json(json.loads(file.read_text(encoding="utf-8"))) if file else None
-        except (ValueError, RecursionError) as error:
-            # The verdict does not depend on it; "About" says that it is missing.
-            logger.warning("%s: %s: %s; write it again", self.name, FAMILIARITY_FILE, error)
-            return None
+    def trained_on(self, image: torch.Tensor) -> bool:
+        """Whether an image, (3, H, W), is known to be one of those the model was trained on."""
+        pipe = self.load()
+        return pipe.trained_on(resize_image(image, pipe.config.image_size))
 
     def file(self, name: str) -> Path | None:
         """A file that lies beside the weights, None if there is none."""
@@ -178,8 +194,10 @@ class Model:
             raise ModelError(f"{self.name}: {reason}") from error
         took = 1000 * (time.perf_counter() - began)
         logger.info("ran %s on %d image(s) in %.0f ms", self.name, len(images), took)
-        found = zip(output.anomaly_score, output.anomaly_map, output.reconstruction, strict=True)
-        return [Raw(float(score), anomaly_map, to_uint8(normal)) for score, anomaly_map, normal in found]
+        usual = loaded.config.image_size
+        grids = [describe(resize_image(image, usual)) for image in images]
+        found = zip(output.anomaly_score, output.anomaly_map, output.reconstruction, grids, strict=True)
+        return [Raw(float(score), anomaly_map, to_uint8(normal), grid) for score, anomaly_map, normal, grid in found]
 
 
 def _size(settings: Settings, pipe: DiffusionADPipeline) -> list[int]:
@@ -284,6 +302,8 @@ def about(models: Models, name: str) -> str:
         return f"### {name}\n\n{error}"
     calibration, (height, width) = model.calibration, model.load().size
     known = f"Inspects at {width} × {height} px."
+    if calibration.has_learnt is False:
+        known += " This model has not learnt to tell defects: it gives no verdicts."
     if calibration.scores:
         known += f" Calibrated on {len(calibration.scores)} normal images."
     else:

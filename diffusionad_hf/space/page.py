@@ -64,8 +64,10 @@ upload = partial(gr.File, height=180)
 SHOWN = {"type": "filepath", "interactive": False}
 
 
-def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State, examples: Path) -> tuple:
-    """The tab for one photo; returns its threshold slider and what draws the result again."""
+def inspect_tab(
+    on: Handlers, category: gr.Dropdown, own: gr.State, batch_threshold: gr.Slider, examples: Path
+) -> tuple:
+    """The tab for one photo; returns the controls that belong to a category and what draws the result again."""
     key = gr.Textbox(visible=False, elem_id="key")
     with gr.Row(elem_classes="stack"):
         with gr.Column(scale=4, min_width=280):
@@ -83,6 +85,7 @@ def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State, examples: Pa
                     label="Photo and anomaly map", max_height=460, slider_position=2, **SHOWN, elem_id="pictures"
                 )
                 threshold = slider(0, 1, 0.5, step=0.001, label="Threshold", elem_id="threshold")
+                back = gr.Button("Back to the calibrated threshold", size="sm", elem_id="threshold-back")
                 regions = gr.Radio([], label="Regions", elem_id="regions")
     with gr.Column(visible=False, elem_id="details") as details:
         with gr.Row():
@@ -114,24 +117,33 @@ def inspect_tab(on: Handlers, category: gr.Dropdown, own: gr.State, examples: Pa
         again = gr.Button("Inspect again", variant="primary", elem_id="again")
 
     outputs = [verdict, key, result, details, pictures, normal, delta, regions]
-    inputs = [photo, category, threshold, opacity, own, *advanced]
+    drawn = [threshold, opacity, rate, own]
+    inputs = [photo, category, *drawn, *advanced]
     run = dict(fn=on.photo, inputs=inputs, outputs=outputs, show_progress_on=[verdict], **INSPECTING, **RUN)
     photo.change(**run)
     again.click(**run)
-    redraw = dict(fn=on.threshold, inputs=[key, threshold, opacity], outputs=[verdict, pictures, regions], **LIVE)
+    redraw = dict(fn=on.threshold, inputs=[key, *drawn], outputs=[verdict, pictures, regions], **LIVE)
     threshold.input(**redraw)
     opacity.input(**redraw)
-    regions.input(on.region, [key, threshold, opacity, regions], pictures, **LIVE)
+    regions.input(on.region, [key, *drawn, regions], pictures, **LIVE)
     rate.input(on.rate, [category, rate, own], threshold, **LIVE).then(**redraw)
-    category.input(on.category, [category, own], [threshold, rate], **LIVE).then(**run)
+    controls = [threshold, rate, batch_threshold]
+    back.click(on.category, [category, own], controls, **LIVE).then(**redraw)
+    category.input(on.category, [category, own], controls, **LIVE).then(**run)
     for kind, button in buttons.items():
-        made = button.click(on.download(kind), [key, threshold, opacity], file, **DOWNLOADS)
+        made = button.click(on.download(kind), [key, *drawn], file, **DOWNLOADS)
         made.success(None, file, None, js=SAVE)
-    return threshold, rate, redraw
+    return controls, redraw
 
 
-def batch_tab(on: Handlers, category: gr.Dropdown, own: gr.State, threshold: gr.Slider) -> None:
+def batch_tab(on: Handlers, tab: gr.Tab, category: gr.Dropdown, own: gr.State, threshold: gr.Slider) -> None:
     files = upload(label=f"Photos or zip archives, up to {LIMITS.files}", file_count="multiple", elem_id="batch-files")
+    threshold.render()
+    # What a visitor moved it to; the slider itself misses what is set while another tab is shown.
+    by_hand = gr.State(None)
+    tab.select(on.batch_threshold, [category, own, by_hand], threshold, **LIVE)
+    threshold.input(lambda value: value, threshold, by_hand, **LIVE)
+    category.input(lambda: None, None, by_hand, **LIVE)
     with gr.Row():
         start = gr.Button("Inspect all", variant="primary", elem_id="batch-start")
         stop = gr.Button("Stop", elem_id="batch-stop")
@@ -146,14 +158,12 @@ def batch_tab(on: Handlers, category: gr.Dropdown, own: gr.State, threshold: gr.
         )
         gallery = gr.Gallery(label="Overlays", columns=4, object_fit="contain", buttons=[], elem_id="batch-gallery")
     outputs = [summary, result, table, gallery, table_file, archive]
-    running = start.click(
-        on.batch, [files, category, threshold, own], outputs, show_progress="hidden", **BATCHES, **RUN
-    )
+    running = start.click(on.batch, [files, category, by_hand, own], outputs, show_progress="hidden", **BATCHES, **RUN)
     stop.click(lambda: message("Stopped.", "note"), None, summary, cancels=running, api_visibility="private")
 
 
 def calibrate_tab(
-    on: Handlers, page: gr.Blocks, category: gr.Dropdown, own: gr.State, threshold: gr.Slider, redraw: dict
+    on: Handlers, page: gr.Blocks, category: gr.Dropdown, own: gr.State, controls: list, redraw: dict
 ) -> None:
     state = gr.HTML(elem_id="calibration")
     with gr.Row(elem_classes="stack"):
@@ -166,10 +176,10 @@ def calibrate_tab(
             load_file = upload(label="Or load a calibration file", file_types=[".json"], elem_id="calibration-file")
             save = gr.DownloadButton("↓ Calibration file", visible=False, elem_id="calibration-save")
             forget = gr.Button("Back to the model's own", elem_id="calibration-forget")
-    inputs, outputs = [files, category, rate, own], [state, own, save, threshold]
+    inputs, outputs = [files, category, rate, own], [state, own, save, *controls]
     start.click(on.recalibrate, inputs, outputs, show_progress="hidden", **BATCHES, **RUN).then(**redraw)
-    load_file.upload(on.calibration_file, [load_file, category, own], [state, own, threshold], **RUN).then(**redraw)
-    forget.click(on.forget_calibration, [category, own], [state, own, threshold, save], **LIVE).then(**redraw)
+    load_file.upload(on.calibration_file, [load_file, category, own], [state, own, *controls], **RUN).then(**redraw)
+    forget.click(on.forget_calibration, [category, own], [state, own, save, *controls], **LIVE).then(**redraw)
     gr.on([page.load, category.change], on.show_calibration, [category, own], state, **LIVE)
 
 
@@ -257,11 +267,12 @@ def build(results: Results, models: Models, examples: Path) -> Page:
             first = names[0] if names else None
             category = gr.Dropdown(names, value=first, label="Category", elem_id="category", min_width=220)
         with gr.Tab("Inspect", elem_id="tab-inspect"):
-            threshold, rate, redraw = inspect_tab(on, category, own, examples)
-        with gr.Tab("Batch", elem_id="tab-batch"):
-            batch_tab(on, category, own, threshold)
+            batch_threshold = slider(0, 1, 0.5, step=0.001, label="Threshold", elem_id="batch-threshold", render=False)
+            controls, redraw = inspect_tab(on, category, own, batch_threshold, examples)
+        with gr.Tab("Batch", elem_id="tab-batch") as tab:
+            batch_tab(on, tab, category, own, batch_threshold)
         with gr.Tab("Calibrate", elem_id="tab-calibrate"):
-            calibrate_tab(on, page, category, own, threshold, redraw)
+            calibrate_tab(on, page, category, own, controls, redraw)
         with gr.Tab("About", elem_id="tab-about"):
             text = gr.Markdown(elem_id="about")
             gr.HTML(
@@ -271,7 +282,7 @@ def build(results: Results, models: Models, examples: Path) -> Page:
                 elem_id="about-all",
             )
         named_endpoints(Endpoints(results, models))
-        page.load(on.category, [category, own], [threshold, rate], **LIVE).then(**redraw)
+        page.load(on.category, [category, own], controls, **LIVE).then(**redraw)
         gr.on([page.load, category.change], on.about, category, text, **LIVE)
         page.unload(on.leave)
     return page.queue()

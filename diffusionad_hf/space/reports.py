@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,24 +14,32 @@ from ..files import replacing
 from ..inspection.records import write_csv
 from ..version import __version__ as VERSION
 from ..visualization import Region, location_words
-from .views import Result, View, p_words, region_words
+from .models import Calibration
+from .views import Result, View, headline, p_words, region_words
 
 
-def verdict_words(result: Result, threshold: float) -> str:
-    return "Defect found" if result.is_defective(threshold) else "No defect found"
+def finite(threshold: float | None) -> float | None:
+    """A threshold for JSON and tables, which know no infinite numbers."""
+    return threshold if threshold is not None and math.isfinite(threshold) else None
 
 
-def result_json(result: Result, threshold: float, regions: Sequence[Region]) -> dict:
+def result_json(result: Result, calibration: Calibration, regions: Sequence[Region]) -> dict:
     """A result for other software: scores and strengths in [0, 1], boxes half-open (x0, y0, x1, y1) in pixels."""
+    verdict, strangeness = result.verdict(calibration), result.strangeness(calibration)
     return {
         "name": result.name,
         "category": result.category,
-        "is_anomalous": result.is_defective(threshold),
+        "verdict": verdict.word,
+        "reason": verdict.reason,
+        "sentence": verdict.sentence,
+        "is_anomalous": verdict.is_anomalous,
         "anomaly_score": result.score,
-        "threshold": threshold,
-        "p_value": result.p_value,
-        "calibration_images": result.calibration_images,
-        "looks_unfamiliar": result.unfamiliar,
+        "threshold": finite(calibration.threshold),
+        "calibrated_threshold": finite(calibration.calibrated_threshold),
+        "p_value": result.p_value(calibration),
+        "calibration_images": len(calibration.scores),
+        "strangeness": strangeness,
+        "looks_unfamiliar": None if strangeness is None else strangeness > 1,
         "settings_changed": result.settings_changed,
         "width": result.size[0],
         "height": result.size[1],
@@ -48,7 +57,7 @@ def result_json(result: Result, threshold: float, regions: Sequence[Region]) -> 
     }
 
 
-def report_page(result: Result, threshold: float, view: View, normal: Path, difference: Path) -> str:
+def report_page(result: Result, calibration: Calibration, view: View, normal: Path, difference: Path) -> str:
     """One self-contained HTML page, to be printed or filed."""
     regions = "".join(
         f"<li>{html.escape(region_words(i, region, result.size))}</li>" for i, region in enumerate(view.regions, 1)
@@ -63,14 +72,15 @@ def report_page(result: Result, threshold: float, view: View, normal: Path, diff
             "Difference": difference,
         }.items()
     )
-    notes = [] if result.p_value is None else [p_words(result.p_value, result.calibration_images)]
-    if result.unfamiliar:
-        notes.append("The photo does not look like the normal images of this category: the verdict may mean nothing.")
-    if result.settings_changed:
-        notes.append("Inspected with other settings than those the threshold was calibrated with.")
+    verdict, p_value, threshold = (
+        result.verdict(calibration),
+        result.p_value(calibration),
+        finite(calibration.threshold),
+    )
+    notes = [verdict.sentence] + ([] if p_value is None else [p_words(p_value, len(calibration.scores))])
     rows = {
         "Score": f"{result.score:.4f}",
-        "Threshold": f"{threshold:.4f}",
+        "Threshold": "none" if threshold is None else f"{threshold:.4f}",
         "Category": html.escape(result.category),
         "Photo": f"{result.size[0]} × {result.size[1]} px",
         "Time": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -88,7 +98,7 @@ ol {{ list-style: none; padding: 0 }}
 dt {{ color: #566 }} dd {{ margin: 0 }} .pictures {{ display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }}
 figure {{ margin: 0; break-inside: avoid }} img {{ width: 100% }} figcaption {{ color: #566 }}
 </style></head><body>
-<h1>{verdict_words(result, threshold)}</h1><p>{name}</p><p>{html.escape(" ".join(notes))}</p>
+<h1>{html.escape(headline(verdict))}</h1><p>{name}</p><p>{html.escape(" ".join(notes))}</p>
 <dl>{"".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in rows.items())}</dl>
 <div class="pictures">{pictures}</div>
 <h2>Regions</h2>{listed}
@@ -117,11 +127,11 @@ class Row:
             return [record["name"], "Not inspected", "", "", "", record["error"]]
         return [
             record["name"],
-            "Defect" if record["is_anomalous"] else "Good",
+            record["verdict"],
             f"{record['anomaly_score']:.4f}",
             "" if record["p_value"] is None else f"{record['p_value']:.4f}",
             str(len(record["regions"])),
-            "Looks unlike this category" if record["looks_unfamiliar"] else "",
+            "" if record["reason"] == "calibrated" else record["sentence"],
         ]
 
 
@@ -130,9 +140,10 @@ def sort_rows(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (-row.record.get("anomaly_score", -1), row.record["name"].lower()))
 
 
-def write_table(rows: Sequence[Row], threshold: float, path: Path) -> None:
+def write_table(rows: Sequence[Row], threshold: float | None, path: Path) -> None:
     """Writes the rows as CSV, in the encoding that Excel recognises."""
-    write_csv(path, [*COLUMNS, "Threshold"], ([*row.cells, f"{threshold:.6g}"] for row in rows), encoding="utf-8-sig")
+    shown = "" if threshold is None else f"{threshold:.6g}"
+    write_csv(path, [*COLUMNS, "Threshold"], ([*row.cells, shown] for row in rows), encoding="utf-8-sig")
 
 
 def write_archive(rows: Sequence[Row], table: Path, path: Path) -> None:

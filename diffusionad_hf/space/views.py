@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..calibration import images_needed
 from ..files import link_or_copy, write_json
 from ..images_diffusionad import to_uint8
+from ..verdicts_diffusionad import ANOMALOUS, NORMAL, Verdict, percent
 from ..visualization import (
     Region,
     anomaly_map_16bit,
@@ -46,29 +46,26 @@ class Result:
     category: str
     score: float
     size: tuple[int, int]
-    p_value: float | None
-    calibration_images: int
-    unfamiliar: bool | None
+    grid: list[int]
     settings_changed: bool
 
     @classmethod
-    def of(
-        cls, name: str, category: str, image: torch.Tensor, raw: Raw, calibration: Calibration, settings: Settings
-    ) -> "Result":
-        familiarity, changed = calibration.familiarity, settings != Settings()
-        return cls(
-            name=name,
-            category=category,
-            score=raw.score,
-            size=(image.shape[2], image.shape[1]),
-            p_value=None if changed else calibration.p_value(raw.score),
-            calibration_images=len(calibration.scores),
-            unfamiliar=familiarity.strangeness(image) > 1 if familiarity else None,
-            settings_changed=changed,
-        )
+    def of(cls, name: str, category: str, image: torch.Tensor, raw: Raw, settings: Settings) -> "Result":
+        size = (image.shape[2], image.shape[1])
+        return cls(name, category, raw.score, size, raw.grid.tolist(), settings != Settings())
 
-    def is_defective(self, threshold: float) -> bool:
-        return self.score > threshold
+    def p_value(self, calibration: Calibration) -> float | None:
+        return None if self.settings_changed else calibration.p_value(self.score)
+
+    def strangeness(self, calibration: Calibration) -> float | None:
+        """How unlike the normal images it is, above 1 unfamiliar; None if nothing is known of them."""
+        familiarity = calibration.familiarity
+        return None if familiarity is None else familiarity.strangeness(np.array(self.grid, np.uint8))
+
+    def verdict(self, calibration: Calibration) -> Verdict:
+        strangeness = self.strangeness(calibration)
+        is_familiar = None if strangeness is None else strangeness <= 1
+        return calibration.verdict(self.score, is_familiar=is_familiar, settings_changed=self.settings_changed)
 
     @property
     def file_stem(self) -> str:
@@ -108,18 +105,24 @@ def view_photo(image: torch.Tensor) -> Image.Image:
 class Drawing:
     """A result at a threshold, drawn at a size (width, height).
 
-    Without a defect there are no regions, no outlines and nothing in the mask: single pixels above the threshold are
-    no finding then, and to show them would contradict the verdict. `diffusionad inspect` keeps to the same rule.
+    What is normal has no regions, no outlines and nothing in the mask: single pixels above the threshold are no
+    finding then, and to show them would contradict the verdict. `diffusionad inspect` keeps to the same rule.
     """
 
     result: Result
     anomaly_map: np.ndarray
     size: tuple[int, int]
-    threshold: float
+    calibration: Calibration
 
     @cached_property
-    def defective(self) -> bool:
-        return self.result.is_defective(self.threshold)
+    def shows_regions(self) -> bool:
+        return self.result.verdict(self.calibration).word != NORMAL
+
+    @property
+    def threshold(self) -> float:
+        """Of pixels."""
+        threshold = self.calibration.threshold
+        return region_threshold(None if threshold == math.inf else threshold)
 
     @cached_property
     def values(self) -> np.ndarray:
@@ -129,7 +132,7 @@ class Drawing:
 
     @cached_property
     def regions(self) -> list[Region]:
-        return find_regions(self.values, region_threshold(self.threshold))[:MOST_REGIONS] if self.defective else []
+        return find_regions(self.values, self.threshold)[:MOST_REGIONS] if self.shows_regions else []
 
     @property
     def photo_regions(self) -> list[Region]:
@@ -148,17 +151,16 @@ class Drawing:
         return overlay(
             photo,
             self.values,
-            threshold=region_threshold(self.threshold),
+            threshold=self.threshold,
             opacity=opacity,
-            contour=self.defective,
+            contour=self.shows_regions,
             regions=self.regions if tags else (),
             highlight=self.regions[framed] if 0 <= framed < len(self.regions) else None,
         )
 
     def mask(self) -> Image.Image:
         """The regions in white."""
-        threshold = region_threshold(self.threshold)
-        return mask_image(self.values, threshold) if self.defective else Image.new("L", self.size)
+        return mask_image(self.values, self.threshold) if self.shows_regions else Image.new("L", self.size)
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,10 @@ class View:
     regions: list[Region]
 
 
-def view(folder: Path, threshold: float, opacity: float = OPACITY, framed: int = -1) -> View:
-    """Draws a kept result at a threshold. The model does not run."""
+def view(folder: Path, calibration: Calibration, opacity: float = OPACITY, framed: int = -1) -> View:
+    """Draws a kept result as a calibration sees it. The model does not run."""
     photo = Image.open(folder / "photo.jpg").convert("RGB")
-    drawing = Drawing(load(folder), np.load(folder / "map.npy"), photo.size, threshold)
+    drawing = Drawing(load(folder), np.load(folder / "map.npy"), photo.size, calibration)
     picture = drawing.overlay(photo, opacity, framed=framed)
     # A new name each time, so that no browser shows the former picture; the last few stay for those still loading.
     for old in sorted(folder.glob("view-*.jpg"))[:-4]:
@@ -194,16 +196,17 @@ def companions(folder: Path) -> tuple[Path, Path]:
     return normal_path, difference_path
 
 
-def full_size(folder: Path, kind: str, threshold: float, opacity: float) -> Path:
+def full_size(folder: Path, kind: str, calibration: Calibration, opacity: float) -> Path:
     """Writes the "overlay", "mask" or "map" at the photo's own size for download, unless it is there already."""
     result = load(folder)
-    changes = {"overlay": f"-{threshold:g}-{opacity:g}", "mask": f"-{threshold:g}", "map": ""}[kind]
+    drawing = Drawing(result, np.load(folder / "map.npy"), result.size, calibration)
+    changes = f"-{drawing.threshold:g}-{drawing.shows_regions:d}"
+    changes = {"overlay": f"{changes}-{opacity:g}", "mask": changes, "map": ""}[kind]
     path = folder / "full" / f"{kind}{changes}" / f"{result.file_stem}-{kind}.png"
     if path.exists():
         return path
     for former in (folder / "full").glob(f"{kind}*"):  # one of each kind is kept: they are large
         shutil.rmtree(former, ignore_errors=True)
-    drawing = Drawing(result, np.load(folder / "map.npy"), result.size, threshold)
     if kind == "map":
         picture = anomaly_map_16bit(drawing.values)
     elif kind == "mask":
@@ -213,8 +216,19 @@ def full_size(folder: Path, kind: str, threshold: float, opacity: float) -> Path
     return save_image(picture, path)
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+_UNDECIDED = {
+    "not_learnt": "this model has not learnt to tell defects",
+    "unfamiliar": "unlike any normal image of this category",
+    "settings_changed": "other settings than it was calibrated with",
+    "not_calibrated": "not calibrated",
+    "rate_not_promised": "too few calibration images for this false-alarm rate",
+}
+
+
+def headline(verdict: Verdict) -> str:
+    if verdict.is_anomalous is None:
+        return f"Undecided: {_UNDECIDED[verdict.reason]}"
+    return "Anomalous: defect found" if verdict.word == ANOMALOUS else "Normal: no defect found"
 
 
 def p_words(p_value: float, images: int) -> str:
@@ -227,14 +241,9 @@ def p_words(p_value: float, images: int) -> str:
 def promise_words(calibration: Calibration) -> str:
     """What a calibration promises, and what it does not."""
     count, rate = len(calibration.scores), calibration.false_alarm_rate
-    if not math.isfinite(calibration.threshold):
-        return (
-            f"{count} images cannot promise {percent(rate)} false alarms; that takes {images_needed(rate)}. "
-            "Until then nothing is called defective: add images, or allow more false alarms."
-        )
     spread = math.sqrt(rate * (1 - rate) / count)
     return (
-        f"About {percent(rate)} of normal parts will be called defective; "
+        f"About {percent(rate)} of normal parts will be called anomalous; "
         f"with only {count} images, expect {percent(max(rate - 2 * spread, 0))} to {percent(rate + 2 * spread)}."
     )
 

@@ -59,7 +59,10 @@ class TrainingConfig:
         choices=("auto", "object", "texture", "whole"),
     )
     holdout_fraction: float = _option(
-        0.15, "Share of the normal images held out to choose and calibrate the model.", within="(0, 1)"
+        0.15,
+        "Share of the normal images held out to choose and calibrate the model; more, up to half, if "
+        "`false_alarm_rate` takes more.",
+        within="(0, 1)",
     )
 
     preset: str = _option(

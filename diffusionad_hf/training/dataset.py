@@ -118,12 +118,16 @@ class StepSampler(Sampler):
             yield [self._at(first + i) for i in range(self.batch_size)]
 
 
-def split_holdout(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Splits the rows of `count` images at random: those to train on, and at most 500 held out."""
+def split_holdout(count: int, fraction: float, seed: int, needed: int = 1) -> tuple[list[int], list[int]]:
+    """
+    Splits the rows of `count` images at random: those to train on, and those held out, a fraction of them or, if that
+    is more, the `needed` ones, but these at most half of all, and at most 500.
+    """
     if count < 2:
         raise ValueError(f"{count} normal image(s): at least 2 are needed, one to train on and one to calibrate with.")
     order = np.random.default_rng((seed, 0x5EED)).permutation(count)
-    held_out = min(max(1, round(count * fraction)), count - 1, _MOST_HELD_OUT)
+    held_out = max(1, round(count * fraction), min(needed, count // 2))
+    held_out = min(held_out, count - 1, _MOST_HELD_OUT)
     return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
 
 

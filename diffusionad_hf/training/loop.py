@@ -21,11 +21,13 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from ..calibration import promised_rate
 from ..files import restore_folder
 from ..flags import as_flags
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..presets import build_pipeline
 from ..scheduling_norm_guided import NormGuidedScheduler
+from ..verdicts_diffusionad import images_needed
 from .arguments import TrainingConfig, parse_arguments
 from .categories import ALL, check_publishing, train_all, train_and_publish
 from .checkpoints import (
@@ -220,7 +222,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
         return INTERRUPTED
 
     # 5. The best weights, calibrated on the held-out normal images.
-    together(lambda: finish(args, arguments, held_out, accelerator.device), main_only=True)
+    together(lambda: finish(args, arguments, train_set, held_out, validation, accelerator.device), main_only=True)
     return 0
 
 
@@ -239,15 +241,17 @@ def find_start(args: TrainingConfig, output_dir: Path) -> Path | None:
 def prepare_data(args: TrainingConfig) -> tuple[NormalImages, NormalImages, AnomalySynthesizer, Validation]:
     """The training set, the held-out set, the synthesizer of anomalies and the validation."""
     normal, kind = load_images(args)
-    masks, size = normal.foregrounds, normal.size
+    masks, size, needed = normal.foregrounds, normal.size, images_needed(args.false_alarm_rate)
     train_set, held_out = (
         NormalImages(Subset(normal.images, rows), size, None if masks is None else Subset(masks, rows))
-        for rows in split_holdout(len(normal), args.holdout_fraction, args.seed)
+        for rows in split_holdout(len(normal), args.holdout_fraction, args.seed, needed)
     )
     logger.info(
         f"{len(train_set)} normal images to train on, {len(held_out)} held out, treated as images of {kind}s "
         f"at {size[1]} x {size[0]} px."
     )
+    # Said now, and not after hours.
+    promised_rate(len(held_out), args.false_alarm_rate)
     if len(train_set) < args.train_batch_size:
         logger.warning(f"`train_batch_size` {args.train_batch_size}: every batch holds some image more than once.")
     textures: Textures = (

@@ -8,11 +8,12 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import blocks, inference, intervals, machine, metrics, runtimes, synthesis, tiles, training
+from benchmarks import blocks, inference, intervals, machine, metrics, promises, runtimes, synthesis, tiles, training
 from benchmarks.machine import count_flops, find_slow_types, matmul_peak, measure_in_turns, spread
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
 from tests.dataset_factory import make_mvtec
@@ -284,3 +285,10 @@ def test_intervals_cover(monkeypatch, tmp_path):
         for name in ("image_auroc", "image_ap", "image_f1_max", "false_alarm_rate", "miss_rate"):
             assert float(row[name].split("%")[0]) >= 90, (row, name)
     assert float(maps["aupro_30"].split("%")[0]) >= 85
+
+
+def test_a_calibration_keeps_its_promise_on_average():
+    for count, promised in ((5, 1 / 6), (39, 0.05)):
+        row = promises.measure(np.random.default_rng(1).random(300), count, 0.05, 300)
+        assert row["promised"] == pytest.approx(promised) and row["mean"] == pytest.approx(promised, abs=0.025)
+        assert row["a tenth"] < row["mean"] < row["nine tenths"]

@@ -38,10 +38,11 @@ def run(*arguments):
 def test_inspect_writes_pictures_json_csv_and_a_table(photos, model_dir, tmp_path, capsys):
     out = tmp_path / "out"
     files = ("--output-dir", out, "--json", out / "r.json", "--csv", out / "r.csv")
-    assert run("inspect", photos, "--model", model_dir, *files) == 0
+    code = run("inspect", photos, "--model", model_dir, *files)
     printed, report = capsys.readouterr().out, json.loads((out / "r.json").read_text())
     rows = list(csv.DictReader((out / "r.csv").open()))
     assert len(report["images"]) == len(rows) == 4 and report["failures"] == []
+    assert code == any(image["verdict"] == "anomalous" for image in report["images"])
     pipe = DiffusionADPipeline.from_pretrained(model_dir)
     for image, row in zip(report["images"], rows, strict=True):
         expected = pipe(image["file"])
@@ -104,8 +105,25 @@ def test_nonsense_values_are_named(arguments, photos, model_dir, capsys):
 
 
 def test_an_uncalibrated_model_gives_scores_and_says_what_to_do(photos, uncalibrated, capsys):
-    assert run("inspect", photos, "--model", uncalibrated) == 0
-    assert "not calibrated" in capsys.readouterr().out
+    assert run("inspect", photos, "--model", uncalibrated) == 3
+    assert "4 undecided: The model is not calibrated" in capsys.readouterr().out
+
+
+def test_a_rate_that_so_few_images_cannot_promise_leaves_all_undecided(photos, model_dir, tmp_path, capsys):
+    files = ("--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv")
+    assert run("inspect", photos, "--model", model_dir, "--false-alarm-rate", 0.001, *files) == 3
+    printed = capsys.readouterr().out
+    assert "25 normal images cannot promise a false-alarm rate of 0.1 %; that takes 999." in printed
+    assert "normal " not in printed.split("4 undecided")[0] and "anomalous" not in printed
+    images, rows = json.loads((tmp_path / "r.json").read_text())["images"], csv.DictReader((tmp_path / "r.csv").open())
+    for record in (*images, *rows):
+        assert (record["verdict"], record["reason"]) == ("undecided", "rate_not_promised")
+
+
+def test_a_threshold_set_by_hand_decides_and_says_so(photos, model_dir, capsys):
+    for threshold, code, word in ((0.99, 0, "normal"), (0.01, 1, "anomalous")):
+        assert run("inspect", photos, "--model", model_dir, "--threshold", threshold) == code
+        assert f"4 {word}: At your threshold {threshold}; calibrated: 0.4" in capsys.readouterr().out
 
 
 def test_the_false_alarm_rate_chooses_the_threshold(photos, model_dir, tmp_path):
@@ -131,5 +149,7 @@ def test_calibrate_into_another_folder_leaves_the_first_alone_and_says_if_images
 ):
     before = (uncalibrated / "model_index.json").read_bytes()
     assert run("calibrate", photos, "--model", uncalibrated, "--output-dir", tmp_path / "new") == 0
-    assert (uncalibrated / "model_index.json").read_bytes() == before and "Give 19 or more" in caplog.text
-    assert DiffusionADPipeline.from_pretrained(tmp_path / "new").threshold is not None
+    assert (
+        uncalibrated / "model_index.json"
+    ).read_bytes() == before and "the threshold is set for 20 %" in caplog.text
+    assert np.isfinite(DiffusionADPipeline.from_pretrained(tmp_path / "new").threshold)

@@ -119,7 +119,9 @@ def test_scores_maps_and_verdicts_are_the_pipelines(kind, exports, calibrated, i
                 assert a.shape == b.shape and a.dtype == b.dtype
                 np.testing.assert_allclose(a, b, atol=1e-3)
         assert ours.is_anomalous.tolist() == theirs.is_anomalous.tolist()
-        assert ours.p_value.tolist() == theirs.p_value.tolist()
+        # Averages over draws are scores of another kind than those that were calibrated on.
+        assert (ours.p_value is None) == (theirs.p_value is None) == ("num_noises" in options)
+        assert ours.p_value is None or ours.p_value.tolist() == theirs.p_value.tolist()
     assert exported.threshold == calibrated.threshold
 
 
@@ -290,7 +292,7 @@ def test_the_commands_take_an_exported_model(tmp_path, images, model_dir, capsys
     assert "onnx fp32, 32 px" in said and "is the original's" in said
 
     for model in (model_dir, str(out)):
-        assert main(["inspect", str(photos), "--model", model, "--json", str(report)]) == 0
+        assert main(["inspect", str(photos), "--model", model, "--json", str(report)]) == 1
         found = json.loads(report.read_text())["images"]
         if model == model_dir:
             expected = found

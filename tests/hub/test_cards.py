@@ -135,7 +135,7 @@ def test_the_threshold_and_what_it_promises(pipe):
 def test_too_few_images_to_promise_anything(pipe):
     pipe.register_to_config(false_alarm_rate=0.001)
     text = flat(build_card(pipe, REPO))
-    assert "With only 99 normal images for calibration **none ever is**: that rate takes 999 or more" in text
+    assert "for calibration **every image is undecided**: that rate takes 999 or more" in text
     assert "exceeds" not in text and "inf" not in text
 
 

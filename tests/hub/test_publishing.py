@@ -25,6 +25,8 @@ PUBLISHED = {
     "README.md",
     "model_index.json",
     "images_diffusionad.py",
+    "familiarity_diffusionad.py",
+    "verdicts_diffusionad.py",
     "pipeline_diffusionad.py",
     "scheduler/scheduler_config.json",
     "scheduler/scheduling_norm_guided.py",
@@ -38,7 +40,7 @@ PUBLISHED = {
     "unet/modeling_norm_guided_unet.py",
 }
 
-KEPT = {"evaluation.json", "previews/sheet.png", "TRAINING.md", "familiarity.json"}
+KEPT = {"evaluation.json", "previews/sheet.png", "TRAINING.md"}
 """What a repo also holds where the model's folder has it."""
 
 
@@ -79,7 +81,6 @@ def folder(model_dir, tmp_path):
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "TRAINING.md").write_text("# How it was trained\n")
-    (folder / "familiarity.json").write_text("{}")
     (folder / "previews").mkdir()
     note = Image.Exif()
     note[0x010E] = secrets

@@ -89,7 +89,7 @@ def test_what_goes_along_and_what_stays_at_home(hub, client, tmp_path):
     assert deploy("--app-dir", str(app)) == 0
     found = files(hub)
     there = {".gitattributes", "requirements.txt", "app.py", "README.md", "examples/scratch.png"}
-    there |= {f"checkpoints/demo-part/{name}" for name in ("model_index.json", "README.md", "familiarity.json")}
+    there |= {f"checkpoints/demo-part/{name}" for name in ("model_index.json", "README.md")}
     there |= {f"checkpoints/demo-part/{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "segmenter")}
     there |= {f"diffusionad_hf/{file.name}" for file in Path(diffusionad_hf.__file__).parent.glob("*.py")} | {
         "diffusionad_hf/space/style.css",

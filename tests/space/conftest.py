@@ -23,8 +23,6 @@ from gradio_client import Client, handle_file  # noqa: E402
 from demo_part.generate import render_part  # noqa: E402
 from diffusionad_hf import AnomalySegmenter, DiffusionADPipeline, build_pipeline  # noqa: E402
 from diffusionad_hf.calibration import calibrate  # noqa: E402
-from diffusionad_hf.familiarity import FILE_NAME, Familiarity, describe  # noqa: E402
-from diffusionad_hf.images_diffusionad import load_image  # noqa: E402
 from diffusionad_hf.space.models import Models  # noqa: E402
 from diffusionad_hf.space.results import Results  # noqa: E402
 
@@ -91,8 +89,6 @@ def checkpoints(tmp_path_factory, parts):
     pipe.set_progress_bar_config(disable=True)
     calibrate(pipe, parts, false_alarm_rate=0.1)
     pipe.save_pretrained(folder)
-    familiarity = Familiarity.of([describe(load_image(part)) for part in parts])
-    (folder / FILE_NAME).write_text(json.dumps(familiarity.to_json()), encoding="utf-8")
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     return folder.parent
 

@@ -16,9 +16,12 @@ from PIL import Image
 
 from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.export.exporting import export_pipeline
+from diffusionad_hf.familiarity_diffusionad import pixel_digest
+from diffusionad_hf.images_diffusionad import load_image, resize_image
 from diffusionad_hf.pipeline_diffusionad import conformal_threshold
 from diffusionad_hf.space import models
-from diffusionad_hf.space.actions import calibrate_on, download, inspect_many, inspect_one
+from diffusionad_hf.space.actions import TRAINED_ON, calibrate_on, download, inspect_many, inspect_one
+from diffusionad_hf.space.handlers import batch_card, caption, verdict_card
 from diffusionad_hf.space.intake import LIMITS, Refusal, Settings, Upload
 from diffusionad_hf.space.models import Calibration, ModelError, Models, about
 from diffusionad_hf.space.views import load, p_words, promise_words, view
@@ -29,38 +32,43 @@ def uploads(*paths):
     return [Upload(path.name, path) for path in paths]
 
 
-def inspected(results, model, path, name="photo.png", calibration=None, settings=Settings()):  # noqa: B008
-    return inspect_one(results, "anna", model, Upload(name, path), calibration or model.calibration, settings)[1]
+def inspected(results, model, path, name="photo.png", settings=Settings()):  # noqa: B008
+    return inspect_one(results, "anna", model, Upload(name, path), settings)[1]
+
+
+def at(threshold):
+    """A threshold set by hand."""
+    return Calibration(own_threshold=threshold)
 
 
 def batch_of(results, model, files, threshold=0.4):
     """The steps of a batch, the last of which is the batch."""
-    return inspect_many(results, "anna", model, files, model.calibration, threshold)
+    return inspect_many(results, "anna", model, files, replace(model.calibration, own_threshold=threshold))
 
 
-def record(folder, threshold):
-    return json.loads(download(folder, "json", threshold, 0.5).read_text(encoding="utf-8"))
+def record(folder, calibration):
+    return json.loads(download(folder, "json", calibration, 0.5).read_text(encoding="utf-8"))
 
 
-def picture(folder, kind, threshold, opacity=0.5):
-    return Image.open(download(folder, kind, threshold, opacity))
+def picture(folder, kind, calibration, opacity=0.5):
+    return Image.open(download(folder, kind, calibration, opacity))
 
 
-def read_calibration(file, category):
-    return Calibration.read(Upload(file.name, file), category)
+def read_calibration(file, model):
+    return Calibration.read(Upload(file.name, file), model)
 
 
 def test_moving_the_threshold_redraws_without_the_model(results, model, parts):
     folder = inspected(results, model, parts[0])
     model.pipe = None
-    low, high = view(folder, 0.01), view(folder, 0.99)
+    low, high = view(folder, at(0.01)), view(folder, at(0.99))
     assert model.pipe is None
     assert low.overlay != high.overlay and low.overlay.read_bytes() != high.overlay.read_bytes()
     assert low.regions and not high.regions
     assert low.regions[0].box == (0, 0, 96, 96), "regions are in pixels of the photo, not of the page"
-    assert [record(folder, threshold)["is_anomalous"] for threshold in (0.01, 0.99)] == [True, False]
+    assert [record(folder, at(threshold))["is_anomalous"] for threshold in (0.01, 0.99)] == [True, False]
     for step in range(10):
-        view(folder, step / 20)
+        view(folder, at(step / 20))
     assert len(list(folder.glob("view-*.jpg"))) <= 5, "old views do not pile up"
 
 
@@ -69,11 +77,11 @@ def test_no_defect_means_no_regions_no_outlines_and_an_empty_mask(results, model
     score, highest = load(folder).score, float(np.load(folder / "map.npy").max())
     between = (score + highest) / 2
     assert score < between < highest, "single pixels lie above this threshold, the image does not"
-    assert view(folder, between).regions == record(folder, between)["regions"] == []
-    assert not np.any(picture(folder, "mask", between))
-    np.testing.assert_array_equal(picture(folder, "overlay", between, 0.0), Image.open(parts[0]), "only the photo")
+    assert view(folder, at(between)).regions == record(folder, at(between))["regions"] == []
+    assert not np.any(picture(folder, "mask", at(between)))
+    np.testing.assert_array_equal(picture(folder, "overlay", at(between), 0.0), Image.open(parts[0]), "only the photo")
     *_, batch = batch_of(results, model, uploads(parts[0]), between)
-    assert batch.rows[0].cells[1:5:3] == ["Good", "0"]
+    assert batch.rows[0].cells[1:5:3] == ["normal", "0"]
 
 
 @pytest.mark.parametrize("size", [(96, 96), (1500, 400), (20, 2000), (8, 8)])
@@ -82,10 +90,10 @@ def test_downloads_have_the_photo_s_size_and_agree_with_the_record(results, mode
     Image.open(parts[0]).resize(size).save(photo)
     folder = inspected(results, model, photo, '<b>"x".png')
     threshold = float(np.median(np.load(folder / "map.npy")))
-    mask, depth = (picture(folder, kind, threshold) for kind in ("mask", "map"))
-    assert picture(folder, "overlay", threshold).size == mask.size == depth.size == size
+    mask, depth = (picture(folder, kind, at(threshold)) for kind in ("mask", "map"))
+    assert picture(folder, "overlay", at(threshold)).size == mask.size == depth.size == size
     assert set(np.unique(mask)) <= {0, 255} and depth.mode == "I;16"
-    found = record(folder, threshold)
+    found = record(folder, at(threshold))
     assert (found["width"], found["height"]) == size and found["threshold"] == threshold
     for region in found["regions"]:
         x0, y0, x1, y1 = region["box"]
@@ -99,13 +107,17 @@ def test_downloads_have_the_photo_s_size_and_agree_with_the_record(results, mode
 def test_the_report_is_one_page_escapes_names_and_warns_of_unfamiliar_photos(results, model, parts, white):
     name = "<script>alert(1)</script>.png"
     unknown = replace(model.calibration, familiarity=None)
-    for photo, calibration, warned in ((white, None, True), (parts[0], None, False), (white, unknown, False)):
-        folder = inspected(results, model, photo, name, calibration)
-        page = download(folder, "report", 0.3, 0.5).read_text(encoding="utf-8")
-        assert ("the verdict may mean nothing" in page) == warned
+    for photo, calibration, warned in (
+        (white, model.calibration, True),
+        (parts[0], model.calibration, False),
+        (white, unknown, False),
+    ):
+        folder = inspected(results, model, photo, name)
+        page = download(folder, "report", calibration, 0.5).read_text(encoding="utf-8")
+        assert ("<h1>Undecided: unlike any normal image" in page) == warned
         assert "<script" not in page and html.escape(name) in page
         assert page.count("data:image/jpeg;base64,") == 4 and "http" not in page
-        assert "Defect found" in page or "No defect found" in page
+        assert warned or "Anomalous: defect found" in page or "Normal: no defect found" in page
 
 
 def test_other_settings_change_the_score_drop_the_p_value_and_leave_the_model_as_it_was(results, model, parts):
@@ -113,7 +125,8 @@ def test_other_settings_change_the_score_drop_the_p_value_and_leave_the_model_as
     usual, other, again = (
         load(inspected(results, model, parts[0], settings=settings)) for settings in (Settings(), changed, Settings())
     )
-    assert other.score != usual.score and other.p_value is None and other.settings_changed
+    assert other.score != usual.score and other.p_value(model.calibration) is None
+    assert other.verdict(model.calibration).reason == "settings_changed"
     assert again.score == usual.score
     for unknown in (Settings(small_timestep=500), Settings(big_timestep=1000)):
         with pytest.raises(Refusal, match="Timesteps"):
@@ -163,6 +176,9 @@ def test_an_exported_model_serves_like_the_original(model, tmp_path, parts, resu
 
 def test_a_damaged_description_of_normal_images_costs_the_warning_not_the_model(checkpoints, tmp_path, parts, caplog):
     shutil.copytree(checkpoints / "flange", tmp_path / "flange", ignore=shutil.ignore_patterns("README.md"))
+    index = tmp_path / "flange" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "familiarity": None}))
+    # Where earlier versions kept it.
     (tmp_path / "flange" / "familiarity.json").write_text('{"limit": 5, "grids": ["AAAA"]}')
     damaged = Models(str(tmp_path))
     calibration = damaged.get("flange").calibration
@@ -183,7 +199,9 @@ def test_a_batch_has_a_row_for_every_file_sorted_with_the_unusable_last(results,
     scores = [row.record["anomaly_score"] for row in batch.rows[:-1]]
     assert scores == sorted(scores, reverse=True)
     assert sum(batch.counts.values()) == 5 and batch.counts["Not inspected"] == 1
-    assert {row.cells[0]: row.cells[-1] for row in batch.rows}["white.png"] == "Looks unlike this category"
+    assert {row.cells[0]: row.cells[-1] for row in batch.rows}[
+        "white.png"
+    ] == "Unlike any normal image the model knows. Another object, position, distance, light or focus?"
     lines = batch.table.read_text(encoding="utf-8-sig").splitlines()
     assert all(line[0] == line[-1] == '"' and line.count('","') == 6 for line in lines), "every field is quoted"
     rows = list(csv.DictReader(lines))
@@ -213,7 +231,7 @@ def test_a_model_that_runs_keeps_only_other_runs_waiting(checkpoints, results, p
     with ThreadPoolExecutor(2) as pool:
         run = pool.submit(inspected, results, model, parts[1])
         assert running.wait(60)
-        meanwhile = pool.submit(lambda: (offered.get("flange"), about(offered, "flange"), view(folder, 0.1)))
+        meanwhile = pool.submit(lambda: (offered.get("flange"), about(offered, "flange"), view(folder, at(0.1))))
         assert meanwhile.result(30)[0] is model and not run.done()
         go_on.set()
         assert run.result(60)
@@ -233,12 +251,12 @@ def test_what_a_batch_does_not_reach_in_time_is_a_row(results, model, parts, mon
 
 def test_a_download_is_drawn_once_and_one_of_each_kind_is_kept(results, model, parts):
     folder = inspected(results, model, parts[0])
-    first = download(folder, "overlay", 0.3, 0.5)
+    first = download(folder, "overlay", at(0.3), 0.5)
     drawn = first.stat().st_mtime_ns
-    assert download(folder, "overlay", 0.3, 0.5) == first and first.stat().st_mtime_ns == drawn
-    other = download(folder, "overlay", 0.4, 0.5)
+    assert download(folder, "overlay", at(0.3), 0.5) == first and first.stat().st_mtime_ns == drawn
+    other = download(folder, "overlay", at(0.4), 0.5)
     assert other != first and not first.exists() and other.name == first.name
-    assert other.read_bytes() != download(folder, "mask", 0.4, 0.5).read_bytes() and other.exists()
+    assert other.read_bytes() != download(folder, "mask", at(0.4), 0.5).read_bytes() and other.exists()
 
 
 def test_unpacked_files_do_not_outlive_the_batch(results, model, parts, tmp_path):
@@ -269,29 +287,86 @@ def test_calibration_is_split_conformal_on_the_given_images_and_travels_as_a_fil
     assert done.calibration.threshold == conformal_threshold(done.calibration.scores, 0.1)
     assert [reason.split(":")[0] for reason in done.unusable] == ["notes.txt"]
     assert done.calibration.yours and done.calibration.familiarity is not None
-    loaded = read_calibration(done.file, "flange")
+    loaded = read_calibration(done.file, model)
     assert loaded.scores == done.calibration.scores and loaded.threshold == done.calibration.threshold
     assert loaded.familiarity.limit == done.calibration.familiarity.limit
     np.testing.assert_array_equal(loaded.familiarity.grids, done.calibration.familiarity.grids)
-    result = load(inspected(results, model, parts[0], calibration=loaded))
-    assert result.p_value == loaded.p_value(result.score)
+    result = load(inspected(results, model, parts[0]))
+    assert result.p_value(loaded) == loaded.p_value(result.score)
+    other = Models(model.source).get("flange")
+    other.name = "other"
     with pytest.raises(Refusal, match="belongs to flange"):
-        read_calibration(done.file, "other")
+        read_calibration(done.file, other)
+    other.name = "flange"
+    next(other.pipe.segmenter.parameters()).data += 1
+    with pytest.raises(Refusal, match="model has changed"):
+        read_calibration(done.file, other)
+    edited = json.loads(done.file.read_text())
+    done.file.write_text(json.dumps({**edited, "scores": [score / 2 for score in edited["scores"]]}))
+    with pytest.raises(Refusal, match="damaged or edited"):
+        read_calibration(done.file, model)
 
 
-def test_too_few_images_are_refused_and_too_low_a_rate_promises_nothing(results, model, parts):
+def test_too_few_images_are_refused_and_too_low_a_rate_is_the_lowest_they_can_promise(results, model, parts):
     files = uploads(*parts)
     with pytest.raises(Refusal, match="9 usable images; a calibration takes 10"):
         list(calibrate_on(results, "anna", model, files[:9], 0.1))
     *_, done = calibrate_on(results, "anna", model, files, 0.01)
-    assert math.isinf(done.calibration.threshold) and done.calibration.shown_threshold == 1
-    assert "takes 99" in promise_words(done.calibration)
+    assert math.isfinite(done.calibration.threshold) and done.calibration.false_alarm_rate == 1 / 13
+    assert "About 7.69 %" in promise_words(done.calibration)
+
+
+def test_photos_the_model_was_trained_on_are_unusable_for_calibration(results, model, parts):
+    pipe = model.load()
+    seen = pixel_digest(resize_image(load_image(parts[0]), pipe.config.image_size))
+    pipe.register_to_config(training_digests=seen)
+    *_, done = calibrate_on(results, "anna", model, uploads(*parts), 0.1)
+    assert len(done.calibration.scores) == 11 and done.unusable == [f"{parts[0].name}: {TRAINED_ON}"]
+
+
+def test_what_nothing_supports_is_undecided_in_the_record_the_report_and_a_batch(results, model, parts, white):
+    """Before, a rate that 12 photos cannot promise moved the threshold to 1: green for everything."""
+    unpromised, unlearnt = (
+        replace(model.calibration, **change) for change in ({"false_alarm_rate": 0.001}, {"has_learnt": False})
+    )
+    for photo, calibration, reason in (
+        (parts[0], unpromised, "rate_not_promised"),
+        (parts[0], unlearnt, "not_learnt"),
+        (parts[0], Calibration(), "not_calibrated"),
+        (white, model.calibration, "unfamiliar"),
+        (white, replace(model.calibration, own_threshold=0.99), "unfamiliar"),
+    ):
+        folder = inspected(results, model, photo)
+        found = record(folder, calibration)
+        assert (found["verdict"], found["reason"], found["is_anomalous"]) == ("undecided", reason, None)
+        page, card = (
+            download(folder, "report", calibration, 0.5).read_text(encoding="utf-8"),
+            verdict_card(folder, calibration),
+        )
+        assert "<h1>Undecided: " in page and 'class="card undecided"' in card and "<h2>Undecided: " in card
+        assert "✓" not in card and "✕" not in card
+        *_, batch = inspect_many(results, "anna", model, uploads(photo), calibration)
+        assert batch.counts == {"undecided": 1} and caption(batch.rows[0]).startswith("? undecided")
+        assert '<div class="tile undecided"><strong>1</strong> undecided</div>' in batch_card(batch)
+
+
+def test_a_threshold_moved_by_hand_or_a_new_calibration_changes_the_sentence_and_the_p_value(results, model, parts):
+    folder, usual = inspected(results, model, parts[0]), model.calibration
+    assert "Calibrated on 12 normal images for a false-alarm rate of 10 %" in verdict_card(folder, usual)
+    moved = verdict_card(folder, usual.moved(0.7, 10))
+    assert f"At your threshold 0.7; calibrated: {usual.threshold:.4g}." in moved
+    yours = replace(usual, scores=usual.scores[:11], yours=True)
+    assert "11 normal images for" in verdict_card(folder, yours) and "of the 11 normal" in verdict_card(folder, yours)
+    # Where the page itself puts its controls, the calibration decides, to the last digit.
+    for calibration in (usual, replace(usual, false_alarm_rate=1 / 13), replace(usual, false_alarm_rate=0.001)):
+        assert calibration.moved(round(calibration.shown_threshold, 4), calibration.shown_rate) == calibration
+    assert usual.moved(1.0, 0.1).verdict(0).reason == "rate_not_promised"
 
 
 DAMAGED = '{{"format": "diffusionad-calibration", "category": "flange", "false_alarm_rate": {}, "scores": {}}}'
 
 
-def test_other_files_are_not_taken_for_a_calibration(tmp_path):
+def test_other_files_are_not_taken_for_a_calibration(tmp_path, model):
     path, unfamiliar = tmp_path / "c.json", '[0.5], "familiarity": {"limit": 0}'
     wrong = [(0.1, "[]"), (0.1, "[NaN]"), (0.1, '["x"]'), (0.1, "5"), (7, "[0.5]"), (0.1, unfamiliar)]
     large = DAMAGED.format(0.1, "[0.5" + ", 0.5" * 1_200_000 + "]")
@@ -299,7 +374,7 @@ def test_other_files_are_not_taken_for_a_calibration(tmp_path):
     for content in (*nothing, *(DAMAGED.format(*values) for values in wrong)):
         path.write_bytes(content.encode(errors="surrogateescape"))
         with pytest.raises(Refusal, match="calibration file"):
-            read_calibration(path, "flange")
+            read_calibration(path, model)
 
 
 def test_words_for_p_values_count_the_images():

@@ -42,6 +42,7 @@ def test_inspect_answers_as_the_pipeline_does(client, model, parts):
     expected = model.pipe(parts[1])
     assert record["anomaly_score"] == pytest.approx(float(expected.anomaly_score[0]), abs=1e-5)
     assert record["is_anomalous"] == bool(expected.is_anomalous[0])
+    assert (record["verdict"], record["reason"]) == (expected.verdict[0].word, "calibrated")
     assert record["threshold"] == model.pipe.threshold and record["p_value"] == float(expected.p_value[0])
     assert record["name"] == parts[1].name and (record["width"], record["height"]) == (96, 96)
     assert not record["looks_unfamiliar"] and not record["settings_changed"]
@@ -50,6 +51,7 @@ def test_inspect_answers_as_the_pipeline_does(client, model, parts):
     low, _ = inspect(client, parts[1], threshold=0.0)
     assert low["category"] == "flange" and low["anomaly_score"] == record["anomaly_score"]
     assert low["is_anomalous"] and low["regions"]
+    assert low["sentence"] == f"At your threshold 0; calibrated: {model.pipe.threshold:.4g}."
 
 
 def test_a_calibration_file_of_one_call_serves_the_next(client, parts):
@@ -132,13 +134,16 @@ def test_a_result_s_key_opens_nothing_for_another_visitor(client, server, parts)
     owner_file = max(server.temporary.glob("diffusionad-space-*/results/*/.owner"), key=lambda f: f.stat().st_mtime)
     assert owner_file.read_text() == hashlib.sha256(client.session_hash.encode()).hexdigest()
     key, mine = owner_file.parent.name, client.session_hash
-    verdict, pictures, _ = call_of_the_page(server, mine, "threshold", [key, 0.99, 0.6])
-    assert "No defect found" in verdict and pictures
+    verdict, pictures, _ = call_of_the_page(server, mine, "threshold", [key, 0.99, 0.6, 10, None])
+    assert "no defect found" in verdict and pictures
     hashed = hashlib.sha256(mine.encode()).hexdigest()
     for other, tried in (("somebody", key), (hashed, key), (mine, "../" + key)):
-        verdict, *rest = call_of_the_page(server, other, "threshold", [tried, 0.99, 0.6])
+        verdict, *rest = call_of_the_page(server, other, "threshold", [tried, 0.99, 0.6, 10, None])
         assert "no longer kept" in verdict and key not in json.dumps(rest)
-    assert "must be a number or a text" in call_of_the_page(server, mine, "threshold", [[key], 0.99, 0.6])["error"]
+    assert (
+        "must be a number or a text"
+        in call_of_the_page(server, mine, "threshold", [[key], 0.99, 0.6, 10, None])["error"]
+    )
     # Nor is anything of it served, though the owner sees its pictures.
     served = [picture["path"] for picture in pictures]
     assert all(urllib.request.urlopen(f"{server.url}gradio_api/file={path}").status == 200 for path in served)

@@ -41,6 +41,7 @@ def arguments(data, output, **options):
         "validation_steps": 2,
         "checkpointing_steps": 2,
         "holdout_fraction": 0.25,
+        "false_alarm_rate": 0.25,
         "lr_warmup_steps": 1,
         "report_to": "none",
         **options,

@@ -67,7 +67,7 @@ def test_a_training_on_long_photos_ends_with_a_model_of_their_shape(tmp_path, ca
     options = {"image_size": "64", "texture_dir": None, "max_train_steps": 2}
     assert run(data, tmp_path / "out", **options) == 0, capsys.readouterr().err
     pipe = DiffusionADPipeline.from_pretrained(tmp_path / "out")
-    assert pipe.config.image_size == [32, 128] and len(pipe.config.calibration_scores) == 2
+    assert pipe.config.image_size == [32, 128] and len(pipe.config.calibration_scores) == 3
     assert pipe(data / "widget/test/good/000.png").anomaly_map[0].shape == (48, 192)
     assert json.loads((tmp_path / "out/training_arguments.json").read_text())["image_size"] == "64"
 

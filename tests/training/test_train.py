@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusionad_hf import DiffusionADPipeline
+from diffusionad_hf.calibration import calibrate
+from diffusionad_hf.cli.main import main
 from diffusionad_hf.training.arguments import parse_arguments
 from diffusionad_hf.training.dataset import split_holdout
 from diffusionad_hf.training.loop import build_networks
+from diffusionad_hf.training.outcome import Validation
 from diffusionad_hf.training.synthesis import AnomalySynthesizer
 
 from .runs import arguments, run, same, weights
@@ -26,6 +30,56 @@ def test_a_training_ends_with_a_calibrated_pipeline(trained):
     assert len(pipe.config.calibration_scores) == 3 and pipe.config.image_size == 32
     output = pipe(np.zeros((40, 30, 3), np.uint8))
     assert output.p_value is not None and output.anomaly_map[0].shape == (40, 30)
+
+
+def test_photos_too_few_for_the_rate_are_said_before_the_first_step_and_never_give_an_infinite_threshold(
+    data, tmp_path, capsys
+):
+    assert run(data, tmp_path / "model", max_train_steps=1, false_alarm_rate=0.05) == 0
+    said = capsys.readouterr().err
+    line = "6 normal image(s) cannot promise a false-alarm rate of 5 %: the threshold is set for 14.3 %"
+    assert line in said and said.index(line) < said.index("training:")
+    pipe = DiffusionADPipeline.from_pretrained(tmp_path / "model")
+    assert math.isfinite(pipe.threshold) and pipe.config.false_alarm_rate == 1 / 7
+
+
+def test_a_model_that_learnt_nothing_is_saved_and_gives_no_verdicts(data, trained, capsys):
+    pipe = DiffusionADPipeline.from_pretrained(trained)
+    assert pipe.config.has_learnt is False
+    photos = data / "demo-part/test"
+    assert main(["inspect", str(photos), "--model", str(trained)]) == 3
+    assert "7 undecided: This model has not learnt to tell defects." in capsys.readouterr().out
+    # Nor does a threshold of one's own make it see defects.
+    assert main(["inspect", str(photos), "--model", str(trained), "--threshold", "0.99"]) == 3
+
+
+def test_photos_it_was_trained_on_are_refused_for_calibration(data, trained, tmp_path, capsys):
+    files = sorted((data / "demo-part/train/good").iterdir())
+    seen = split_holdout(12, 0.25, 0)[0]
+    for i in seen[:2]:
+        shutil.copy(files[i], tmp_path / f"renamed-{i}.png")
+    calibrating = ["calibrate", str(tmp_path), "--model", str(trained), "--output-dir", str(tmp_path / "model")]
+    assert main(calibrating) == 2
+    assert "the model was trained on all of these images" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="image 1: the model was trained on it"):
+        calibrate(DiffusionADPipeline.from_pretrained(trained), [np.zeros((64, 64, 3), np.uint8), files[seen[0]]])
+
+
+@pytest.mark.parametrize(
+    "normal, defective, passed",
+    [
+        (range(5), range(5, 10), True),  # 1 in 252 by chance
+        (range(4), range(4, 8), False),  # 1 in 70
+        (range(0, 64, 2), range(1, 65, 2), False),
+        ([1] * 20, [1] * 20, False),
+        (range(64), [], False),
+    ],
+)
+def test_a_model_has_learnt_if_chance_can_be_ruled_out(normal, defective, passed):
+    validation = Validation.__new__(Validation)
+    validation.images, validation.labels = None, torch.tensor([0] * len(normal) + [1] * len(defective))
+    scores = np.array([*normal, *defective], float)
+    assert validation.is_passed_by(lambda images: SimpleNamespace(anomaly_score=scores)) == passed
 
 
 def test_an_image_that_is_not_finite_is_named(data, tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from demo_part.generate import render_part
-from diffusionad_hf.familiarity import FEWEST_IMAGES, MOST_IMAGES, SLACK, Familiarity, _distances, describe, main
+from diffusionad_hf.familiarity_diffusionad import FEWEST_IMAGES, MOST_IMAGES, SLACK, Familiarity, _distances, describe
 from diffusionad_hf.files import bundled
 from diffusionad_hf.images_diffusionad import load_image
 
@@ -58,8 +58,8 @@ def test_other_things_are_not(familiarity, parts):
 
 
 def test_the_embedded_model_knows_its_part_and_which_way_round_it_lies():
-    file = bundled("space/checkpoints/demo-part/familiarity.json")
-    familiarity = Familiarity.from_json(json.loads(file.read_text(encoding="utf-8")))
+    file = bundled("space/checkpoints/demo-part/model_index.json")
+    familiarity = Familiarity.from_json(json.loads(file.read_text(encoding="utf-8"))["familiarity"])
     for seed in (7001, 7002):
         part = render(seed, 256)
         assert familiarity.strangeness(load_image(part)) < 1
@@ -104,15 +104,3 @@ def test_it_travels_as_json_and_damage_is_noticed(familiarity, parts):
     for broken in ({}, *({**data, **part} for part in (*limits, *grids))):
         with pytest.raises(ValueError, match="damaged"):
             Familiarity.from_json(broken)
-
-
-def test_the_command_writes_it_beside_the_weights(parts, tmp_path, capsys):
-    images = tmp_path / "images"
-    images.mkdir()
-    for number, part in enumerate(parts):
-        part.save(images / f"{number}.png")
-    assert main([str(tmp_path), str(images)]) == 0
-    written = json.loads((tmp_path / "familiarity.json").read_text())
-    assert Familiarity.from_json(written).strangeness(load_image(parts[0])) == 0
-    assert main([str(tmp_path), str(tmp_path / "nothing")]) == 1
-    assert "0 images; give 5 or more" in capsys.readouterr().err

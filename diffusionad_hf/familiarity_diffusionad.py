@@ -1,7 +1,5 @@
 """Detects photos unlike anything a model was calibrated on.
 
-    python -m diffusionad_hf.familiarity CHECKPOINT NORMAL_IMAGES      # writes CHECKPOINT/familiarity.json
-
 An anomaly score says nothing about a photo of something else: a blank sheet often scores lower than a good part. So an
 image is also compared with normal images, as a 16 x 16 grid of mean colours, local contrast and sharpness, each value
 in units of its spread over the normal images. An image is unfamiliar if it is farther from all of them than 1.5 times
@@ -9,22 +7,23 @@ the largest distance of one of them to its nearest neighbour. The grid is too co
 another object, place, distance, exposure or focus, and a part that lies the wrong way round.
 """
 
-import argparse
 import base64
-import sys
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .files import write_json
-from .images_diffusionad import IMAGE_SUFFIXES, load_image, to_uint8
+from .images_diffusionad import to_uint8
 
-FILE_NAME = "familiarity.json"
+# Travels to the Hub beside the pipeline's file, which imports it and its one import of ours: names are added here and
+# never taken away.
+__all__ = ["Familiarity", "describe", "pixel_digest"]
+
 CELLS = 16
+DIGEST_LENGTH = 16
 _LARGE = 4_000_000  # pixels
 SLACK = 1.5
 FEWEST_IMAGES, MOST_IMAGES = 5, 100
@@ -70,9 +69,10 @@ class Familiarity:
         least = 4 / float(_spread(known).mean())
         return cls(known, SLACK * max(float(between.min(axis=1).max()), least))
 
-    def strangeness(self, image: torch.Tensor) -> float:
-        """How far an image, (3, H, W), is from the closest normal one; above 1 it is unfamiliar."""
-        return float(_distances(describe(image), self.grids).min()) / self.limit
+    def strangeness(self, image: torch.Tensor | np.ndarray) -> float:
+        """How far an image, (3, H, W), or its grid is from the closest normal one; above 1 it is unfamiliar."""
+        grid = image if isinstance(image, np.ndarray) else describe(image)
+        return float(_distances(grid, self.grids).min()) / self.limit
 
     def to_json(self) -> dict:
         return {"limit": self.limit, "grids": [base64.b64encode(grid.tobytes()).decode() for grid in self.grids]}
@@ -102,20 +102,9 @@ def _distances(grid: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.sqrt(((difference / _spread(others)) ** 2).mean(axis=1))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Describe a model's normal images, so that others are noticed.")
-    parser.add_argument("checkpoint", type=Path, help="folder of the model")
-    parser.add_argument("images", type=Path, help="folder of normal images that it was not trained on")
-    arguments = parser.parse_args(argv)
-    files = sorted(file for file in arguments.images.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)[:MOST_IMAGES]
-    familiarity = Familiarity.of([describe(load_image(file)) for file in files])
-    if familiarity is None:
-        print(f"{arguments.images}: {len(files)} images; give {FEWEST_IMAGES} or more.", file=sys.stderr)
-        return 1
-    write_json(arguments.checkpoint / FILE_NAME, familiarity.to_json())
-    print(f"wrote {arguments.checkpoint / FILE_NAME} from {len(files)} images")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def pixel_digest(image: torch.Tensor) -> str:
+    """
+    Tells an image that the model was trained on: the first 16 hexadecimal digits of the SHA-256 of its pixels,
+    `(3, S, S)` at the model's own size, rounded to 8 bits.
+    """
+    return hashlib.sha256(to_uint8(image).contiguous().numpy().tobytes()).hexdigest()[:DIGEST_LENGTH]
