@@ -5,7 +5,6 @@ What comes back from such a process is a shape, a number type and bytes: nothing
 
 import json
 import multiprocessing
-import os
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,10 +38,9 @@ def decode(path: Path, most_pixels: int) -> torch.Tensor:
         return _load(path, most_pixels)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    priority = os.getpriority(os.PRIO_PROCESS, 0)  # of this thread: who waits for others, decodes behind them too
     receiver, sender = context.Pipe(duplex=False)
     with receiver:
-        process = context.Process(target=_work, args=(sender, str(path), most_pixels, priority), daemon=True)
+        process = context.Process(target=_work, args=(sender, str(path), most_pixels), daemon=True)
         process.start()
         sender.close()
         end = threading.Timer(_SECONDS, process.kill)
@@ -68,10 +66,9 @@ def decode(path: Path, most_pixels: int) -> torch.Tensor:
             process.close()
 
 
-def _work(sender: Connection, path: str, most_pixels: int, priority: int) -> None:
+def _work(sender: Connection, path: str, most_pixels: int) -> None:
     import resource
 
-    os.setpriority(os.PRIO_PROCESS, 0, priority)
     torch.set_num_threads(1)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if _has_proc() else 0
     if now:

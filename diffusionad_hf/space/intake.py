@@ -60,7 +60,7 @@ class Limits:
     waiting: int = 200  # calls in the queue
     waiting_per_address: int = 20
     waiting_per_session: int = 8
-    light_seconds: float = 4  # of the processor; who took more in the last minutes comes after everyone else
+    light_seconds: float = 4  # of the processor; addresses that took more in the last minutes take turns
     calls_per_second: int = 20  # of an address, on average over 15 s
     open_per_address: int = 48  # connections
     uploading_per_address: int = 4

@@ -18,14 +18,14 @@ from .intake import LIMITS, Refusal, admit
 from .models import Models, about
 from .reports import COLUMNS
 from .results import Results
-from .traffic import FairQueue, Guard, in_turn
+from .traffic import QUICK, FairQueue, Guard, charged
 from .views import OPACITY
 
 STYLE = Path(__file__).with_name("style.css")
 
 # Moving a control draws again at once: the last position wins, and nothing blinks.
 LIVE = {"trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private", "preprocess": False}
-LIVE |= {"concurrency_limit": 2, "concurrency_id": "draw"}
+LIVE |= {"concurrency_limit": 2, "concurrency_id": QUICK}
 # Full-size pictures take much memory: one at a time.
 DOWNLOADS = {"concurrency_limit": 1, "concurrency_id": "download", "api_visibility": "private", "preprocess": False}
 # Uploads stay files: gradio would decode them first, and put the server's paths into its messages.
@@ -254,7 +254,7 @@ class Page(gr.Blocks):
             blocks=self,
         )
         for event in self.fns.values():
-            event.fn = event.fn and in_turn(event.fn)
+            event.fn = event.fn and charged(event.fn)
         return self
 
 

@@ -8,15 +8,11 @@ import logging
 import os
 import random
 import re
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
+from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -41,7 +37,7 @@ _CHEAP = re.compile(r"/(?:assets|static|svelte|gradio_api/file=)")
 _TOOLS = re.compile(r"/gradio_api/mcp(/|$)")
 _COSTLY = re.compile(r"/(?:$|config|gradio_api/(?:info|openapi))")
 _HALF_LIFE = 60.0  # seconds after which half of what a visitor took is forgotten
-_BEHIND = 10  # the priority of who took much: a tenth of the processor as long as others want it
+QUICK = "draw"  # the kind of call that draws a result again
 
 
 def address_of(scope: dict[str, Any]) -> str:
@@ -227,48 +223,26 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _step_back() -> None:
-    """Others come before this thread, and those it starts."""
-    if sys.platform == "linux":  # elsewhere priorities are those of whole processes
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BEHIND)
+_SECONDS: ContextVar[list[float]] = ContextVar("seconds")  # that a running call computed, piece by piece
 
 
-@dataclass
-class _Share:
-    """Seconds of the processor that a call may take before all others come first, and those that it took."""
+def charged(function: Callable) -> Callable:
+    """The function, or generator, which tells [`FairQueue`] what it computes; what it waits for costs nothing."""
 
-    fair: float
-    taken: float = 0.0
-
-
-_SHARE: ContextVar[_Share] = ContextVar("share")
-_BEHIND_OTHERS = ThreadPoolExecutor(4, initializer=_step_back)
-
-
-def in_turn(function: Callable) -> Callable:
-    """The function, or generator, which steps behind all others where [`FairQueue`] finds that it takes too much."""
-
-    def step(share: _Share, work: Callable, *args: Any, **kwargs: Any) -> Any:
+    def step(work: Callable, *args: Any, **kwargs: Any) -> Any:
         began = time.thread_time()
         try:
             return work(*args, **kwargs)
         finally:
-            share.taken += time.thread_time() - began
-
-    def run(work: Callable, *args: Any, **kwargs: Any) -> Any:
-        share = _SHARE.get(None)
-        if share is None:  # past the queue: what is done when a page closes, or an example is chosen
-            return work(*args, **kwargs)
-        if share.taken <= share.fair:
-            return step(share, work, *args, **kwargs)
-        return _BEHIND_OTHERS.submit(copy_context().run, step, share, work, *args, **kwargs).result()
+            # None past the queue: what is done when a page closes, or an example is chosen.
+            _SECONDS.get([]).append(time.thread_time() - began)
 
     def one(*args: Any, **kwargs: Any) -> Any:
-        return run(function, *args, **kwargs)
+        return step(function, *args, **kwargs)
 
     def many(*args: Any, **kwargs: Any) -> Iterator[Any]:
         with closing(function(*args, **kwargs)) as steps:
-            while (found := run(next, steps, None)) is not None:
+            while (found := step(next, steps, None)) is not None:
                 yield found
 
     # gradio reads what it passes off a function's signature.
@@ -279,14 +253,14 @@ class FairQueue(Queue):
     """
     gradio's queue, in which nobody takes all places or all of the processor.
 
-    Whoever took least of the last minutes comes first. An address runs one call of a kind at a time; of the addresses
-    that took much, one runs a kind at a time, behind all other work.
+    Whoever took least of the last minutes comes first. An address runs one call of a kind at a time, and of the
+    addresses that took much, one runs at all; but drawing a result again, which is quick, waits for none of them.
     """
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self._taken: dict[str, tuple[float, float]] = {}  # address: seconds, when
-        self._running: dict[Event, _Share] = {}
+        self._running: dict[Event, list[float]] = {}  # seconds that they computed
         # Answers that were not fetched: gradio's 2,000 would let a flood push out other visitors' answers.
         self.pending_messages_per_session = LRUCache(20_000)
 
@@ -317,31 +291,33 @@ class FairQueue(Queue):
             if ready:
                 event = min(ready, key=lambda event: (self._took(_address(event)), event.enqueue_time))
                 queue.queue.remove(event)
-                self._running[event] = _Share(LIMITS.light_seconds - self._took(_address(event)))
+                self._running[event] = []
                 return [event], False, name
         return None
 
     def _may_run(self, event: Event) -> bool:
-        others = {_address(e) for e in self._running if e.concurrency_id == event.concurrency_id}
-        if _address(event) in others:
+        address, kind = _address(event), event.concurrency_id
+        if any(_address(e) == address and e.concurrency_id == kind for e in self._running):
             return False
-        return not self._is_heavy(_address(event)) or not any(self._is_heavy(other) for other in others)
+        if kind == QUICK or not self._is_heavy(address):
+            return True
+        return not any(self._is_heavy(_address(e)) for e in self._running if e.concurrency_id != QUICK)
 
     async def process_events(self, events: list[Event], *args: Any, **kwargs: Any) -> None:
         [event] = events  # none of our functions takes several calls at a time
-        _SHARE.set(self._running[event])
+        _SECONDS.set(self._running[event])
         try:
             await super().process_events(events, *args, **kwargs)
         finally:
             while len(self._taken) > 10_000:
                 del self._taken[next(iter(self._taken))]
             address = _address(event)
-            taken = self._took(address) + self._running.pop(event).taken
+            taken = self._took(address) + sum(self._running.pop(event))
             self._taken.pop(address, None)
             self._taken[address] = (taken, time.monotonic())
 
     def _is_heavy(self, address: str) -> bool:
-        running = sum(share.taken for event, share in self._running.items() if _address(event) == address)
+        running = sum(sum(taken) for event, taken in self._running.items() if _address(event) == address)
         return self._took(address) + running > LIMITS.light_seconds
 
     def _took(self, address: str) -> float:

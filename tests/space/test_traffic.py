@@ -2,9 +2,6 @@
 
 import asyncio
 import json
-import os
-import sys
-import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +11,7 @@ import pytest
 
 from diffusionad_hf.space import traffic
 from diffusionad_hf.space.intake import LIMITS, MB
-from diffusionad_hf.space.traffic import FairQueue, Guard, address_of, in_turn
+from diffusionad_hf.space.traffic import FairQueue, Guard, address_of, charged
 
 
 def scope(path="/config", address="192.0.2.1", **more):
@@ -142,7 +139,7 @@ def test_a_full_disk_refuses_uploads_and_many_small_files_fill_it(tmp_path, monk
 @pytest.fixture
 def queue():
     queue = FairQueue(live_updates=True, concurrency_count=9, update_intervals=1, max_size=9, blocks=gr.Blocks())
-    for name, limit in (("inspect", 3), ("batch", 2)):
+    for name, limit in (("inspect", 3), ("batch", 2), ("draw", 2)):
         queue.event_queue_per_concurrency_id[name] = SimpleNamespace(
             queue=[], concurrency_limit=limit, current_concurrency=0
         )
@@ -184,22 +181,21 @@ def test_who_took_least_comes_first_and_what_was_taken_is_forgotten(queue, monke
     assert queue._took("1.1.1.1") == pytest.approx(2)
 
 
-def test_of_those_who_took_much_one_runs_a_kind_at_a_time(queue, monkeypatch):
+def test_of_those_who_took_much_one_runs_at_a_time(queue, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(traffic.time, "monotonic", lambda: now)
     queue._taken |= dict.fromkeys(("1.1.1.1", "2.2.2.2"), (2 * LIMITS.light_seconds, now))
-    first, second, batch = wait(queue, "1.1.1.1"), wait(queue, "2.2.2.2"), wait(queue, "1.1.1.1", "batch")
-    # Whose batch runs can go on looking at single photos.
-    running = {next_of(queue), next_of(queue)}
-    assert batch in running and next_of(queue) is None
-    light = wait(queue, "3.3.3.3")
-    assert next_of(queue) is light
-    waiting = ({first, second} - running).pop()
-    del queue._running[(running - {batch}).pop()]
-    queue._running[light].taken = LIMITS.light_seconds + 1
+    first, second = wait(queue, "1.1.1.1"), wait(queue, "2.2.2.2", "batch")
+    running = next_of(queue)
+    assert running in (first, second) and next_of(queue) is None
+    light, moved = wait(queue, "3.3.3.3"), wait(queue, "1.1.1.1", "draw")
+    # Whose batch runs can go on moving the sliders.
+    assert {next_of(queue), next_of(queue)} == {light, moved}
+    del queue._running[running]
+    assert next_of(queue) in {first, second} - {running}
+    queue._running[light].append(LIMITS.light_seconds + 1)
+    wait(queue, "3.3.3.3", "batch")
     assert next_of(queue) is None
-    del queue._running[light]
-    assert next_of(queue) is waiting
 
 
 def run(queue, monkeypatch, call, work):
@@ -222,7 +218,7 @@ def busy(seconds):
 
 
 def test_what_a_call_computes_is_charged_to_its_address_and_what_it_waits_for_is_not(queue, monkeypatch):
-    @in_turn
+    @charged
     def failing():
         time.sleep(0.2)
         busy(0.05)
@@ -233,26 +229,13 @@ def test_what_a_call_computes_is_charged_to_its_address_and_what_it_waits_for_is
     assert 0.04 < queue._took("1.1.1.1") < 0.15 and not queue._running
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
-def test_who_took_much_computes_behind_everyone_else(queue, monkeypatch):
-    monkeypatch.setattr(traffic, "LIMITS", replace(LIMITS, light_seconds=0.05))
+def test_every_step_of_a_batch_is_charged(queue, monkeypatch):
+    @charged
+    def steps():
+        for _ in range(3):
+            busy(0.02)
+            yield 1
 
-    @in_turn
-    def priorities():
-        for _ in range(2):
-            busy(0.06)
-            yield os.getpriority(os.PRIO_PROCESS, 0)
-
-    @in_turn
-    def priority(added):
-        return os.getpriority(os.PRIO_PROCESS, 0) + added
-
-    ours = os.getpriority(os.PRIO_PROCESS, 0)
-    # It falls behind once it took its share, whatever it says then, and so does what comes after it.
-    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: list(priorities())) == [ours, 10]
-    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: priority(added=1)) == 11
-    assert run(queue, monkeypatch, wait(queue, "2.2.2.2"), lambda: priority(added=1)) == ours + 1
-
-
-def test_what_is_called_past_the_queue_is_done_at_once():
-    assert in_turn(lambda: threading.current_thread())() is threading.current_thread()
+    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: list(steps())) == [1, 1, 1]
+    assert 0.05 < queue._took("1.1.1.1") < 0.15
+    assert list(steps()) == [1, 1, 1]  # past the queue
