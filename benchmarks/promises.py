@@ -1,6 +1,6 @@
 """Whether calibrations keep what they promise: false alarms on normal images, over many random calibrations.
 
-    python -m demo_part.generate --train 1 --test-good 300 --test-defective 0 --seed 77 --out parts
+    python -m demo_part --train 1 --test-good 300 --test-defective 0 --seed 77 --out parts
     python -m benchmarks promises --model space/checkpoints/demo-part --images parts/demo-part/test/good
 
 Normal images that the model was not trained on are inspected once. Each split calibrates on n of them, drawn at
