@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from diffusionad_hf import PRESETS, DiffusionADPipeline, NormGuidedUNet2DModel, build_pipeline
 from diffusionad_hf.training import loop as train
 from diffusionad_hf.training.arguments import parse_arguments
+from diffusionad_hf.training.look import look
 from diffusionad_hf.training.optimization import learning_rates
 
 from .runs import arguments, losses, run, same, weights
@@ -47,7 +48,8 @@ def watched(monkeypatch):
 
 def prepared(data, **options):
     """Training set, held-out set, synthesiser and validation, as `train.py` makes them."""
-    return train.prepare_data(parse_arguments(arguments(data, data, **options)))
+    args = parse_arguments(arguments(data, data, **options))
+    return train.prepare_data(args, look(args))
 
 
 def built(**options):
@@ -288,7 +290,8 @@ def spoil(name, data):
     elif name == "a mask without an image":
         image.unlink()
     elif name == "too many corrupt images":
-        sorted(normal.iterdir())[2].write_bytes(b"nothing")
+        for file in sorted(normal.iterdir())[2:4]:
+            file.write_bytes(b"nothing")
     elif name == "an empty texture folder":
         shutil.rmtree(data.parent / "textures")
         (data.parent / "textures").mkdir()
@@ -301,7 +304,7 @@ def spoil(name, data):
         ("no normal images", "no normal images to train on"),
         ("an image without a mask", "without a mask: .*{image}"),
         ("a mask without an image", "without an image: .*{mask}"),
-        ("too many corrupt images", "1 of 12 images are unusable, more than 5%: .*002"),
+        ("too many corrupt images", "2 of 12 images are unusable, more than 5%: .*002"),
         ("an empty texture folder", "no readable image .* in texture folder .*textures"),
     ],
 )
