@@ -248,15 +248,18 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "train.py") -> Tr
         values["data_dir"] = photos or values["data_dir"]
         if not values["data_dir"]:
             parser.error("give PHOTOS: a folder of normal photos of one product.")
-        config = TrainingConfig(**values)
+        return TrainingConfig(**values)
     except ValueError as error:
         parser.error(as_flags(str(error)))
-    # Before the seconds that it takes to import torch.
-    if not (Path(config.data_dir).expanduser().exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", config.data_dir)):
-        parser.error(f"there is no folder {config.data_dir}: give a folder of photos, or OWNER/NAME on the Hub.")
+
+
+def check_paths(config: TrainingConfig) -> None:
+    """Raises a `ValueError` if the photos or the output folder cannot be what they should, as far as names tell."""
+    photos = Path(config.data_dir).expanduser()
+    if photos.is_file() or not (photos.exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", config.data_dir)):
+        raise ValueError(f"there is no folder {photos}: give a folder of normal photos, or OWNER/NAME on the Hub.")
     if Path(config.output_dir).is_file():
-        parser.error(f"--output-dir {config.output_dir}: is a file; give a folder.")
-    return config
+        raise ValueError(f"`output_dir` {config.output_dir}: is a file; give a folder.")
 
 
 def _name(photos: str | Path, category: str | None) -> str:

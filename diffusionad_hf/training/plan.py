@@ -24,6 +24,8 @@ from .synthesis import AnomalySynthesizer
 _SLOW = 3.0
 # What bf16 must gain in a whole step, as it is less exact.
 _WORTH_IT = 0.9
+# Beyond every epoch of a training.
+_EPOCH = 2**31
 # Seconds: a first step that took longer is not repeated.
 _LONG = 10.0
 # Held-out images that it takes to show that a model has learnt something, see `Validation.is_passed_by`.
@@ -214,7 +216,7 @@ def _measure(
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
 
     def step() -> None:
-        batch: dict[str, Any] = default_collate([train_set[0, i % len(train_set)] for i in range(batch_size)])
+        batch: dict[str, Any] = default_collate([train_set[_EPOCH, i % len(train_set)] for i in range(batch_size)])
         inputs = prepare_batch(batch, synthesizer, pipe.scheduler, device, args.seed)
         with torch.autocast(device.type, dtype, enabled=precision != "no"):
             losses = objective(**inputs)

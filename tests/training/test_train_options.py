@@ -38,6 +38,8 @@ def watched(monkeypatch):
 
     def watched_step(self, *args, **kwargs):
         seen["rates"].append([group["lr"] for group in self.param_groups])
+        if not any(seen["rates"][-1]):  # the probe's
+            seen.update(rates=[], types=set(), images=0)
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -323,9 +325,10 @@ def test_a_corrupt_image_among_good_ones_is_named_counted_and_left_out(damaged, 
         shutil.copy(first, good / f"more{i}.png")
     first.write_bytes(first.read_bytes()[:300])
     assert run(damaged, damaged.parent / "out", max_train_steps=1) == 0
-    said = capsys.readouterr().err
-    assert "1 of 22 images are left out" in said and first.name in said
-    assert "16 normal images to train on, 5 held out" in said
+    said = capsys.readouterr().out
+    assert "Left out, damaged: " in said and first.name in said
+    assert "Left out, 9 duplicate(s): good/more1.png = good/more0.png" in said
+    assert "Photos:  9 to train on, 3 held out" in said
 
 
 def test_a_dataset_that_is_not_on_the_hub(hub, tmp_path, monkeypatch, capsys):
