@@ -337,6 +337,16 @@ def load_category(source: str | Path, category: str | None = None, *, hold_out: 
     return datasets.DatasetDict(splits)
 
 
+def add_normal(table: Any, files: Sequence[str]) -> Any:
+    """The split "train" of a category with more normal images."""
+    if not files:
+        return table
+    datasets, count = require("datasets", "train"), len(files)
+    columns = {"image": files, "mask": [None] * count, "label": [0] * count}
+    columns |= {"defect_type": [NORMAL] * count, "split": ["train"] * count}
+    return datasets.concatenate_datasets([table, datasets.Dataset.from_dict(columns, features=table.features)])
+
+
 def _features(datasets: ModuleType) -> Any:
     text = datasets.Value("string")
     return datasets.Features(
@@ -459,7 +469,7 @@ def check_images(dataset: Any) -> tuple[Any, list[str]]:
         The dataset without them, and one line for each, `file: reason`, which is also logged as a warning.
 
     Raises:
-        ValueError: If more than 5 % of the rows are unusable; names the first of them.
+        ValueError: If more than 5 % of the rows are unusable, and more than one; names the first of them.
     """
     datasets = require("datasets", "train")
     encoded = dataset.select_columns(["image", "mask"])
@@ -486,7 +496,7 @@ def check_images(dataset: Any) -> tuple[Any, list[str]]:
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(problem, range(len(encoded))))
     problems = [line for line in found if line is not None]
-    if len(problems) > _MOST_UNUSABLE * len(found):
+    if len(problems) > max(1, _MOST_UNUSABLE * len(found)) or len(problems) == len(found) > 0:
         raise ValueError(
             f"{len(problems)} of {len(found)} images are unusable, more than {_MOST_UNUSABLE:.0%}: "
             f"{_shorten(problems)}. Is the copy or the download complete?"

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..files import require
-from ..training.arguments import parse_arguments
+from ..training.arguments import check_paths, parse_arguments
 from .options import add_command
 
 
@@ -14,5 +14,6 @@ def add_commands(commands: Any) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     prog = "diffusionad train"
-    parse_arguments(args.arguments, prog)  # says what is wrong with them, and helps, before torch is there
+    # Says what is wrong with them, and helps, before torch is there.
+    check_paths(parse_arguments(args.arguments, prog))
     return require("diffusionad_hf.training.loop", "train").main(args.arguments, prog=prog)

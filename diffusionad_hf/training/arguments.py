@@ -3,15 +3,19 @@
 import argparse
 import json
 import math
+import os
 import re
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from ..files import slug
 from ..flags import DashedParser, as_flags
 from ..presets import PRESETS as ARCHITECTURES
 
 _PRESET_FOLDER = Path(__file__).parent / "presets"
+# Folders that are called alike in every dataset.
+_NOT_A_NAME = {"good", "ok", "normal", "train"}
 # The first option of each group in --help.
 _GROUPS = {
     "data_dir": "data",
@@ -27,17 +31,23 @@ def _option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, 
     return field(default=default, metadata={"help": help, "choices": choices, "within": within})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False)
 class TrainingConfig:
     """
-    The options of a training; `--help` of the command line explains each.
+    The options of a training, as keywords; `diffusionad train --help` explains each. `preset` decides what is not
+    given.
+
+    The command line, its help, the presets and what is saved with checkpoints all come from these fields.
 
     Raises:
-        ValueError: If a value is of the wrong type or makes no sense; the message names the option in backticks.
+        ValueError: If there is no such option, or a value is of the wrong type or makes no sense; the message names
+            the option in backticks.
     """
 
-    data_dir: str = _option(
-        MISSING, "Dataset in the layout of MVTec AD, VisA or DAGM, a plain folder, or a Hub dataset id."
+    data_dir: str | None = _option(
+        None,
+        "The same as PHOTOS: a plain folder of normal photos, a dataset in the layout of MVTec AD, VisA or DAGM, or a "
+        "Hub dataset id.",
     )
     category: str | None = _option(
         None,
@@ -63,6 +73,12 @@ class TrainingConfig:
         "Share of the normal images held out to choose and calibrate the model; more, up to half, if "
         "`false_alarm_rate` takes more.",
         within="(0, 1)",
+    )
+
+    feedback: str | None = _option(
+        None,
+        "JSON with the photos that people marked as fine, which are learnt from, and as defects, which only measure "
+        "the result.",
     )
 
     preset: str = _option(
@@ -123,15 +139,24 @@ class TrainingConfig:
         0.999, "Decay of the averaged weights, which are what is saved; 0 turns it off.", within="[0, 1)"
     )
     mixed_precision: str | None = _option(
-        None, "As in accelerate, whose configuration decides by default.", choices=("no", "bf16", "fp16")
+        None,
+        "Precision of the arithmetic. By default as accelerate is configured or, if it is not, the fastest of those "
+        "that this device has, of each of which a step is timed.",
+        choices=("no", "bf16", "fp16"),
     )
     seed: int = _option(0, "Fixes data order, anomalies, noise and initial weights.", within="[0, inf)")
 
-    output_dir: str = _option(MISSING, "Folder to write to: the pipeline, checkpoints, the training curve and logs.")
+    output_dir: str | None = _option(
+        None,
+        "Folder to write to: the pipeline, checkpoints, the training curve and logs. By default runs/NAME, by the "
+        "name of the photos' folder.",
+    )
     save_dtype: str = _option("float32", "Type of the saved weights.", choices=("float32", "float16"))
     checkpointing_steps: int = _option(500, "Steps between checkpoints to resume from.", within="[1, inf)")
     checkpoints_total_limit: int = _option(2, "Checkpoints to keep.", within="[1, inf)")
-    resume_from_checkpoint: str | None = _option(None, 'A checkpoint folder, or "latest".')
+    resume_from_checkpoint: str = _option(
+        "latest", 'Where to go on from, if there is something: a checkpoint folder, or "latest" of the output folder.'
+    )
     validation_steps: int = _option(
         500, "Steps between validations on held-out normal images with synthetic defects.", within="[1, inf)"
     )
@@ -149,7 +174,20 @@ class TrainingConfig:
         0, "Processes that decode images; 0 keeps small datasets in memory.", within="[0, inf)"
     )
 
-    def __post_init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
+        values = {option.name: option.default for option in fields(self)}
+        if unknown := options.keys() - values:
+            raise ValueError(f"no option of a training: {', '.join(sorted(unknown))}; see `diffusionad train --help`.")
+        values |= load_preset(str(options.get("preset", values["preset"]))) | options
+        if isinstance(values["image_size"], int):
+            values["image_size"] = str(values["image_size"])
+        if values["output_dir"] is None and values["data_dir"] is not None:
+            values["output_dir"] = str(Path("runs", _name(values["data_dir"], values["category"])))
+        for name, value in values.items():
+            object.__setattr__(self, name, str(value) if isinstance(value, Path) else value)
+        self._check()
+
+    def _check(self) -> None:
         for option in fields(self):
             _check_value(option, getattr(self, option.name))
         multiple = 32
@@ -171,7 +209,7 @@ class TrainingConfig:
             )
         if self.compile and self.gradient_checkpointing:
             raise ValueError("`compile`: torch.compile cannot compile `gradient_checkpointing`; give only one.")
-        if self.category == "all" and self.resume_from_checkpoint not in (None, "latest"):
+        if self.category == "all" and self.resume_from_checkpoint != "latest":
             raise ValueError(
                 f"`resume_from_checkpoint` {self.resume_from_checkpoint}: with `category` all, every category resumes "
                 "from its own latest checkpoint; leave it out."
@@ -201,11 +239,34 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "train.py") -> Tr
     first.add_argument("--preset", default=parser.get_default("preset"))
     try:
         parser.set_defaults(**load_preset(first.parse_known_args(argv)[0].preset))
-        values = vars(parser.parse_args(argv))
+        # Intermixed: PHOTOS may also come last.
+        values = vars(parser.parse_intermixed_args(argv))
         values["image_size"] = values.pop("resolution", values["image_size"])
+        photos = values.pop("photos")
+        if photos and values["data_dir"]:
+            parser.error(f"PHOTOS {photos} and --data-dir {values['data_dir']}: give only one.")
+        values["data_dir"] = photos or values["data_dir"]
+        if not values["data_dir"]:
+            parser.error("give PHOTOS: a folder of normal photos of one product.")
         return TrainingConfig(**values)
     except ValueError as error:
         parser.error(as_flags(str(error)))
+
+
+def check_paths(config: TrainingConfig) -> None:
+    """Raises a `ValueError` if the photos or the output folder cannot be what they should, as far as names tell."""
+    photos = Path(config.data_dir).expanduser()
+    if photos.is_file() or not (photos.exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", config.data_dir)):
+        raise ValueError(f"there is no folder {photos}: give a folder of normal photos, or OWNER/NAME on the Hub.")
+    if Path(config.output_dir).is_file():
+        raise ValueError(f"`output_dir` {config.output_dir}: is a file; give a folder.")
+
+
+def _name(photos: str | Path, category: str | None) -> str:
+    """What a training is called by default: `cookie` for .../cookie/train/good, `mvtec_ad-bottle` for a category."""
+    _, *parts = Path(os.path.abspath(Path(photos).expanduser())).parts
+    name = next((part for part in reversed(parts) if part.lower() not in _NOT_A_NAME), "photos")
+    return name if category in (None, "all", name) else f"{name}-{slug(category)}"
 
 
 def load_preset(name: str) -> dict[str, Any]:
@@ -256,19 +317,23 @@ def _check_value(option: Field, value: Any) -> None:
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = DashedParser(
         prog=prog,
-        description="Trains DiffusionAD on normal images of one product and writes a calibrated pipeline folder.",
+        usage=f"{prog} PHOTOS [--output-dir DIR] [options]",
+        description="Trains DiffusionAD on normal images of one product and writes a calibrated pipeline folder. "
+        "Looks at the photos first, says its plan, and goes on where it stopped when it is called again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("photos", metavar="PHOTOS", nargs="?", help="What to learn from, see --data-dir.")
     for option in fields(TrainingConfig):
         if option.name in _GROUPS:
             group = parser.add_argument_group(_GROUPS[option.name])
-        kind, required = _kind(option), option.default is MISSING
-        settings = {"action": "store_true"} if kind is bool else {"type": kind, "choices": option.metadata["choices"]}
+        kind = _kind(option)
+        settings = {"type": kind, "choices": option.metadata["choices"]}
+        if kind is bool:
+            settings = {"action": argparse.BooleanOptionalAction}
         group.add_argument(
             f"--{option.name.replace('_', '-')}",
-            default=None if required else option.default,
-            required=required,
+            default=option.default,
             help=as_flags(option.metadata["help"]),
             **settings,
         )

@@ -16,8 +16,8 @@ from ..hub.checks import check_hub_id
 from ..hub.publishing import publish_model
 from .arguments import TrainingConfig
 from .checkpoints import check_same_training
-from .outcome import ARGUMENTS_FILE
-from .processes import together
+from .outcome import ARGUMENTS_FILE, next_steps
+from .processes import EXPECTED, together
 
 logger = logging.getLogger("training")
 
@@ -41,7 +41,7 @@ def train_all(args: TrainingConfig, train: Callable[[TrainingConfig], int]) -> i
             own["foreground_dir"] = str(Path(args.foreground_dir) / name)
         try:
             code = train_and_publish(replace(args, **own), train)
-        except (OSError, ValueError, ImportError) as error:
+        except EXPECTED as error:
             logger.error(f"{name} failed: {error}")
             failed[name] = error
             continue
@@ -59,7 +59,7 @@ def train_and_publish(args: TrainingConfig, train: Callable[[TrainingConfig], in
     """Trains one category, unless it is resumed and finished already, and publishes it if asked to."""
     finished = args.resume_from_checkpoint == "latest" and _is_finished(args)
     if finished:
-        logger.info(f"{args.output_dir} was finished before.")
+        logger.info(f"{args.output_dir} was finished before.\n{next_steps(args)}")
     code = 0 if finished else train(args)
     if code == 0 and args.push_to_hub:
         together(lambda: _publish(args), main_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from .optimization import STEADY_SCHEDULES
+from .plan import Plan
 from .processes import together
 
 _STATE_FILE = "training_state.json"
@@ -80,6 +81,15 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     raise FileNotFoundError(f"`resume_from_checkpoint` {name}: no checkpoint there; {output_dir} holds {there}.")
 
 
+def former_plan(folder: Path) -> Plan:
+    """How the training that a checkpoint is of computed its steps."""
+    state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+    if "plan" in state:
+        return Plan(**state["plan"])
+    names = ("mixed_precision", "train_batch_size", "gradient_accumulation_steps")
+    return Plan(**{name: state["arguments"][name] for name in names})
+
+
 def load_checkpoint(accelerator: Accelerator, folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     """Restores the accelerator's objects and returns the state saved with them."""
     state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
@@ -101,15 +111,6 @@ def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -
                 f"{where}: that training had `{name}` {then[name]}, this one has {value}; give the same, or start "
                 "afresh in another `output_dir`."
             )
-
-
-def refuse_former_training(output_dir: Path) -> None:
-    """Keeps a training from starting over in the folder of another one."""
-    if former := _checkpoints(output_dir):
-        raise ValueError(
-            f"`output_dir` {output_dir}: holds {former[-1].name} of a former training; go on from it with "
-            "`resume_from_checkpoint` latest, or give another folder."
-        )
 
 
 def _hidden(checkpoint: Path) -> Path:

@@ -71,6 +71,13 @@ class NormalImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def only(self, rows: Sequence[int], images: Sequence[Any]) -> "NormalImages":
+        """Those of some rows, which are `images`, without reading them again."""
+        chosen = NormalImages(images, self.size)
+        if self._cache is not None:
+            chosen._cache = {new: self._cache[old] for new, old in enumerate(rows) if old in self._cache}
+        return chosen
+
     def pixels(self, index: int) -> torch.Tensor:
         """One image, `(3, H, W)` float32 in [0, 1]."""
         if self._cache is None:

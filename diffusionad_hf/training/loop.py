@@ -8,41 +8,42 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object, parse_flag_from_env, set_seed
+from diffusers.utils.logging import disable_progress_bar
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..calibration import promised_rate
-from ..files import restore_folder
+from ..files import one_line, restore_folder
 from ..flags import as_flags
 from ..pipeline_diffusionad import DiffusionADPipeline
-from ..presets import build_pipeline
-from ..scheduling_norm_guided import NormGuidedScheduler
 from ..verdicts_diffusionad import images_needed
 from .arguments import TrainingConfig, parse_arguments
 from .categories import ALL, check_publishing, train_all, train_and_publish
-from .checkpoints import (
-    find_checkpoint,
-    load_checkpoint,
-    refuse_former_training,
-    save_checkpoint,
-)
+from .checkpoints import find_checkpoint, former_plan, load_checkpoint, save_checkpoint
 from .dataset import NormalImages, StepSampler, split_holdout
-from .images import load_images
+from .look import Photos, look, save_kinds
 from .losses import DiffusionADObjective
 from .memory import keep_freed_memory
 from .optimization import averaging, learning_rates
-from .outcome import Curve, Validation, finish, validate
-from .processes import together
+from .outcome import Curve, Validation, conclude, finish, finish_so_far, observe
+from .plan import Counts, probe
+from .preview import save_preview
+from .processes import EXPECTED, together
+from .progress import Progress, ProgressFile
+from .steps import build_networks, build_synthesizer, prepare_batch
 from .synthesis import AnomalySynthesizer, Textures
 from .textures import FolderTextures, ProceduralTextures
 
@@ -52,6 +53,45 @@ INTERRUPTED = 130
 _LOSSES = ("loss", "noise", "focal", "smooth_l1")
 # How long processes wait for the main one while it validates or publishes.
 _PATIENCE = timedelta(hours=3)
+PREVIEW_FILE = "preview.png"
+
+
+def train(
+    photos: str | os.PathLike | None = None,
+    config: TrainingConfig | None = None,
+    *,
+    callbacks: Sequence[Callable[[Progress], object]] = (),
+) -> DiffusionADPipeline:
+    """
+    Trains on normal photos of one product, as `diffusionad train` does; called again, it goes on where it stopped.
+
+    Args:
+        photos: Their folder, or a Hub dataset id; `config.data_dir` if left out.
+        config: The options.
+        callbacks: Called with the [`Progress`] at every step and change. `progress.stop()` ends the training after the
+            step, as Ctrl-C does, with what was learnt so far.
+
+    Returns:
+        `DiffusionADPipeline`: Calibrated, on the CPU or GPU that it was trained on; it lies in `config.output_dir`.
+
+    Raises:
+        ValueError: If an option or the photos make no sense.
+        OSError: If something cannot be read or written.
+        MemoryError: If not even one image fits into the memory.
+        KeyboardInterrupt: If it was interrupted before the first step.
+    """
+    config = config or TrainingConfig()
+    if photos is not None:
+        config = replace(config, data_dir=os.fspath(photos))
+    if config.data_dir is None:
+        raise ValueError("`data_dir`: give a folder of normal photos.")
+    if config.category == ALL:
+        raise ValueError(f"`category` {ALL}: train one category at a time, or use the command line.")
+    if config.push_to_hub:
+        check_publishing(config)
+    start_processes()
+    train_and_publish(config, partial(train_category, callbacks=callbacks))
+    return DiffusionADPipeline.from_pretrained(config.output_dir, dtype=torch.float32).to(PartialState().device)
 
 
 def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
@@ -62,18 +102,20 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     # The HTTP library of either version of the Hub client logs every request, Accelerate every file it saves.
     for name in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    disable_progress_bar()
     args = parse_arguments(argv, prog)
     try:
         if args.push_to_hub:
             check_publishing(args)
         start_processes()
-        with Interrupt() as interrupt:
-            run = train_all if args.category == ALL else train_and_publish
-            return run(args, partial(train, interrupt=interrupt))
-    except (OSError, ValueError, ImportError) as error:
+        return (train_all if args.category == ALL else train_and_publish)(args, train_category)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; the same command goes on where it was.", file=sys.stderr)
+        return INTERRUPTED
+    except EXPECTED as error:
         # One line for what the user can fix; anything else is a bug and keeps its traceback.
         if int(os.environ.get("RANK", 0)) == 0:
-            print(as_flags(f"{prog}: error: {error}"), file=sys.stderr)
+            print(as_flags(f"{prog}: error: {one_line(error)}"), file=sys.stderr)
         return 2
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -96,27 +138,61 @@ def start_processes() -> None:
         keep_freed_memory()
 
 
-def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
+def train_category(args: TrainingConfig, callbacks: Sequence[Callable[[Progress], object]] = ()) -> int:
     """Trains on one category and writes the calibrated pipeline; returns the exit code."""
-    output_dir = Path(args.output_dir)
+    output_dir, progress = Path(args.output_dir), Progress(steps=args.max_train_steps)
     together(lambda: output_dir.mkdir(parents=True, exist_ok=True))
+    if PartialState().is_main_process:
+        progress.tell([ProgressFile(output_dir), *callbacks])
+    try:
+        return _train(args, output_dir, progress)
+    except KeyboardInterrupt:
+        progress.update(phase="stopped")
+        raise
+    except Exception as error:
+        progress.update(phase="failed", error=as_flags(one_line(error)))
+        raise
+
+
+def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
+    say = print if PartialState().is_main_process else (lambda *_, **__: None)
+    progress.update()
+    found = together(lambda: find_start(args, output_dir))
+
+    # 1. Data: images to train on, held-out ones to choose and calibrate the model with, and synthetic anomalies.
+    photos = together(lambda: look(args))
+    train_set, held_out, synthesizer, validation = together(lambda: prepare_data(args, photos))
+    together(lambda: show_photos(args, photos, output_dir, progress), main_only=True)
+    for note in progress.notes:
+        say(note, flush=True)
+
+    # 2. The plan, from real steps.
+    progress.update(phase="probing")
+    former = None if found is None else former_plan(found)
+    plans = gather_object([together(lambda: probe(args, train_set, synthesizer, former))])
+    # All processes go by one of them: the one with the least memory.
+    plan = min(plans, key=lambda plan: plan.train_batch_size)
+    counts = Counts(args, len(validation.images), len(held_out), len(photos.test))
+    progress.update(
+        plan=plan.lines(args, len(train_set), len(held_out), train_set.size, counts.seconds_left(plan, 0)),
+        seconds_left=counts.seconds_left(plan, 0),
+    )
+    say("\n".join(progress.plan), flush=True)
+    # Another training in this process may have had another precision.
+    AcceleratorState._reset_state()
     trackers = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=plan.mixed_precision,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
         log_with=trackers,
         project_dir=str(output_dir / "logs"),
     )
-    found = together(lambda: find_start(args, output_dir))
     set_seed(args.seed)
 
-    # 1. Data: images to train on, held-out ones to choose and calibrate the model with, and synthetic anomalies.
-    train_set, held_out, synthesizer, validation = together(lambda: prepare_data(args))
-
-    # 2. Networks, optimiser, averaged weights.
+    # 3. Networks, optimiser, averaged weights.
     pipe = together(lambda: build_networks(args, train_set.size))
     if found is None and pipe.segmenter.config.get("memory_size"):
-        logger.info("Filling the memory with features of normal images.")
+        progress.update(phase="remembering")
         pipe.segmenter.to(accelerator.device).remember(train_set.pixels(i) for i in range(len(train_set)))
     objective = DiffusionADObjective(pipe.unet, pipe.segmenter, pipe.scheduler, args.detach_reconstruction).train()
     groups = [
@@ -131,7 +207,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
         averaged = AveragedModel(plain, multi_avg_fn=averaging(args.ema_decay), use_buffers=True)
         accelerator.register_for_checkpointing(averaged)
 
-    # 3. Resume, or start afresh.
+    # 4. Resume, or start afresh.
     arguments = vars(args) | {
         "mixed_precision": accelerator.mixed_precision,
         "prediction_type": pipe.scheduler.config.prediction_type,
@@ -142,13 +218,14 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
         state = together(lambda: load_checkpoint(accelerator, found, arguments | launched))
         logger.info(f"Resumed from {found}.")
     state["arguments"] = arguments | launched
+    state["plan"] = asdict(plan)
     if trackers is not None:
         accelerator.init_trackers("diffusionad", config={k: v for k, v in arguments.items() if v is not None})
 
-    accumulated = args.gradient_accumulation_steps
+    accumulated = plan.gradient_accumulation_steps
     batches = range(state["step"] * accumulated, args.max_train_steps * accumulated)
     sampler = StepSampler(
-        len(train_set), args.train_batch_size, batches, args.seed, accelerator.process_index, accelerator.num_processes
+        len(train_set), plan.train_batch_size, batches, args.seed, accelerator.process_index, accelerator.num_processes
     )
     loader = DataLoader(
         train_set,
@@ -158,13 +235,16 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
     )
     curve = Curve(output_dir / "training_curve.csv", state["step"])
 
-    # 4. The loop.
+    # 5. The loop.
     running: dict[str, float] = state["losses"]
     running.pop("distillation", None)  # of an earlier version
     parts: list[torch.Tensor] = []
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     done, silent = state["step"], not accelerator.is_main_process
-    with tqdm(total=args.max_train_steps, initial=done, desc="training", disable=silent) as bar:
+    started, best = time.monotonic(), state["best"]
+    progress.update(phase="training", step=done, validation=best)
+    bar = tqdm(total=args.max_train_steps, initial=done, desc="training", disable=silent)
+    with bar, Interrupt() as interrupt:
         for batch in loader:
             with accelerator.accumulate(objective):
                 for group, rate in zip(optimizer.param_groups, learning_rates(args, state["step"]), strict=True):
@@ -181,7 +261,7 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
             if not accelerator.sync_gradients:
                 continue
             # The only transfer from the device per step; all processes agree on whether to stop.
-            stop = torch.full_like(parts[0][:1], interrupt.requested)
+            stop = torch.full_like(parts[0][:1], interrupt.requested or progress.stopping)
             *values, stop = accelerator.reduce(torch.cat([torch.stack(parts).mean(0), stop]), "mean").tolist()
             for name, value in zip(_LOSSES, values, strict=True):
                 if not math.isfinite(value):
@@ -198,14 +278,20 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
             if averaged is not None:
                 averaged.update_parameters(plain)
             bar.update()
-            bar.set_postfix({name: f"{value:.4f}" for name, value in running.items()})
+            now = {} if progress.validation is None else {"validation": f"{progress.validation['score']:.3f}"}
+            bar.set_postfix({"loss": f"{running['loss']:.4f}", **now})
+            # The probe counts as one step, so that the first ones do not decide alone.
+            per_step = (plan.seconds_per_step + time.monotonic() - started) / (1 + state["step"] - done)
+            left = counts.seconds_left(replace(plan, seconds_per_step=per_step), state["step"])
+            progress.update(step=state["step"], loss=running["loss"], seconds_left=left)
             accelerator.log({f"train/{name}": value for name, value in running.items()}, step=state["step"])
 
             last = state["step"] == args.max_train_steps
-            if last or state["step"] % args.validation_steps == 0:
-                source = averaged.module if averaged is not None else plain
-                metrics = together(partial(validate, source, validation, output_dir, state), main_only=True)
-                if metrics is not None:
+            source = averaged.module if averaged is not None else plain
+            validates = last or state["step"] % args.validation_steps == 0
+            if validates or state["step"] % max(1, args.max_train_steps // 10) == 0:
+                observing = partial(observe, source, validation, output_dir, state, progress, validates)
+                if metrics := together(observing, main_only=True):
                     curve.write(state["step"], running, metrics)
                     accelerator.log(
                         {f"validation/{name}": value for name, value in metrics.items()}, step=state["step"]
@@ -217,41 +303,45 @@ def train(args: TrainingConfig, interrupt: "Interrupt") -> int:
                 break
     for tracker in accelerator.trackers:
         tracker.finish()
-    if state["step"] < args.max_train_steps:
-        logger.info(f"Interrupted at step {state['step']}; resume with `resume_from_checkpoint` latest.")
-        return INTERRUPTED
 
-    # 5. The best weights, calibrated on the held-out normal images.
-    together(lambda: finish(args, arguments, train_set, held_out, validation, accelerator.device), main_only=True)
-    return 0
+    # 6. The best weights, calibrated on the held-out normal images.
+    stopped = state["step"] < args.max_train_steps
+    if stopped:
+        logger.info(f"Stopped at step {state['step']}; the same command goes on from there.")
+        if interrupt.in_a_hurry:
+            progress.update(phase="stopped")
+            return INTERRUPTED
+        logger.info("Writing a model of what was learnt so far; press again to do without.")
+    progress.update(phase="calibrating", seconds_left=counts.seconds_left(plan, args.max_train_steps))
+    ending = partial(finish, args, arguments, train_set, held_out, validation, accelerator.device)
+
+    def end() -> None:
+        if stopped:
+            pipe = finish_so_far(ending, source, validation, output_dir, state)
+        else:
+            pipe = ending(output_dir / "best", complete=True)
+        conclude(pipe, args, photos, progress, stopped)
+
+    together(end, main_only=True)
+    return INTERRUPTED if stopped else 0
 
 
 def find_start(args: TrainingConfig, output_dir: Path) -> Path | None:
-    """The checkpoint to resume from, or `None`; refuses to start a new training in the folder of another one."""
-    if not args.resume_from_checkpoint:
-        refuse_former_training(output_dir)
-        return None
+    """The checkpoint to go on from, or `None` if there is none yet."""
     restore_folder(output_dir / "best")
-    found = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    if found is None:
-        logger.info(f"No checkpoint in {output_dir} yet: starting afresh.")
-    return found
+    return find_checkpoint(output_dir, args.resume_from_checkpoint)
 
 
-def prepare_data(args: TrainingConfig) -> tuple[NormalImages, NormalImages, AnomalySynthesizer, Validation]:
+def prepare_data(
+    args: TrainingConfig, photos: Photos
+) -> tuple[NormalImages, NormalImages, AnomalySynthesizer, Validation]:
     """The training set, the held-out set, the synthesizer of anomalies and the validation."""
-    normal, kind = load_images(args)
-    masks, size, needed = normal.foregrounds, normal.size, images_needed(args.false_alarm_rate)
+    normal, needed = photos.normal, images_needed(args.false_alarm_rate)
+    masks, size = normal.foregrounds, normal.size
     train_set, held_out = (
         NormalImages(Subset(normal.images, rows), size, None if masks is None else Subset(masks, rows))
         for rows in split_holdout(len(normal), args.holdout_fraction, args.seed, needed)
     )
-    logger.info(
-        f"{len(train_set)} normal images to train on, {len(held_out)} held out, treated as images of {kind}s "
-        f"at {size[1]} x {size[0]} px."
-    )
-    # Said now, and not after hours.
-    promised_rate(len(held_out), args.false_alarm_rate)
     if len(train_set) < args.train_batch_size:
         logger.warning(f"`train_batch_size` {args.train_batch_size}: every batch holds some image more than once.")
     textures: Textures = (
@@ -259,95 +349,18 @@ def prepare_data(args: TrainingConfig) -> tuple[NormalImages, NormalImages, Anom
         if args.texture_dir is None
         else FolderTextures(args.texture_dir, size)
     )
-    anomalies: dict[str, Any] = {
-        "seed": args.seed,
-        "self_augmentation_probability": 0.5 if kind == "object" else 0.0,
-        "line_probability": args.line_probability,
-        "displaced_probability": args.displaced_probability,
-        "erased_probability": args.erased_probability,
-    }
-    validation = Validation(held_out, AnomalySynthesizer(textures, anomaly_probability=1.0, **anomalies))
-    return train_set, held_out, AnomalySynthesizer(textures, **anomalies), validation
+    validation = Validation(held_out, build_synthesizer(args, textures, photos.kind, anomaly_probability=1.0))
+    return train_set, held_out, build_synthesizer(args, textures, photos.kind), validation
 
 
-def build_networks(args: TrainingConfig, size: tuple[int, int] | None = None) -> DiffusionADPipeline:
-    """The pipeline to train on images of a size (H, W), with random weights or those of `init_from`."""
-    pipe = build_pipeline(args.architecture, args.resolution, args.prediction_type, size)
-    if args.init_from is not None:
-        start_from(args.init_from, pipe)
-    for network in (pipe.unet, pipe.segmenter):
-        if args.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        if args.channels_last:
-            network.to(memory_format=torch.channels_last)
-        if args.compile:
-            # In place, which keeps the names of the weights.
-            network.compile()
-    return pipe
-
-
-def start_from(model: str, pipe: DiffusionADPipeline) -> None:
-    """Loads the weights of another pipeline; raises `ValueError` if its networks differ."""
-    source = DiffusionADPipeline.from_pretrained(model, dtype=torch.float32)
-    theirs, ours = (p.scheduler.config.prediction_type for p in (source, pipe))
-    if theirs != ours:
-        raise ValueError(
-            f"`init_from` {model}: its UNet predicts {theirs}, not {ours}; give `prediction_type` {theirs}."
-        )
-    for name in ("unet", "segmenter"):
-        try:
-            getattr(pipe, name).load_state_dict(getattr(source, name).state_dict())
-        except RuntimeError as error:
-            raise ValueError(
-                f"`init_from` {model}: its {name} has another size; give its `architecture` and `image_size`."
-            ) from error
-
-
-def prepare_batch(
-    batch: dict[str, torch.Tensor],
-    synthesizer: AnomalySynthesizer,
-    scheduler: NormGuidedScheduler,
-    device: torch.device,
-    seed: int,
-) -> dict[str, torch.Tensor]:
-    """
-    Synthesises the anomalies of a batch and draws its noise and timesteps.
-
-    Everything random about a sample depends only on the seed, the epoch and its index: not on the number of processes,
-    nor on whether the training was resumed.
-    """
-    # Asynchronous, as the loader pins its memory.
-    batch = {
-        name: values.to(device, non_blocking=True) if name in ("image", "foreground") else values
-        for name, values in batch.items()
-    }
-    foreground = batch.get("foreground")
-    made = []
-    # A batch may contain the end of one epoch and the start of the next.
-    for epoch in batch["epoch"].unique(sorted=True).tolist():
-        rows = (batch["epoch"] == epoch).nonzero()[:, 0]
-        allowed = None if foreground is None else foreground[rows]
-        made.append(synthesizer(batch["image"][rows], batch["index"][rows].tolist(), epoch, allowed))
-    images = torch.cat([part.images for part in made])
-    drawing, timing = torch.Generator(device), torch.Generator()
-    noise, timesteps, chance = [], [], []
-    for epoch, index in zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True):
-        words = np.random.SeedSequence((seed, epoch, index)).generate_state(3)
-        shape = (2, *images.shape[1:])
-        noise.append(torch.randn(shape, generator=drawing.manual_seed(int(words[0])), device=device))
-        timesteps.append(torch.cat(scheduler.sample_timesteps(1, generator=timing.manual_seed(int(words[1])))))
-        chance.append(float(words[2]) / 2**32)
-    small, big = torch.stack(timesteps, dim=1).to(device)
-    return {
-        "images": images,
-        "masks": torch.cat([part.masks for part in made]),
-        "labels": torch.cat([part.labels for part in made]),
-        "noise": torch.stack(noise, dim=1),
-        "timesteps_small": small,
-        "timesteps_big": big,
-        "index": batch["index"].to(device),
-        "chance": torch.tensor(chance, device=device),
-    }
+def show_photos(args: TrainingConfig, photos: Photos, output_dir: Path, progress: Progress) -> None:
+    """Writes the sheets of what is learnt from, and notes where they lie."""
+    notes = list(photos.notes)
+    if photos.kinds is not None:
+        notes.append(save_kinds(photos, output_dir / "kinds.png"))
+    save_preview(photos, args, output_dir / PREVIEW_FILE)
+    notes.append(f"Preview: {output_dir / PREVIEW_FILE} shows the foregrounds and synthetic defects.")
+    progress.update(notes=notes, preview=PREVIEW_FILE)
 
 
 def refuse_broken(
@@ -366,23 +379,28 @@ def refuse_broken(
 
 
 class Interrupt:
-    """On the first SIGINT or SIGTERM, requests a stop after the current step; the second one acts as usual."""
+    """On the first SIGINT or SIGTERM, requests a stop after the current step; the second one acts as usual.
+
+    Signals reach the main thread of a process alone: in another one, nothing is changed.
+    """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.requested = False
+        self.in_a_hurry = False  # SIGTERM: what sends it will not wait long
 
     def __enter__(self) -> "Interrupt":
-        self._former = {number: signal.signal(number, self._request) for number in self._SIGNALS}
+        here = threading.current_thread() is threading.main_thread()
+        self._former = {number: signal.signal(number, self._request) for number in self._SIGNALS if here}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def _request(self, *_: object) -> None:
-        self.requested = True
+    def _request(self, number: int, *_: object) -> None:
+        self.requested, self.in_a_hurry = True, number == signal.SIGTERM
         for number, handler in self._former.items():
             signal.signal(number, handler)
         print("\nStopping after this step, with a checkpoint; press again to stop at once.", file=sys.stderr)

@@ -4,30 +4,45 @@ import copy
 import csv
 import io
 import logging
+import shlex
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy.stats import mannwhitneyu
 
 from ..calibration import calibrate
+from ..data import check_images
+from ..evaluation.evaluator import evaluate_pipeline
+from ..evaluation.intervals import show
 from ..evaluation.metrics import image_metrics, pixel_metrics
 from ..familiarity_diffusionad import MOST_IMAGES, Familiarity, describe, pixel_digest
-from ..files import replace_file, replace_folder, restore_folder, write_json
+from ..files import replace_file, replace_folder, write_json
+from ..images_diffusionad import to_uint8
 from ..pipeline_diffusionad import DiffusionADPipeline
+from ..verdicts_diffusionad import ANOMALOUS, NORMAL, UNDECIDED
+from ..visualization import overlay, save_image, side_by_side
 from .arguments import TrainingConfig
 from .dataset import NormalImages, spread
+from .feedback import Feedback
+from .look import Photos
 from .losses import DiffusionADObjective
+from .progress import Progress
 from .synthesis import AnomalySynthesizer
 
 logger = logging.getLogger("training")
 
 # Written last: its presence means that the training is finished.
 ARGUMENTS_FILE = "training_arguments.json"
+EVALUATION_FILE = "evaluation.json"
+PICTURE_FILE = "progress.png"
 # Local paths, which do not belong in a published model.
-_PATHS = {"data_dir", "texture_dir", "foreground_dir", "output_dir", "init_from", "resume_from_checkpoint"}
+_PATHS = {"data_dir", "texture_dir", "foreground_dir", "output_dir", "init_from", "resume_from_checkpoint", "feedback"}
 # Beyond every epoch of a training, so that no training anomaly is used for validation.
 _VALIDATION_EPOCH = 2**31
 _MOST_IMAGES = 64
@@ -61,6 +76,23 @@ class Validation:
         chosen["score"] = (chosen.get("image_auroc", 0.0) + chosen.get("pixel_ap", 0.0)) / 2
         return chosen
 
+    def snapshot(self, source: DiffusionADObjective) -> DiffusionADPipeline:
+        """The weights as they are, as a pipeline."""
+        networks = copy.deepcopy(source.unet), copy.deepcopy(source.segmenter)
+        pipe = DiffusionADPipeline(*networks, source.scheduler, self.size)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def picture(self, pipe: DiffusionADPipeline) -> Image.Image:
+        """A held-out image with a synthetic defect, its reconstruction and its anomaly map, side by side."""
+        row = int(self.masks.flatten(1).mean(1).argmax())
+        output = pipe(self.images[row : row + 1])
+        photo, reconstruction = (
+            Image.fromarray(to_uint8(torch.as_tensor(pixels)).numpy())
+            for pixels in (self.images[row].permute(1, 2, 0), output.reconstruction[0])
+        )
+        return side_by_side([photo, reconstruction, overlay(photo, output.anomaly_map[0])])
+
     def is_passed_by(self, pipe: DiffusionADPipeline) -> bool:
         """
         Whether the pipeline clearly tells the synthetic defects from the normal images.
@@ -79,19 +111,30 @@ class Validation:
         return bool(test.pvalue <= 0.01 and auroc >= 0.7)
 
 
-def validate(
-    source: DiffusionADObjective, validation: Validation, output_dir: Path, state: dict[str, Any]
-) -> dict[str, float]:
-    """Measures the weights and, if they are the best so far, keeps them as the pipeline folder `best`."""
-    pipe = DiffusionADPipeline(
-        copy.deepcopy(source.unet), copy.deepcopy(source.segmenter), source.scheduler, validation.size
-    )
-    pipe.set_progress_bar_config(disable=True)
-    metrics = validation(pipe)
-    if state["best"] is None or metrics["score"] > state["best"]["score"]:
-        state["best"] = {"step": state["step"], **metrics}
-        replace_folder(output_dir / "best", pipe.save_pretrained)
+def observe(
+    source: DiffusionADObjective,
+    validation: Validation,
+    output_dir: Path,
+    state: dict[str, Any],
+    progress: Progress,
+    validates: bool,
+) -> dict[str, float] | None:
+    """Draws what the weights make of a held-out image and, if asked to, measures them and keeps the best so far as the
+    pipeline folder `best`."""
+    pipe, metrics = validation.snapshot(source), None
+    if validates:
+        metrics = validation(pipe)
+        progress.update(validation={"step": state["step"], **metrics})
+        if is_better(metrics, state["best"]):
+            state["best"] = {"step": state["step"], **metrics}
+            replace_folder(output_dir / "best", pipe.save_pretrained)
+    save_image(validation.picture(pipe), output_dir / PICTURE_FILE)
+    progress.update(picture=PICTURE_FILE, picture_step=state["step"])
     return metrics
+
+
+def is_better(metrics: dict[str, float], best: dict[str, float] | None) -> bool:
+    return best is None or metrics["score"] > best["score"]
 
 
 def finish(
@@ -101,17 +144,23 @@ def finish(
     held_out: NormalImages,
     validation: Validation,
     device: torch.device,
-) -> None:
+    weights: Path,
+    complete: bool,
+) -> DiffusionADPipeline:
     """
     Writes the best weights into the output folder, as a pipeline calibrated on held-out normal images that knows
     what it was trained on, what normal images look like, and whether it has learnt to tell defects.
+
+    Args:
+        weights: The pipeline folder that they are in.
+        complete: Whether nothing is left to train.
     """
     output_dir = Path(args.output_dir)
-    restore_folder(output_dir / "best")
     dtype = getattr(torch, args.save_dtype)
-    DiffusionADPipeline.from_pretrained(output_dir / "best", dtype=dtype).save_pretrained(output_dir)
+    DiffusionADPipeline.from_pretrained(weights, dtype=dtype).save_pretrained(output_dir)
     # Calibrated as it will be used: with the weights as they were saved, computing in float32.
     pipe = DiffusionADPipeline.from_pretrained(output_dir, dtype=torch.float32).to(device)
+    pipe.set_progress_bar_config(desc="calibrating")
     # At the model's size, as maps and reconstructions of large photos would fill the memory.
     images = [held_out.read(i) for i in range(len(held_out))]
     calibrate(pipe, images, false_alarm_rate=args.false_alarm_rate)
@@ -125,7 +174,8 @@ def finish(
         has_learnt=validation.is_passed_by(pipe),
     )
     pipe.save_config(output_dir)
-    write_json(output_dir / ARGUMENTS_FILE, {name: arguments[name] for name in arguments if name not in _PATHS})
+    if complete:
+        write_json(output_dir / ARGUMENTS_FILE, {name: arguments[name] for name in arguments if name not in _PATHS})
     logger.info(
         f"Wrote {output_dir}: threshold {pipe.threshold:.4f} at a false-alarm rate of "
         f"{pipe.config.false_alarm_rate:.1%}, calibrated on {len(images)} held-out normal images."
@@ -135,6 +185,85 @@ def finish(
             "This model has not learnt to tell defects: on held-out images it does not clearly beat chance, so all "
             "its verdicts are undecided. Train for more steps, or on more images."
         )
+    return pipe
+
+
+def finish_so_far(
+    ending: Callable[..., DiffusionADPipeline],
+    source: DiffusionADObjective,
+    validation: Validation,
+    output_dir: Path,
+    state: dict[str, Any],
+) -> DiffusionADPipeline:
+    """As [`finish`], of a stopped training, with its weights now if they are the best; the training that goes on knows
+    nothing of it."""
+    pipe, folder = validation.snapshot(source), output_dir / "so_far"
+    if not is_better(validation(pipe), state["best"]):
+        return ending(output_dir / "best", complete=False)
+    try:
+        replace_folder(folder, pipe.save_pretrained)
+        return ending(folder, complete=False)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def conclude(
+    pipe: DiffusionADPipeline, args: TrainingConfig, photos: Photos, progress: Progress, stopped: bool
+) -> None:
+    """Measures the model where something is known of the truth, and says what to do next."""
+    output_dir, notes = Path(args.output_dir), list(progress.notes)
+    if line := _measure_feedback(pipe, photos.feedback):
+        print(line, flush=True)
+        notes.append(line)
+    if len(photos.test) and not stopped:
+        progress.update(phase="evaluating", notes=notes)
+        line = _evaluate(pipe, photos.test, output_dir)
+        print(line, flush=True)
+        notes.append(line)
+    print(next_steps(args), flush=True)
+    progress.update(phase="stopped" if stopped else "done", seconds_left=0.0, notes=notes)
+
+
+def next_steps(args: TrainingConfig) -> str:
+    """The commands to type next."""
+    model, folder = Path(args.output_dir), Path(args.data_dir).expanduser()
+    lines = [f"In the browser:  diffusionad serve --model {shlex.quote(str(model))}"]
+    own = folder / (args.category or "")
+    for photos in (own / "test", folder / "test", own, folder):
+        if photos.is_dir():
+            command = ["diffusionad", "inspect", str(photos), "--model", str(model), "--output-dir"]
+            lines.append(f"Inspect photos:  {shlex.join([*command, str(Path('outputs', model.name))])}")
+            break
+    return "\n".join(lines)
+
+
+def _measure_feedback(pipe: DiffusionADPipeline, feedback: Feedback) -> str:
+    parts = []
+    for words, files, wanted in (
+        ("confirmed as fine are normal", feedback.fine, NORMAL),
+        ("marked as defects are anomalous", feedback.defects, ANOMALOUS),
+    ):
+        if files:
+            found = [pipe(file).verdict[0].word for file in files]
+            undecided = found.count(UNDECIDED)
+            parts.append(
+                f"{found.count(wanted)} of {len(files)} {words} now"
+                + (f", {undecided} undecided" if undecided else "")
+            )
+    return f"Feedback: {'; '.join(parts)}." if parts else ""
+
+
+def _evaluate(pipe: DiffusionADPipeline, test: Any, output_dir: Path) -> str:
+    """Writes `evaluation.json`; returns its main figures, or why there are none."""
+    try:
+        usable, _ = check_images(test)
+        result = evaluate_pipeline(pipe, usable)
+    except ValueError as error:
+        return f"Not evaluated on the test images: {error}"
+    result.save_json(output_dir / EVALUATION_FILE)
+    names = {"image_auroc": "image AUROC", "false_alarm_rate": "false alarms", "miss_rate": "misses"}
+    found = [f"{name} {show(result.metrics, key)}" for key, name in names.items() if key in result.metrics]
+    return f"On {len(usable)} test images (95 % intervals): {', '.join(found)}; all in {output_dir / EVALUATION_FILE}."
 
 
 class Curve:

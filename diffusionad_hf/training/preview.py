@@ -5,22 +5,22 @@ python -m diffusionad_hf.training.preview --data-dir D --category C --output she
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data import load_category
 from ..flags import DashedParser, as_flags
 from ..images_diffusionad import to_uint8
+from ..visualization import save_image
 from .arguments import TrainingConfig, add_former_size
-from .dataset import NormalImages, TableImages, spread
+from .dataset import spread
 from .foreground import KINDS
-from .images import estimated_foregrounds, fit_size, given_foregrounds, learn_foreground
-from .synthesis import AnomalySynthesizer
+from .look import Photos, look
+from .steps import build_synthesizer
+from .synthesis import AnomalySynthesizer, Textures
 from .textures import FolderTextures, ProceduralTextures
 
 COLUMNS = ("image", "foreground", "anomaly", "mask", "another", "mask")
@@ -65,7 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.rows < 1 or args.seed < 0:
         parser.error("--rows must be at least 1, and --seed 0")
     try:
-        title = _write(args)
+        if args.output.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"--output {args.output} must end in a picture's extension, such as .png")
+        own = vars(args) | {"image_size": getattr(args, "resolution", args.image_size)}
+        names = {option.name for option in fields(TrainingConfig)}
+        config = TrainingConfig(**{name: value for name, value in own.items() if name in names})
+        title = save_preview(look(config), config, args.output, args.rows)
     except (ValueError, OSError, ImportError) as error:
         print(as_flags(f"error: {error}"), file=sys.stderr)
         return 2
@@ -73,38 +78,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _write(args: argparse.Namespace) -> str:
-    if args.output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--output {args.output} must end in a picture's extension, such as .png")
-    images = TableImages(load_category(args.data_dir, args.category)["train"])
-    image_size = getattr(args, "resolution", args.image_size)
-    size = fit_size(
-        TrainingConfig(data_dir="", output_dir="", architecture="perceptual", image_size=image_size), images
-    )
-    reader = NormalImages(images, size)
-    rows = spread(len(images), args.rows)
-    if args.foreground_dir:
-        kind, masks = "object", given_foregrounds(args.foreground_dir, images, size, rows)
-    else:
-        estimator = learn_foreground(reader, args.foreground)
-        kind, masks = estimator.kind, estimated_foregrounds(estimator, reader, rows)
-    foregrounds = np.stack(list(masks))
+def save_preview(photos: Photos, args: TrainingConfig, path: Path, most: int = 8) -> str:
+    """Writes the sheet of at most so many photos; returns its title."""
+    normal = photos.normal
+    rows = spread(len(normal), most)
     if args.texture_dir:
-        textures = FolderTextures(args.texture_dir, size, 200)
+        textures: Textures = FolderTextures(args.texture_dir, normal.size, 200)
     else:
-        textures = ProceduralTextures(size, 60, args.seed)
-    own_parts = 0.5 if kind == "object" else 0.0
-    synthesizer = AnomalySynthesizer(
-        textures, seed=args.seed, anomaly_probability=1.0, self_augmentation_probability=own_parts
-    )
-    title = f"{args.category or args.data_dir}: {kind}"
-    if kind == "object":
+        textures = ProceduralTextures(normal.size, 60, args.seed)
+    synthesizer = build_synthesizer(args, textures, photos.kind, anomaly_probability=1.0)
+    title, shown = f"{args.category or Path(args.data_dir).name}: {photos.kind}", None
+    if normal.foregrounds is not None:
+        shown = torch.stack([normal.foregrounds[row] for row in rows])
         source = "given" if args.foreground_dir else "estimated"
-        title += f", foreground {foregrounds.mean():.1%} of the picture ({source})"
-    shown = torch.from_numpy(foregrounds)[:, None] if kind == "object" else None
-    sheet = contact_sheet(torch.stack([reader.read(row) for row in rows]), shown, synthesizer, title)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(args.output)
+        title += f", foreground {shown.mean():.1%} of the picture ({source})"
+    images = torch.stack([normal.pixels(row) for row in rows])
+    save_image(contact_sheet(images, shown, synthesizer, title), path)
     return title
 
 

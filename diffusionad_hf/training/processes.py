@@ -7,6 +7,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 T = TypeVar("T")
+# What the user can do something about; anything else is a bug.
+EXPECTED = (OSError, ValueError, ImportError, MemoryError)
 
 
 @overload
@@ -20,7 +22,7 @@ def together(work: Callable[[], T], *, main_only: bool = False) -> T | None:
     if state.is_main_process or not main_only:
         try:
             result = work()
-        except (OSError, ValueError, ImportError) as error:
+        except EXPECTED as error:
             failure = error
     reasons = gather_object([None if failure is None else str(failure)])
     if failure is not None:

@@ -55,7 +55,7 @@ def test_an_interruption_has_an_exit_code_of_its_own(monkeypatch, capsys):
     assert main(["list"]) == 130 and "interrupted" in capsys.readouterr().err
 
 
-def test_train_hands_on_every_argument(monkeypatch):
+def test_train_hands_on_every_argument(monkeypatch, tmp_path):
     given = []
     monkeypatch.setitem(
         sys.modules,
@@ -63,23 +63,32 @@ def test_train_hands_on_every_argument(monkeypatch):
         SimpleNamespace(main=lambda argv, prog: given.extend([prog, *argv]) or 7),
     )
     arguments = ["--data_dir", "d", "--output-dir", "o", "--preset=tiny", "--resume_from_checkpoint", "latest"]
+    (tmp_path / "d").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert main(["train", *arguments]) == 7 and given == ["diffusionad train", *arguments]
 
 
-def test_help_and_refusals_of_train_need_no_torch():
-    for arguments, expected in ((["--help"], 0), (["--data-dir", "d"], 2)):
+def test_help_and_refusals_of_train_need_no_torch(tmp_path):
+    for arguments, expected, said in (
+        (["--help"], 0, "usage: diffusionad train PHOTOS [--output-dir DIR]"),
+        ([], 2, "give PHOTOS: a folder of normal photos"),
+        (["photos", "--data-dir", "d"], 2, "PHOTOS photos and --data-dir d: give only one"),
+        (["photos", "--sed", "3"], 2, "--sed"),
+        (["my/missing/photos"], 2, "there is no folder my/missing/photos"),
+        ([str(tmp_path), "--output-dir", __file__], 2, "test_cli.py: is a file"),
+    ):
         program = (
             "import sys; sys.modules['torch'] = None; from diffusionad_hf.cli.main import main; "
-            f"main(['train', *{arguments}])"
+            f"sys.exit(main(['train', *{arguments}]))"
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.returncode == expected, done.stderr
-        assert (done.stdout or done.stderr).startswith("usage: diffusionad train")
+        assert said in (done.stdout or done.stderr).splitlines()[-1 if expected else 0]
 
 
 @pytest.mark.parametrize(
     "module, arguments, extra",
-    [("datasets", ["train", "--data-dir", "d", "--output-dir", "o"], "train"), ("gradio", ["serve"], "space")],
+    [("datasets", ["train", "."], "train"), ("gradio", ["serve"], "space")],
 )
 def test_an_extra_that_is_missing_is_named(module, arguments, extra, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith(("diffusionad_hf.training", "diffusionad_hf.space"))]:

@@ -22,6 +22,7 @@ NONSENSE = {
     "foreground_dir": ["no/such/masks"],
     "foreground": ["nowhere"],
     "holdout_fraction": [0, 1, "nan"],
+    "feedback": ["no/such/marks.json"],
     "preset": ["enormous"],
     "architecture": ["enormous"],
     "image_size": [0, 100, 64.5, "64x", "64x100", "a photo"],

@@ -16,6 +16,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
+from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.training import loop as train
 
 from .runs import WEIGHTS, arguments, losses, run, same, start, weights
@@ -97,11 +98,25 @@ def test_asked_to_stop_it_leaves_a_whole_checkpoint_to_go_on_from(data, tmp_path
     wait_for(lambda: "loss=" in log.read_text(), process, log)  # the first step is done
     os.kill(process.pid, signal.SIGTERM)
     ended(process, log, train.INTERRUPTED)
-    assert "--resume-from-checkpoint latest" in log.read_text()
+    assert "the same command goes on from there" in log.read_text()
+    assert json.loads((output / "progress.json").read_text())["phase"] == "stopped"
     (checkpoint,) = output.glob("checkpoint-*")
     assert checkpoint.name in ("checkpoint-1", "checkpoint-2", "checkpoint-3") and not list(output.glob(".*.partial"))
-    assert run(data, output, resume_from_checkpoint="latest", checkpointing_steps=1000) == 0
+    assert not (output / "model_index.json").exists()
+    assert run(data, output, checkpointing_steps=1000) == 0
     assert same(weights(output), weights(trained))
+
+
+def test_stopped_by_hand_it_leaves_a_calibrated_model_too_and_goes_on_as_if_it_had_not(data, tmp_path, trained):
+    output = tmp_path / "model"
+    process, log = start(data, output, validation_steps=4, checkpointing_steps=1000)
+    wait_for(lambda: "loss=" in log.read_text(), process, log)
+    os.kill(process.pid, signal.SIGINT)
+    ended(process, log, train.INTERRUPTED)
+    assert DiffusionADPipeline.from_pretrained(output).threshold is not None
+    assert not list(output.glob("*so_far*")) and not (output / "training_arguments.json").exists()
+    assert run(data, output, validation_steps=4, checkpointing_steps=1000) == 0
+    assert losses(output) == losses(trained)
 
 
 def test_a_full_disk_ends_the_training_in_one_line_and_it_resumes(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from diffusionad_hf import PRESETS, DiffusionADPipeline, NormGuidedUNet2DModel, build_pipeline
 from diffusionad_hf.training import loop as train
 from diffusionad_hf.training.arguments import parse_arguments
+from diffusionad_hf.training.look import look
 from diffusionad_hf.training.optimization import learning_rates
 
 from .runs import arguments, losses, run, same, weights
@@ -37,6 +38,8 @@ def watched(monkeypatch):
 
     def watched_step(self, *args, **kwargs):
         seen["rates"].append([group["lr"] for group in self.param_groups])
+        if not any(seen["rates"][-1]):  # the probe's
+            seen.update(rates=[], types=set(), images=0)
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -47,7 +50,8 @@ def watched(monkeypatch):
 
 def prepared(data, **options):
     """Training set, held-out set, synthesiser and validation, as `train.py` makes them."""
-    return train.prepare_data(parse_arguments(arguments(data, data, **options)))
+    args = parse_arguments(arguments(data, data, **options))
+    return train.prepare_data(args, look(args))
 
 
 def built(**options):
@@ -288,7 +292,8 @@ def spoil(name, data):
     elif name == "a mask without an image":
         image.unlink()
     elif name == "too many corrupt images":
-        sorted(normal.iterdir())[2].write_bytes(b"nothing")
+        for file in sorted(normal.iterdir())[2:4]:
+            file.write_bytes(b"nothing")
     elif name == "an empty texture folder":
         shutil.rmtree(data.parent / "textures")
         (data.parent / "textures").mkdir()
@@ -301,7 +306,7 @@ def spoil(name, data):
         ("no normal images", "no normal images to train on"),
         ("an image without a mask", "without a mask: .*{image}"),
         ("a mask without an image", "without an image: .*{mask}"),
-        ("too many corrupt images", "1 of 12 images are unusable, more than 5%: .*002"),
+        ("too many corrupt images", "2 of 12 images are unusable, more than 5%: .*002"),
         ("an empty texture folder", "no readable image .* in texture folder .*textures"),
     ],
 )
@@ -320,9 +325,10 @@ def test_a_corrupt_image_among_good_ones_is_named_counted_and_left_out(damaged, 
         shutil.copy(first, good / f"more{i}.png")
     first.write_bytes(first.read_bytes()[:300])
     assert run(damaged, damaged.parent / "out", max_train_steps=1) == 0
-    said = capsys.readouterr().err
-    assert "1 of 22 images are left out" in said and first.name in said
-    assert "16 normal images to train on, 5 held out" in said
+    said = capsys.readouterr().out
+    assert "Left out, damaged: " in said and first.name in said
+    assert "Left out, 9 duplicate(s): good/more1.png = good/more0.png" in said
+    assert "Photos:  9 to train on, 3 held out" in said
 
 
 def test_a_dataset_that_is_not_on_the_hub(hub, tmp_path, monkeypatch, capsys):
