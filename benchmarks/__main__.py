@@ -12,6 +12,7 @@ MEASUREMENTS = {
     "metrics": "time and memory of the evaluation's metrics",
     "intervals": "how often the 95 % intervals of an evaluation hold the truth",
     "promises": "whether calibrations keep the false-alarm rate that they promise",
+    "familiarity": "which photos count as unlike the normal ones, on real products",
     "blocks": "bookkeeping of an inspection of 300,000 files",
     "real": "real products: trained and evaluated from nothing, category by category",
     "tiles": "time and memory of long images, in tiles and whole",
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks",
         description="Measures speed and memory; results and how they were taken are in benchmarks/README.md.",
         epilog="measurements:\n"
-        + "\n".join(f"  {name:<10} {what}" for name, what in MEASUREMENTS.items())
+        + "\n".join(f"  {name:<11} {what}" for name, what in MEASUREMENTS.items())
         + "\n\n`python -m benchmarks NAME --help` lists a measurement's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

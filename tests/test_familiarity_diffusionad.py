@@ -1,6 +1,8 @@
 """A verdict on a photo of something else must come with a warning, one on a part with a defect must not."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from demo_part.generate import render_part
 from diffusionad_hf.familiarity_diffusionad import FEWEST_IMAGES, MOST_IMAGES, SLACK, Familiarity, _distances, describe
 from diffusionad_hf.files import bundled
 from diffusionad_hf.images_diffusionad import load_image
+
+DATA = Path(os.environ.get("DIFFUSIONAD_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def render(seed, size=96):
@@ -34,6 +38,29 @@ def test_other_normal_parts_are_familiar_at_any_size_and_with_a_scratch(familiar
         scratched[30:60, 40:43] = 255
         for image in (part, part.resize((300, 300)), scratched):
             assert familiarity.strangeness(load_image(image)) < 1
+
+
+def test_a_defect_on_a_tenth_of_the_photo_does_not_make_it_unfamiliar(familiarity, parts):
+    for seed in range(100, 106):
+        part = np.array(render(seed))
+        part[30:60, 30:58] = (255, 0, 200)
+        assert familiarity.strangeness(load_image(Image.fromarray(part))) < 1
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no real data")
+def test_real_defects_are_mostly_familiar_and_other_products_are_not():
+    category = {name: DATA / "mvtec_ad" / name for name in ("bottle", "screw")}
+    grids = {
+        pattern: [describe(load_image(file)) for file in sorted(category["bottle"].glob(pattern))]
+        for pattern in ("train/good/*", "test/broken_*/*", "test/good/*")
+    }
+    familiarity = Familiarity.of(grids["train/good/*"][::4])
+    shares = {
+        pattern: np.mean([familiarity.strangeness(grid) > 1 for grid in some]) for pattern, some in grids.items()
+    }
+    assert shares["test/good/*"] == 0 and shares["test/broken_*/*"] < 0.15
+    screws = sorted((category["screw"] / "test/good").glob("*"))[:10]
+    assert min(familiarity.strangeness(load_image(file)) for file in screws) > 1
 
 
 def test_other_things_are_not(familiarity, parts):
