@@ -98,12 +98,11 @@ def overlay(
     height, width = values.shape
     if image.size != (width, height):
         raise ValueError(f"anomaly_map is {width} x {height} pixels, but image is {image.width} x {image.height}")
-    pivot = DEFAULT_THRESHOLD if threshold is None else threshold
     ramp = ((np.arange(256) / 255 - 0.2) / 0.7).clip(0, 1)  # nothing up to 0.4 of the threshold
     alpha = to_uint8(opacity * ramp**2 * (3 - 2 * ramp))
     result = image.copy() if image.mode == "RGB" else image.convert("RGB")
     for top in range(0, height, _STRIP):
-        levels = to_uint8(np.interp(values[top : top + _STRIP], (0, pivot, 1), (0, 0.5, 1)))
+        levels = _levels(values[top : top + _STRIP], threshold)
         heat = Image.fromarray(levels).convert("P")
         # Up to amber only: the scale's pale end, half transparent on a bright photo, would look weaker than orange.
         heat.putpalette(_COLORS[np.arange(256) * 4 // 5].tobytes())
@@ -118,6 +117,11 @@ def overlay(
     return result
 
 
+def heat_map(anomaly_map: np.ndarray, threshold: float | None = None) -> Image.Image:
+    """The map alone, as an RGB picture, in colours that are centred on the threshold as in `overlay`."""
+    return Image.fromarray(_COLORS[_levels(_checked_map(anomaly_map), threshold)])
+
+
 def mask_image(anomaly_map: np.ndarray, threshold: float) -> Image.Image:
     """The regions as a picture of mode "L": 255 in a region, 0 elsewhere."""
     return Image.fromarray(_label_regions(_checked_map(anomaly_map), threshold) > 0).convert("L")
@@ -126,24 +130,6 @@ def mask_image(anomaly_map: np.ndarray, threshold: float) -> Image.Image:
 def anomaly_map_16bit(anomaly_map: np.ndarray) -> Image.Image:
     """The map for other software, with 1 as 65535, of mode "I;16": save it as PNG or TIFF, which keep 16 bits."""
     return Image.fromarray((_checked_map(anomaly_map) * 65535).round().astype(np.uint16))
-
-
-def difference(image: Image.Image, reconstruction: Image.Image) -> Image.Image:
-    """Where the reconstruction departs from the photo: the largest absolute difference of the three channels, as heat.
-
-    Compared at the reconstruction's size, because against the sharper photo every edge would light up. The scale is
-    fixed, so that pictures can be compared: black is no difference, the brightest colour half the full range or more.
-
-    Args:
-        image: The photo, RGB.
-        reconstruction: The model's picture of the normal part, RGB of any size.
-
-    Returns:
-        RGB image of the photo's size.
-    """
-    photo = image.resize(reconstruction.size, Image.Resampling.BILINEAR)
-    delta = np.abs(np.asarray(photo, dtype=np.int16) - np.asarray(reconstruction, dtype=np.int16)).max(axis=2)
-    return Image.fromarray(_COLORS[np.minimum(2 * delta, 255)]).resize(image.size, Image.Resampling.BILINEAR)
 
 
 def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[Region]:
@@ -236,6 +222,11 @@ def _checked_map(anomaly_map: np.ndarray) -> np.ndarray:
             + (f" with values from {values.min():g} to {values.max():g}" if values.size else "")
         )
     return values.clip(0, 1)
+
+
+def _levels(values: np.ndarray, threshold: float | None) -> np.ndarray:
+    """Levels of the colour scale, uint8; the threshold (0.5 without one) is its middle."""
+    return to_uint8(np.interp(values, (0, DEFAULT_THRESHOLD if threshold is None else threshold, 1), (0, 0.5, 1)))
 
 
 def _label_regions(values: np.ndarray, threshold: float) -> np.ndarray:

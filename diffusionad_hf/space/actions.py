@@ -17,7 +17,7 @@ from .intake import LIMITS, Refusal, Settings, Upload, collect
 from .models import Calibration, Model, ModelError, Raw
 from .reports import Row, finite, report_page, result_json, sort_rows, write_archive, write_table
 from .results import Results
-from .views import OPACITY, Drawing, Result, companions, full_size, load, store, view, view_photo
+from .views import OPACITY, Drawing, Result, full_size, load, normal_picture, store, view, view_photo
 
 CHUNK = 8
 FEWEST_CALIBRATION_IMAGES = 10
@@ -43,7 +43,7 @@ def download(folder: Path, kind: str, calibration: Calibration, opacity: float) 
         write_json(path, result_json(result, calibration, shown.regions))
     else:
         path = folder / f"{result.file_stem}-report.html"
-        replace_file(path, report_page(result, calibration, shown, *companions(folder)))
+        replace_file(path, report_page(result, calibration, shown, normal_picture(folder)))
     return path
 
 

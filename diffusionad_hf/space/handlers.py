@@ -13,7 +13,7 @@ from .intake import Refusal, Settings, number, owner_of, upload_of, uploads_of
 from .models import Calibration, Models, about
 from .reports import Row, finite
 from .results import Results
-from .views import View, companions, headline, load, p_words, promise_words, region_words, view
+from .views import View, headline, load, normal_picture, p_words, promise_words, region_words, view
 
 PICTURES_IN_GALLERY = 60
 NO_MODEL = "There is no model here. Put one into checkpoints/, or name some in DIFFUSIONAD_MODELS."
@@ -103,7 +103,7 @@ def threshold_update(calibration: Calibration) -> dict:
 
 def no_result(text: str) -> tuple:
     hidden = gr.update(visible=False)
-    return text, "", hidden, hidden, None, None, None, gr.update(choices=[], value=None)
+    return text, "", hidden, hidden, None, None, gr.update(choices=[], value=None)
 
 
 def rate_of(value: object) -> float:
@@ -142,8 +142,8 @@ class Handlers:
             return no_result(message(error))
         verdict, drawn, regions = self._shown(folder, calibration, opacity)
         visible = gr.update(visible=True)
-        normal, difference = (self.results.show(folder, file) for file in companions(folder))
-        return verdict, key, visible, visible, drawn, normal, difference, regions
+        normal = self.results.show(folder, normal_picture(folder))
+        return verdict, key, visible, visible, drawn, normal, regions
 
     def threshold(self, key, threshold, opacity, rate, own, request: gr.Request):
         """A new verdict and picture of a kept result; the model does not run."""

@@ -57,7 +57,7 @@ def result_json(result: Result, calibration: Calibration, regions: Sequence[Regi
     }
 
 
-def report_page(result: Result, calibration: Calibration, view: View, normal: Path, difference: Path) -> str:
+def report_page(result: Result, calibration: Calibration, view: View, normal: Path) -> str:
     """One self-contained HTML page, to be printed or filed."""
     regions = "".join(
         f"<li>{html.escape(region_words(i, region, result.size))}</li>" for i, region in enumerate(view.regions, 1)
@@ -69,7 +69,6 @@ def report_page(result: Result, calibration: Calibration, view: View, normal: Pa
             "Photo": view.photo,
             "Anomaly map": view.overlay,
             "As it should look": normal,
-            "Difference": difference,
         }.items()
     )
     verdict, p_value, threshold = (

@@ -20,7 +20,6 @@ from ..verdicts_diffusionad import ANOMALOUS, NORMAL, Verdict, percent
 from ..visualization import (
     Region,
     anomaly_map_16bit,
-    difference,
     find_regions,
     location_words,
     mask_image,
@@ -185,15 +184,14 @@ def view(folder: Path, calibration: Calibration, opacity: float = OPACITY, frame
     return View(folder / "photo.jpg", path, drawing.photo_regions)
 
 
-def companions(folder: Path) -> tuple[Path, Path]:
-    """The reconstruction and the difference at the size of the page, drawn once."""
-    normal_path, difference_path = folder / "normal.jpg", folder / "difference.jpg"
-    if not normal_path.exists():
-        photo = Image.open(folder / "photo.jpg").convert("RGB")
+def normal_picture(folder: Path) -> Path:
+    """The reconstruction at the size of the page, drawn once."""
+    path = folder / "normal.jpg"
+    if not path.exists():
+        size = Image.open(folder / "photo.jpg").size
         normal = Image.open(folder / "reconstruction.png").convert("RGB")
-        difference(photo, normal).save(difference_path, quality=90)
-        normal.resize(photo.size, Image.Resampling.BICUBIC).save(normal_path, quality=92)
-    return normal_path, difference_path
+        normal.resize(size, Image.Resampling.BICUBIC).save(path, quality=92)
+    return path
 
 
 def full_size(folder: Path, kind: str, calibration: Calibration, opacity: float) -> Path:
