@@ -94,7 +94,7 @@ def overlay(
     Returns:
         RGB image of the photo's size.
     """
-    values = _checked_map(anomaly_map)
+    values = checked_map(anomaly_map)
     height, width = values.shape
     if image.size != (width, height):
         raise ValueError(f"anomaly_map is {width} x {height} pixels, but image is {image.width} x {image.height}")
@@ -119,17 +119,17 @@ def overlay(
 
 def heat_map(anomaly_map: np.ndarray, threshold: float | None = None) -> Image.Image:
     """The map alone, as an RGB picture, in colours that are centred on the threshold as in `overlay`."""
-    return Image.fromarray(_COLORS[_levels(_checked_map(anomaly_map), threshold)])
+    return Image.fromarray(_COLORS[_levels(checked_map(anomaly_map), threshold)])
 
 
 def mask_image(anomaly_map: np.ndarray, threshold: float) -> Image.Image:
     """The regions as a picture of mode "L": 255 in a region, 0 elsewhere."""
-    return Image.fromarray(_label_regions(_checked_map(anomaly_map), threshold) > 0).convert("L")
+    return Image.fromarray(_label_regions(checked_map(anomaly_map), threshold) > 0).convert("L")
 
 
 def anomaly_map_16bit(anomaly_map: np.ndarray) -> Image.Image:
     """The map for other software, with 1 as 65535, of mode "I;16": save it as PNG or TIFF, which keep 16 bits."""
-    return Image.fromarray((_checked_map(anomaly_map) * 65535).round().astype(np.uint16))
+    return Image.fromarray((checked_map(anomaly_map) * 65535).round().astype(np.uint16))
 
 
 def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[Region]:
@@ -139,7 +139,7 @@ def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[Region]:
     of enlarging the map. Peaks are compared to three decimals, as people read them (otherwise a speck at 0.99999 would
     precede a large region at 0.99998); equal ones are ordered by falling area, then top to bottom.
     """
-    values = _checked_map(anomaly_map)
+    values = checked_map(anomaly_map)
     labels = _label_regions(values, threshold)
     regions = []
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -173,6 +173,12 @@ def location_words(region: Region, size: tuple[int, int]) -> str:
     column = ("left", "centre", "right")[min(int(1.5 * (x0 + x1) / width), 2)]
     row = ("upper", "", "lower")[min(int(1.5 * (y0 + y1) / height), 2)]
     return f"{row} {column}".strip()
+
+
+def region_words(number: int, region: Region, size: tuple[int, int]) -> str:
+    """A region of an image of that `(width, height)`, with its number in the picture: where, how large, how strong."""
+    x0, y0, x1, y1 = region.box
+    return f"{number} · {location_words(region, size)}, {x1 - x0} × {y1 - y0} px, strength {region.peak:.2f}"
 
 
 def side_by_side(images: Sequence[Image.Image], height: int = 256, gap: int = 8) -> Image.Image:
@@ -213,7 +219,8 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> Path:
     return path
 
 
-def _checked_map(anomaly_map: np.ndarray) -> np.ndarray:
+def checked_map(anomaly_map: np.ndarray) -> np.ndarray:
+    """The map in float32; raises a ValueError if it is none."""
     values = np.asarray(anomaly_map, dtype=np.float32)
     # NaN is in no range.
     if values.ndim != 2 or not values.size or not (np.abs(values - 0.5) <= 0.501).all():

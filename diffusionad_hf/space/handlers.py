@@ -7,13 +7,14 @@ from pathlib import Path
 import gradio as gr
 
 from ..verdicts_diffusionad import ANOMALOUS, NORMAL, UNDECIDED, percent
+from ..visualization import region_words
 from .actions import Batch, Calibrated, calibrate_on, download, inspect_many, inspect_one
 from .endpoints import one_line_errors
 from .intake import Refusal, Settings, number, owner_of, upload_of, uploads_of
 from .models import Calibration, Models, about
 from .reports import Row, finite
 from .results import Results
-from .views import View, headline, load, normal_picture, p_words, promise_words, region_words, view
+from .views import View, headline, load, normal_picture, p_words, promise_words, view
 
 PICTURES_IN_GALLERY = 60
 NO_MODEL = "There is no model here. Put one into checkpoints/, or name some in DIFFUSIONAD_MODELS."

@@ -21,7 +21,6 @@ from ..visualization import (
     Region,
     anomaly_map_16bit,
     find_regions,
-    location_words,
     mask_image,
     overlay,
     region_threshold,
@@ -244,8 +243,3 @@ def promise_words(calibration: Calibration) -> str:
         f"About {percent(rate)} of normal parts will be called anomalous; "
         f"with only {count} images, expect {percent(max(rate - 2 * spread, 0))} to {percent(rate + 2 * spread)}."
     )
-
-
-def region_words(number: int, region: Region, size: tuple[int, int]) -> str:
-    x0, y0, x1, y1 = region.box
-    return f"{number} · {location_words(region, size)}, {x1 - x0} × {y1 - y0} px, strength {region.peak:.2f}"
