@@ -17,7 +17,7 @@ from .verdicts_diffusionad import ANOMALOUS, NORMAL, UNDECIDED
 from .version import __version__
 
 MARKS = {ANOMALOUS: "✕", UNDECIDED: "?", NORMAL: "✓"}
-NOT_READ = "not read"
+NOT_INSPECTED = "not inspected"
 _MOST_BYTES = 30_000  # of a picture; base64 makes 40 kB of them
 
 
@@ -28,7 +28,7 @@ class Entry:
 
     Args:
         name: Of the photo; any text.
-        verdict: A verdict's word, or `"not read"`.
+        verdict: A verdict's word, or `"not inspected"`.
         score, p_value: In [0, 1]; `None` if there is none.
         where: Where the regions lie, in words, strongest first.
         regions: All that is said of each region, below the picture.
@@ -93,7 +93,7 @@ def write_report(
         facts={**(facts or {}), **about},
         sections=sections,
         entries=ordered,
-        counts={word: counted[word] for word in (*MARKS, NOT_READ) if counted[word]},
+        counts={word: counted[word] for word in (*MARKS, NOT_INSPECTED) if counted[word]},
         marks=MARKS,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusionad_hf.report import NOT_READ, Entry, embedded, write_report
+from diffusionad_hf.report import NOT_INSPECTED, Entry, embedded, write_report
 
 HOSTILE = "<script>alert(1)</script>\"' onload=x {{ 7 * 7 }}.png"
 
@@ -23,7 +23,7 @@ def page(tmp_path):
     picture = embedded(noise(60, 40))
     entries = [
         Entry("b.png", "normal", 0.1, 0.5, picture=picture),
-        Entry("bad.png", NOT_READ, note="bad.png: damaged"),
+        Entry("bad.png", NOT_INSPECTED, note="bad.png: damaged"),
         Entry(HOSTILE, "anomalous", 0.9, 0.005, ["left", "right", "centre", "upper left"], picture=picture),
         Entry("ä\udce4.png", "undecided", 0.2, note="Unlike any normal image the model knows.", picture=picture),
     ]
@@ -78,9 +78,9 @@ def test_in_a_browser_it_sorts_filters_prints_and_asks_for_nothing(page):
         def shown():
             return [cell.split(" ")[-1] for cell in tab.locator("#rows tr:visible td:nth-child(2)").all_inner_texts()]
 
-        assert shown() == ["anomalous", "undecided", "normal", "read"]
+        assert shown() == ["anomalous", "undecided", "normal", "inspected"]
         tab.get_by_role("button", name="Score").click()
-        assert shown() == ["read", "normal", "undecided", "anomalous"]
+        assert shown() == ["inspected", "normal", "undecided", "anomalous"]
         figures = tab.locator("#pictures figure").evaluate_all("all => all.map(one => one.dataset.verdict)")
         assert figures == ["normal", "undecided", "anomalous"]
         tab.get_by_role("button", name="File").click()

@@ -104,7 +104,7 @@ def _inspect(args: argparse.Namespace) -> int:
         raise ValueError("several processes share the work only with --parquet FILE.")
     from ..inspection.inspection import Pictures, find_images, inspect_files, read_list
     from ..inspection.records import Failure, Inspection, write_results, write_table
-    from ..report import NOT_READ, Entry, embedded, write_report
+    from ..report import NOT_INSPECTED, Entry, embedded, write_report
     from ..verdicts_diffusionad import ANOMALOUS, UNDECIDED
 
     files, results = (read_list(args.file_list), []) if args.file_list else find_images(args.input)
@@ -112,7 +112,7 @@ def _inspect(args: argparse.Namespace) -> int:
         raise ValueError(" ".join(failure.error for failure in results))
     options.check_writable(args.output_dir, *(file and file.parent for file in (args.json, args.csv, args.report)))
     pipe = _load_inspector(args, args.device)
-    entries = [Entry(failure.file, NOT_READ, note=failure.error) for failure in results]
+    entries = [Entry(failure.file, NOT_INSPECTED, note=failure.error) for failure in results]
 
     def enter(found: Inspection, figure: Any) -> None:
         note = "" if found.reason == "calibrated" else found.sentence
@@ -126,7 +126,7 @@ def _inspect(args: argparse.Namespace) -> int:
         for result in tqdm(found, total=len(files), desc="inspecting", unit="image", file=sys.stderr):
             results.append(result)
             if isinstance(result, Failure):
-                entries.append(Entry(result.file, NOT_READ, note=result.error))
+                entries.append(Entry(result.file, NOT_INSPECTED, note=result.error))
     finally:
         # Keep the results so far, also after an interruption or a full disk.
         if args.json is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from ..figure import NOT_SHOWN
 from ..verdicts_diffusionad import ANOMALOUS, NORMAL, UNDECIDED, percent
 from ..visualization import region_words
 from .actions import Batch, Calibrated, calibrate_on, download, inspect_many, inspect_one
@@ -143,7 +144,11 @@ class Handlers:
             return no_result(message(error))
         verdict, drawn, regions = self._shown(folder, calibration, opacity)
         visible = gr.update(visible=True)
-        normal = self.results.show(folder, normal_picture(folder))
+        normal = normal_picture(folder, calibration)
+        normal = gr.update(
+            value=None if normal is None else self.results.show(folder, normal),
+            label=NOT_SHOWN if normal is None else "As it should look",
+        )
         return verdict, key, visible, visible, drawn, normal, regions
 
     def threshold(self, key, threshold, opacity, rate, own, request: gr.Request):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..figure import as_it_should_look, figure
 from ..files import link_or_copy, write_json
 from ..images_diffusionad import to_uint8
 from ..verdicts_diffusionad import ANOMALOUS, NORMAL, Verdict, percent
@@ -156,6 +157,20 @@ class Drawing:
             highlight=self.regions[framed] if 0 <= framed < len(self.regions) else None,
         )
 
+    def figure(self, photo: Image.Image, reconstruction: Image.Image) -> Image.Image:
+        """All in one picture, of the photo at this size."""
+        result, calibration = self.result, self.calibration
+        return figure(
+            photo,
+            self.anomaly_map,
+            result.verdict(calibration),
+            result.score,
+            threshold=calibration.threshold,
+            p_value=result.p_value(calibration),
+            reconstruction=reconstruction,
+            regions=self.regions,
+        )
+
     def mask(self) -> Image.Image:
         """The regions in white."""
         return mask_image(self.values, self.threshold) if self.shows_regions else Image.new("L", self.size)
@@ -172,8 +187,7 @@ class View:
 
 def view(folder: Path, calibration: Calibration, opacity: float = OPACITY, framed: int = -1) -> View:
     """Draws a kept result as a calibration sees it. The model does not run."""
-    photo = Image.open(folder / "photo.jpg").convert("RGB")
-    drawing = Drawing(load(folder), np.load(folder / "map.npy"), photo.size, calibration)
+    drawing, photo, _ = kept(folder, calibration)
     picture = drawing.overlay(photo, opacity, framed=framed)
     # A new name each time, so that no browser shows the former picture; the last few stay for those still loading.
     for old in sorted(folder.glob("view-*.jpg"))[:-4]:
@@ -183,14 +197,20 @@ def view(folder: Path, calibration: Calibration, opacity: float = OPACITY, frame
     return View(folder / "photo.jpg", path, drawing.photo_regions)
 
 
-def normal_picture(folder: Path) -> Path:
-    """The reconstruction at the size of the page, drawn once."""
-    path = folder / "normal.jpg"
-    if not path.exists():
-        size = Image.open(folder / "photo.jpg").size
-        normal = Image.open(folder / "reconstruction.png").convert("RGB")
-        normal.resize(size, Image.Resampling.BICUBIC).save(path, quality=92)
-    return path
+def normal_picture(folder: Path, calibration: Calibration) -> Path | None:
+    """How the part should look, at the size of the page; None if the reconstruction is not good enough."""
+    drawing, photo, reconstruction = kept(folder, calibration)
+    picture = as_it_should_look(photo, reconstruction, drawing.anomaly_map, drawing.threshold)
+    path = folder / f"normal-{drawing.threshold:g}.jpg"
+    if picture is not None:
+        picture.save(path, quality=92)
+    return None if picture is None else path
+
+
+def kept(folder: Path, calibration: Calibration) -> tuple[Drawing, Image.Image, Image.Image]:
+    """A kept result as a calibration sees it, with its photo and its reconstruction, at the size of the page."""
+    photo, reconstruction = (Image.open(folder / name).convert("RGB") for name in ("photo.jpg", "reconstruction.png"))
+    return Drawing(load(folder), np.load(folder / "map.npy"), photo.size, calibration), photo, reconstruction
 
 
 def full_size(folder: Path, kind: str, calibration: Calibration, opacity: float) -> Path:
