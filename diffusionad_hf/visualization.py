@@ -94,16 +94,15 @@ def overlay(
     Returns:
         RGB image of the photo's size.
     """
-    values = _checked_map(anomaly_map)
+    values = checked_map(anomaly_map)
     height, width = values.shape
     if image.size != (width, height):
         raise ValueError(f"anomaly_map is {width} x {height} pixels, but image is {image.width} x {image.height}")
-    pivot = DEFAULT_THRESHOLD if threshold is None else threshold
     ramp = ((np.arange(256) / 255 - 0.2) / 0.7).clip(0, 1)  # nothing up to 0.4 of the threshold
     alpha = to_uint8(opacity * ramp**2 * (3 - 2 * ramp))
     result = image.copy() if image.mode == "RGB" else image.convert("RGB")
     for top in range(0, height, _STRIP):
-        levels = to_uint8(np.interp(values[top : top + _STRIP], (0, pivot, 1), (0, 0.5, 1)))
+        levels = _levels(values[top : top + _STRIP], threshold)
         heat = Image.fromarray(levels).convert("P")
         # Up to amber only: the scale's pale end, half transparent on a bright photo, would look weaker than orange.
         heat.putpalette(_COLORS[np.arange(256) * 4 // 5].tobytes())
@@ -118,32 +117,19 @@ def overlay(
     return result
 
 
+def heat_map(anomaly_map: np.ndarray, threshold: float | None = None) -> Image.Image:
+    """The map alone, as an RGB picture, in colours that are centred on the threshold as in `overlay`."""
+    return Image.fromarray(_COLORS[_levels(checked_map(anomaly_map), threshold)])
+
+
 def mask_image(anomaly_map: np.ndarray, threshold: float) -> Image.Image:
     """The regions as a picture of mode "L": 255 in a region, 0 elsewhere."""
-    return Image.fromarray(_label_regions(_checked_map(anomaly_map), threshold) > 0).convert("L")
+    return Image.fromarray(_label_regions(checked_map(anomaly_map), threshold) > 0).convert("L")
 
 
 def anomaly_map_16bit(anomaly_map: np.ndarray) -> Image.Image:
     """The map for other software, with 1 as 65535, of mode "I;16": save it as PNG or TIFF, which keep 16 bits."""
-    return Image.fromarray((_checked_map(anomaly_map) * 65535).round().astype(np.uint16))
-
-
-def difference(image: Image.Image, reconstruction: Image.Image) -> Image.Image:
-    """Where the reconstruction departs from the photo: the largest absolute difference of the three channels, as heat.
-
-    Compared at the reconstruction's size, because against the sharper photo every edge would light up. The scale is
-    fixed, so that pictures can be compared: black is no difference, the brightest colour half the full range or more.
-
-    Args:
-        image: The photo, RGB.
-        reconstruction: The model's picture of the normal part, RGB of any size.
-
-    Returns:
-        RGB image of the photo's size.
-    """
-    photo = image.resize(reconstruction.size, Image.Resampling.BILINEAR)
-    delta = np.abs(np.asarray(photo, dtype=np.int16) - np.asarray(reconstruction, dtype=np.int16)).max(axis=2)
-    return Image.fromarray(_COLORS[np.minimum(2 * delta, 255)]).resize(image.size, Image.Resampling.BILINEAR)
+    return Image.fromarray((checked_map(anomaly_map) * 65535).round().astype(np.uint16))
 
 
 def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[Region]:
@@ -153,7 +139,7 @@ def find_regions(anomaly_map: np.ndarray, threshold: float) -> list[Region]:
     of enlarging the map. Peaks are compared to three decimals, as people read them (otherwise a speck at 0.99999 would
     precede a large region at 0.99998); equal ones are ordered by falling area, then top to bottom.
     """
-    values = _checked_map(anomaly_map)
+    values = checked_map(anomaly_map)
     labels = _label_regions(values, threshold)
     regions = []
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -187,6 +173,12 @@ def location_words(region: Region, size: tuple[int, int]) -> str:
     column = ("left", "centre", "right")[min(int(1.5 * (x0 + x1) / width), 2)]
     row = ("upper", "", "lower")[min(int(1.5 * (y0 + y1) / height), 2)]
     return f"{row} {column}".strip()
+
+
+def region_words(number: int, region: Region, size: tuple[int, int]) -> str:
+    """A region of an image of that `(width, height)`, with its number in the picture: where, how large, how strong."""
+    x0, y0, x1, y1 = region.box
+    return f"{number} · {location_words(region, size)}, {x1 - x0} × {y1 - y0} px, strength {region.peak:.2f}"
 
 
 def side_by_side(images: Sequence[Image.Image], height: int = 256, gap: int = 8) -> Image.Image:
@@ -227,7 +219,8 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> Path:
     return path
 
 
-def _checked_map(anomaly_map: np.ndarray) -> np.ndarray:
+def checked_map(anomaly_map: np.ndarray) -> np.ndarray:
+    """The map in float32; raises a ValueError if it is none."""
     values = np.asarray(anomaly_map, dtype=np.float32)
     # NaN is in no range.
     if values.ndim != 2 or not values.size or not (np.abs(values - 0.5) <= 0.501).all():
@@ -236,6 +229,11 @@ def _checked_map(anomaly_map: np.ndarray) -> np.ndarray:
             + (f" with values from {values.min():g} to {values.max():g}" if values.size else "")
         )
     return values.clip(0, 1)
+
+
+def _levels(values: np.ndarray, threshold: float | None) -> np.ndarray:
+    """Levels of the colour scale, uint8; the threshold (0.5 without one) is its middle."""
+    return to_uint8(np.interp(values, (0, DEFAULT_THRESHOLD if threshold is None else threshold, 1), (0, 0.5, 1)))
 
 
 def _label_regions(values: np.ndarray, threshold: float) -> np.ndarray:

@@ -29,7 +29,7 @@ def add_commands(commands: Any) -> None:
         _inspect,
         epilog="exit code: 0 if all images are normal, 1 if some are anomalous, 3 if some are undecided, 2 if some\n"
         "could not be read; the last of these that applies (0 with --parquet: its table contains all that)\n\n"
-        "example: diffusionad inspect photos/ --model org/diffusionad-mvtec-screw --output-dir report --csv r.csv\n\n"
+        "example: diffusionad inspect photos/ --model org/diffusionad-mvtec-screw --report report.html --csv r.csv\n\n"
         "For many images, --parquet writes the results in blocks; run the same command again after an interruption.\n"
         "All GPUs of a machine, or several processes on its CPU, work on it together with\n"
         "  accelerate launch --multi_gpu --num_processes 8 -m diffusionad_hf inspect \\\n"
@@ -50,7 +50,13 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--split", metavar="S", help="split of the dataset, if it has several")
     parser.add_argument("--image-column", metavar="C", help="column of images of the dataset, if it has several")
     options.add_pipeline_options(parser)
-    parser.add_argument("--output-dir", type=Path, help="write overlay, mask and reconstruction of each image here")
+    parser.add_argument("--output-dir", type=Path, help="write a picture of each image's result here")
+    parser.add_argument(
+        "--parts", action="store_true", help="with --output-dir: also overlay, mask and reconstruction of each image"
+    )
+    parser.add_argument(
+        "--report", metavar="FILE", type=Path, help="write all results with their pictures as one HTML page"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all results, with every region, as JSON")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write a row per image as CSV")
     parser.add_argument(
@@ -86,6 +92,8 @@ def add_commands(commands: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if args.parts and args.output_dir is None:
+        raise ValueError("--parts: give --output-dir DIR for the pictures.")
     if sum(map(bool, (args.input, args.file_list, args.dataset))) != 1:
         raise ValueError("give either INPUTs, --file-list or --dataset.")
     if args.parquet is not None:
@@ -94,25 +102,40 @@ def _inspect(args: argparse.Namespace) -> int:
         raise ValueError("--dataset: give --parquet FILE for the results.")
     if args.engine not in (None, "local") or _num_processes() > 1:
         raise ValueError("several processes share the work only with --parquet FILE.")
-    from ..inspection.inspection import find_images, inspect_files, read_list
-    from ..inspection.records import Failure, Inspection, write_report, write_table
+    from ..inspection.inspection import Pictures, find_images, inspect_files, read_list
+    from ..inspection.records import Failure, Inspection, write_results, write_table
+    from ..report import NOT_INSPECTED, Entry, embedded, write_report
     from ..verdicts_diffusionad import ANOMALOUS, UNDECIDED
 
     files, results = (read_list(args.file_list), []) if args.file_list else find_images(args.input)
     if not files:
         raise ValueError(" ".join(failure.error for failure in results))
-    options.check_writable(args.output_dir, args.json and args.json.parent, args.csv and args.csv.parent)
+    options.check_writable(args.output_dir, *(file and file.parent for file in (args.json, args.csv, args.report)))
     pipe = _load_inspector(args, args.device)
+    entries = [Entry(failure.file, NOT_INSPECTED, note=failure.error) for failure in results]
+
+    def enter(found: Inspection, figure: Any) -> None:
+        note = "" if found.reason == "calibrated" else found.sentence
+        entries.append(
+            Entry(found.file, found.verdict, found.score, found.p_value, found.where, (), note, embedded(figure))
+        )
+
+    pictures = Pictures(args.output_dir, args.parts, enter if args.report else None)
     try:
-        found = inspect_files(pipe, files, args.output_dir, batch_size=args.batch_size)
+        found = inspect_files(pipe, files, pictures, batch_size=args.batch_size)
         for result in tqdm(found, total=len(files), desc="inspecting", unit="image", file=sys.stderr):
             results.append(result)
+            if isinstance(result, Failure):
+                entries.append(Entry(result.file, NOT_INSPECTED, note=result.error))
     finally:
         # Keep the results so far, also after an interruption or a full disk.
         if args.json is not None:
-            write_report(args.json, args.model, results)
+            write_results(args.json, args.model, results)
         if args.csv is not None:
             write_table(args.csv, results)
+        if args.report is not None:
+            facts = {"Model": args.model, "Threshold": "none" if pipe.threshold is None else f"{pipe.threshold:.4f}"}
+            write_report(args.report, "Inspection", entries, lead=pipe.calibration.verdict(0).sentence, facts=facts)
     print(options.format_table([_COLUMNS, *map(_cells, results)]))
     inspected = [result for result in results if isinstance(result, Inspection)]
     reasons = Counter((result.verdict, result.reason, result.sentence) for result in inspected)
@@ -122,6 +145,8 @@ def _inspect(args: argparse.Namespace) -> int:
             print(f"{count} {verdict}: {sentence} {help}".rstrip())
     if args.output_dir is not None:
         print(f"Pictures in {args.output_dir}.")
+    if args.report is not None:
+        print(f"Report in {args.report}.")
     verdicts = {result.verdict for result in inspected}
     code = _SOME_UNDECIDED if UNDECIDED in verdicts else _SOME_ANOMALOUS if ANOMALOUS in verdicts else 0
     return options.report_left_out([result.error for result in results if isinstance(result, Failure)]) or code
@@ -157,10 +182,11 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
     require("pyarrow", "train")
     from ..inspection.blocks import merge_blocks, open_run
     from ..inspection.engines import AccelerateEngine, LocalEngine, RayEngine
+    from ..inspection.inspection import Pictures
     from ..verdicts_diffusionad import ANOMALOUS, UNDECIDED
 
-    if args.json is not None or args.csv is not None:
-        raise ValueError("--json and --csv hold all results in memory; leave them out with --parquet.")
+    if args.json is not None or args.csv is not None or args.report is not None:
+        raise ValueError("--json, --csv and --report hold all results in memory; leave them out with --parquet.")
     name = args.engine or ("accelerate" if _num_processes() > 1 else "local")
     if name != "accelerate" and _num_processes() > 1:
         raise ValueError(f"--engine {name}: runs in one process; leave out `accelerate launch`.")
@@ -185,7 +211,7 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
         share = f" (process 1 of {engine.num_processes})" if engine.num_processes > 1 else ""
         bar = {"desc": f"inspecting{share}", "unit": "image", "file": sys.stderr, "disable": not engine.is_main}
         with tqdm(total=run.count(blocks), **bar) as progress:
-            for images in engine.inspect(inputs, run, blocks, args.output_dir):
+            for images in engine.inspect(inputs, run, blocks, Pictures(args.output_dir, args.parts)):
                 progress.update(images)
         engine.wait()
         if engine.is_main:

@@ -17,7 +17,7 @@ def add_commands(commands: Any) -> None:
         "--output-dir",
         metavar="DIR",
         default="outputs/demo",
-        help="write an overlay, a mask and the reconstruction of each photo here (default: %(default)s)",
+        help="write a picture of each result here (default: %(default)s)",
     )
 
     parser = add_command(

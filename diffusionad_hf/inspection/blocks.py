@@ -24,7 +24,7 @@ from ..calibration import fingerprint
 from ..files import replace_file, replacing
 from ..pipeline_diffusionad import DiffusionADPipeline
 from .inputs import Inputs
-from .inspection import batched, inspect_batches
+from .inspection import Pictures, batched, inspect_batches
 from .records import Failure, Inspection
 
 _BATCHES_PER_BLOCK = 16
@@ -145,7 +145,7 @@ def _check_same_run(record: Path, description: dict[str, Any]) -> None:
 
 
 def inspect_blocks(
-    pipe: DiffusionADPipeline, inputs: Inputs, run: Run, blocks: Sequence[int], output_dir: Path | None = None
+    pipe: DiffusionADPipeline, inputs: Inputs, run: Run, blocks: Sequence[int], pictures: Pictures | None = None
 ) -> Iterator[int]:
     """
     Inspects blocks and writes each when it is done; images of the next are read meanwhile. Yields 1 for every image.
@@ -155,7 +155,7 @@ def inspect_blocks(
         ValueError: If there are fewer images than were counted.
     """
     batches = (batch for block in blocks for batch in batched(inputs.read(*run.span(block)), run.batch_size))
-    results = inspect_batches(pipe, batches, output_dir)
+    results = inspect_batches(pipe, batches, pictures)
     for block in blocks:
         rows = []
         for result in islice(results, run.count([block])):

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from ..files import require
 from ..pipeline_diffusionad import DiffusionADPipeline
 from .blocks import Run, describe_model, inspect_blocks
 from .inputs import Inputs
+from .inspection import Pictures
 
 # Loads the pipeline, onto a device or, with `None`, wherever is best.
 Load = Callable[[str | None], DiffusionADPipeline]
@@ -40,9 +40,9 @@ class LocalEngine:
     def share(self, blocks: Sequence[int]) -> Sequence[int]:
         return blocks
 
-    def inspect(self, inputs: Inputs, run: Run, blocks: Sequence[int], output_dir: Path | None) -> Iterator[int]:
+    def inspect(self, inputs: Inputs, run: Run, blocks: Sequence[int], pictures: Pictures | None) -> Iterator[int]:
         """Yields numbers of images as they are done."""
-        return inspect_blocks(self.pipe, inputs, run, blocks, output_dir)
+        return inspect_blocks(self.pipe, inputs, run, blocks, pictures)
 
     def wait(self) -> None:
         """Returns when every process has done its share."""
@@ -126,9 +126,9 @@ class RayEngine(LocalEngine):
         with self._explained():
             return self._ray.get(self._workers[0].describe.remote())
 
-    def inspect(self, inputs: Inputs, run: Run, blocks: Sequence[int], output_dir: Path | None) -> Iterator[int]:
+    def inspect(self, inputs: Inputs, run: Run, blocks: Sequence[int], pictures: Pictures | None) -> Iterator[int]:
         # A reference in a list stays one: each worker fetches what it stands for once.
-        job = [self._ray.put((inputs, run, output_dir))]
+        job = [self._ray.put((inputs, run, pictures))]
         pool = require("ray.util", "ray").ActorPool(self._workers)
         with self._explained():
             yield from pool.map_unordered(lambda worker, block: worker.inspect.remote(job, block), blocks)
@@ -164,5 +164,5 @@ class _RayWorker:
     def inspect(self, job: list[Any], block: int) -> int:
         if not hasattr(self, "_job"):
             self._job = require("ray", "ray").get(job[0])
-        inputs, run, output_dir = self._job
-        return sum(inspect_blocks(self._pipe, inputs, run, [block], output_dir))
+        inputs, run, pictures = self._job
+        return sum(inspect_blocks(self._pipe, inputs, run, [block], pictures))

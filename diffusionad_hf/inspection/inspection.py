@@ -6,10 +6,10 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import fsspec
 import torch
 from PIL import Image
 
+from ..figure import figure
 from ..files import one_line
 from ..images_diffusionad import IMAGE_SUFFIXES, InvalidImageError, load_image, resize_image, to_uint8
 from ..pipeline_diffusionad import DiffusionADPipeline
@@ -33,12 +34,28 @@ _BATCHES_AHEAD = 2
 class Item(NamedTuple):
     """
     One image to inspect: its name in the results; its path, content, or address (of any file system that `fsspec`
-    reads); and the path of its pictures in the output folder, without `_overlay.png` and the like.
+    reads); and the path of its pictures in the output folder, without `_figure.png` and the like.
     """
 
     name: str
     source: Path | bytes | str
     picture: str = ""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """
+    The pictures of inspected images.
+
+    Args:
+        folder: Where each image's [`figure`] is written; `None` to write none.
+        parts: Whether overlay, mask and reconstruction are written too, at the photo's size.
+        seen: Called with each inspection and its figure.
+    """
+
+    folder: Path | None = None
+    parts: bool = False
+    seen: Callable[[Inspection, Image.Image], Any] | None = None
 
 
 def find_images(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], list[Failure]]:
@@ -86,10 +103,14 @@ def read_small(files: Iterable[Path], size: tuple[int, int]) -> Iterator[torch.T
 
 
 def inspect_files(
-    pipe: DiffusionADPipeline, files: Sequence[Path], output_dir: Path | None = None, *, batch_size: int | None = None
+    pipe: DiffusionADPipeline,
+    files: Sequence[Path],
+    pictures: Pictures | None = None,
+    *,
+    batch_size: int | None = None,
 ) -> Iterator[Inspection | Failure]:
     """
-    Inspects files batch by batch and writes their pictures, if there is a folder for them, as it goes.
+    Inspects files batch by batch and draws their pictures, if any are wanted, as it goes.
 
     Yields:
         [`Inspection`] or [`Failure`]: One per file, in order.
@@ -99,7 +120,7 @@ def inspect_files(
     """
     names = picture_names(files)
     items = (Item(str(file), file, names[file]) for file in files)
-    return inspect_batches(pipe, batched(items, batch_size or pipe.default_batch_size), output_dir)
+    return inspect_batches(pipe, batched(items, batch_size or pipe.default_batch_size), pictures)
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -109,12 +130,12 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def inspect_batches(
-    pipe: DiffusionADPipeline, batches: Iterable[Sequence[Item]], output_dir: Path | None = None
+    pipe: DiffusionADPipeline, batches: Iterable[Sequence[Item]], pictures: Pictures | None = None
 ) -> Iterator[Inspection | Failure]:
     """Inspects batches as [`inspect_files`] does; they are iterated in another thread."""
     with closing(_read_ahead(batches)) as batches_with_images:
         for batch, images in batches_with_images:
-            yield from _inspect_batch(pipe, batch, images, output_dir)
+            yield from _inspect_batch(pipe, batch, images, pictures or Pictures())
 
 
 def _read_ahead(
@@ -158,7 +179,7 @@ def _read(item: Item) -> torch.Tensor | Failure:
 
 
 def _inspect_batch(
-    pipe: DiffusionADPipeline, batch: Sequence[Item], images: Sequence[torch.Tensor | Failure], output_dir: Path | None
+    pipe: DiffusionADPipeline, batch: Sequence[Item], images: Sequence[torch.Tensor | Failure], pictures: Pictures
 ) -> Iterator[Inspection | Failure]:
     good = [image for image in images if isinstance(image, torch.Tensor)]
     started = time.perf_counter()
@@ -175,31 +196,48 @@ def _inspect_batch(
         verdict = output.verdict[row]
         # A normal image has no regions to show, in its mask neither, whatever single pixels of its map say.
         regions = [] if verdict.word == NORMAL else find_regions(anomaly_map, drawn)
-        pictures = {}
-        if output_dir is not None:
+        p_value = None if output.p_value is None else float(output.p_value[row])
+        drawings: dict[str, Image.Image] = {}
+        if pictures.folder is not None or pictures.seen is not None:
             photo = Image.fromarray(to_uint8(image.permute(1, 2, 0).numpy()))
-            drawings = {
-                "overlay": overlay(photo, anomaly_map, threshold=drawn, contour=verdict.word != NORMAL),
-                "mask": Image.new("L", photo.size) if verdict.word == NORMAL else mask_image(anomaly_map, drawn),
-                "reconstruction": Image.fromarray(to_uint8(output.reconstruction[row])),
-            }
+            normal = Image.fromarray(to_uint8(output.reconstruction[row]))
+            drawings["figure"] = figure(
+                photo,
+                anomaly_map,
+                verdict,
+                score,
+                threshold=threshold,
+                p_value=p_value,
+                reconstruction=normal,
+                regions=regions,
+            )
+            if pictures.parts:
+                drawings["overlay"] = overlay(photo, anomaly_map, threshold=drawn, contour=verdict.word != NORMAL)
+                blank = verdict.word == NORMAL
+                drawings["mask"] = Image.new("L", photo.size) if blank else mask_image(anomaly_map, drawn)
+                drawings["reconstruction"] = normal
+        written = {}
+        if pictures.folder is not None:
             for kind, drawing in drawings.items():
-                pictures[kind] = str(save_image(drawing, output_dir / f"{item.picture}_{kind}.png"))
-        yield Inspection(
+                written[kind] = str(save_image(drawing, pictures.folder / f"{item.picture}_{kind}.png"))
+        inspection = Inspection(
             file=item.name,
             score=score,
             threshold=threshold,
             verdict=verdict.word,
             reason=verdict.reason,
             sentence=verdict.sentence,
-            p_value=None if output.p_value is None else float(output.p_value[row]),
+            p_value=p_value,
             is_familiar=None if output.is_familiar is None else bool(output.is_familiar[row]),
             strangeness=None if output.strangeness is None else float(output.strangeness[row]),
             seconds=seconds,
             where=[location_words(region, anomaly_map.shape[::-1]) for region in regions],
             regions=[asdict(region) for region in regions],
-            pictures=pictures,
+            pictures=written,
         )
+        if pictures.seen is not None:
+            pictures.seen(inspection, drawings["figure"])
+        yield inspection
         row += 1
 
 

@@ -36,7 +36,7 @@ class Inspection:
         seconds: Time of the pipeline for this image, its share of the batch's.
         where: The regions in words, strongest first.
         regions: Boxes `(x0, y0, x1, y1)` in px of the image, half open, with area and peak.
-        pictures: Files that were written, by kind: overlay, mask, reconstruction.
+        pictures: Files that were written, by kind: figure; overlay, mask and reconstruction.
     """
 
     file: str
@@ -62,7 +62,7 @@ class Failure:
     error: str
 
 
-def write_report(path: Path, model: str, results: Sequence[Inspection | Failure]) -> None:
+def write_results(path: Path, model: str, results: Sequence[Inspection | Failure]) -> None:
     """Writes all results as one JSON file."""
     content = {
         "model": model,

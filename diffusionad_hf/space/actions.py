@@ -8,16 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from ..calibration import promised_rate
 from ..familiarity_diffusionad import Familiarity
-from ..files import replace_file, write_json
+from ..files import write_json
 from ..visualization import anomaly_map_16bit
 from .intake import LIMITS, Refusal, Settings, Upload, collect
 from .models import Calibration, Model, ModelError, Raw
-from .reports import Row, finite, report_page, result_json, sort_rows, write_archive, write_table
+from .reports import (
+    Row,
+    finite,
+    result_json,
+    sort_rows,
+    write_archive,
+    write_batch_report,
+    write_single_report,
+    write_table,
+)
 from .results import Results
-from .views import OPACITY, Drawing, Result, companions, full_size, load, store, view, view_photo
+from .views import OPACITY, Drawing, Result, full_size, headline, kept, load, store, view, view_photo
 
 CHUNK = 8
 FEWEST_CALIBRATION_IMAGES = 10
@@ -43,7 +53,10 @@ def download(folder: Path, kind: str, calibration: Calibration, opacity: float) 
         write_json(path, result_json(result, calibration, shown.regions))
     else:
         path = folder / f"{result.file_stem}-report.html"
-        replace_file(path, report_page(result, calibration, shown, *companions(folder)))
+        drawing, photo, reconstruction = kept(folder, calibration)
+        write_single_report(
+            path, Row.of(drawing, drawing.figure(photo, reconstruction)), headline(result.verdict(calibration))
+        )
     return path
 
 
@@ -88,9 +101,10 @@ def inspect_many(
                 rows.append(_drawn(pictures, result, image, raw, calibration))
             yield len(rows), len(uploads)
     rows = sort_rows(rows)
-    table, archive = folder / "report.csv", folder / "inspection.zip"
+    table, report, archive = (folder / name for name in ("report.csv", "report.html", "inspection.zip"))
     write_table(rows, finite(calibration.threshold), table)
-    write_archive(rows, table, archive)
+    write_batch_report(rows, model.name, calibration, report)
+    write_archive(rows, [table, report], archive)
     yield Batch(rows, calibration, table, archive)
 
 
@@ -130,7 +144,7 @@ def _drawn(folder: Path, result: Result, image: torch.Tensor, raw: Raw, calibrat
     drawing.overlay(photo, OPACITY).save(pictures["overlay"], quality=88)
     drawing.mask().save(pictures["mask"])
     anomaly_map_16bit(raw.anomaly_map).save(pictures["map"])
-    return Row(result_json(result, calibration, drawing.photo_regions), pictures)
+    return Row.of(drawing, drawing.figure(photo, Image.fromarray(raw.reconstruction)), pictures)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import gradio as gr
 
+from ..figure import NOT_SHOWN
 from ..verdicts_diffusionad import ANOMALOUS, NORMAL, UNDECIDED, percent
+from ..visualization import region_words
 from .actions import Batch, Calibrated, calibrate_on, download, inspect_many, inspect_one
 from .endpoints import one_line_errors
 from .intake import Refusal, Settings, number, owner_of, upload_of, uploads_of
 from .models import Calibration, Models, about
 from .reports import Row, finite
 from .results import Results
-from .views import View, companions, headline, load, p_words, promise_words, region_words, view
+from .views import View, headline, load, normal_picture, p_words, promise_words, view
 
 PICTURES_IN_GALLERY = 60
 NO_MODEL = "There is no model here. Put one into checkpoints/, or name some in DIFFUSIONAD_MODELS."
@@ -103,7 +105,7 @@ def threshold_update(calibration: Calibration) -> dict:
 
 def no_result(text: str) -> tuple:
     hidden = gr.update(visible=False)
-    return text, "", hidden, hidden, None, None, None, gr.update(choices=[], value=None)
+    return text, "", hidden, hidden, None, None, gr.update(choices=[], value=None)
 
 
 def rate_of(value: object) -> float:
@@ -142,8 +144,12 @@ class Handlers:
             return no_result(message(error))
         verdict, drawn, regions = self._shown(folder, calibration, opacity)
         visible = gr.update(visible=True)
-        normal, difference = (self.results.show(folder, file) for file in companions(folder))
-        return verdict, key, visible, visible, drawn, normal, difference, regions
+        normal = normal_picture(folder, calibration)
+        normal = gr.update(
+            value=None if normal is None else self.results.show(folder, normal),
+            label=NOT_SHOWN if normal is None else "As it should look",
+        )
+        return verdict, key, visible, visible, drawn, normal, regions
 
     def threshold(self, key, threshold, opacity, rate, own, request: gr.Request):
         """A new verdict and picture of a kept result; the model does not run."""

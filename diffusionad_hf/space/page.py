@@ -88,10 +88,7 @@ def inspect_tab(
                 back = gr.Button("Back to the calibrated threshold", size="sm", elem_id="threshold-back")
                 regions = gr.Radio([], label="Regions", elem_id="regions")
     with gr.Column(visible=False, elem_id="details") as details:
-        with gr.Row():
-            picture = partial(gr.Image, height=340, buttons=["fullscreen"], **SHOWN)
-            normal = picture(label="As it should look", elem_id="normal")
-            delta = picture(label="Difference", elem_id="difference")
+        normal = gr.Image(label="As it should look", height=340, buttons=["fullscreen"], **SHOWN, elem_id="normal")
         kinds = {"overlay": "Overlay", "mask": "Mask", "map": "16-bit map", "json": "JSON", "report": "Report page"}
         with gr.Row(elem_id="downloads"):
             buttons = {
@@ -116,7 +113,7 @@ def inspect_tab(
             ]
         again = gr.Button("Inspect again", variant="primary", elem_id="again")
 
-    outputs = [verdict, key, result, details, pictures, normal, delta, regions]
+    outputs = [verdict, key, result, details, pictures, normal, regions]
     drawn = [threshold, opacity, rate, own]
     inputs = [photo, category, *drawn, *advanced]
     run = dict(fn=on.photo, inputs=inputs, outputs=outputs, show_progress_on=[verdict], **INSPECTING, **RUN)

@@ -1,21 +1,21 @@
-"""What visitors take away: JSON, one report page, and the table and archive of a batch."""
+"""What visitors take away: JSON, reports, and the table and archive of a batch."""
 
-import base64
-import html
 import json
 import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
+
+from PIL import Image
 
 from ..files import replacing
 from ..inspection.records import write_csv
+from ..report import NOT_INSPECTED, Entry, embedded, write_report
 from ..version import __version__ as VERSION
-from ..visualization import Region, location_words
+from ..visualization import Region, location_words, region_words
 from .models import Calibration
-from .views import Result, View, headline, p_words, region_words
+from .views import Drawing, Result, p_words
 
 
 def finite(threshold: float | None) -> float | None:
@@ -57,55 +57,6 @@ def result_json(result: Result, calibration: Calibration, regions: Sequence[Regi
     }
 
 
-def report_page(result: Result, calibration: Calibration, view: View, normal: Path, difference: Path) -> str:
-    """One self-contained HTML page, to be printed or filed."""
-    regions = "".join(
-        f"<li>{html.escape(region_words(i, region, result.size))}</li>" for i, region in enumerate(view.regions, 1)
-    )
-    pictures = "".join(
-        f'<figure><img alt="{title}" src="data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        f"<figcaption>{title}</figcaption></figure>"
-        for title, path in {
-            "Photo": view.photo,
-            "Anomaly map": view.overlay,
-            "As it should look": normal,
-            "Difference": difference,
-        }.items()
-    )
-    verdict, p_value, threshold = (
-        result.verdict(calibration),
-        result.p_value(calibration),
-        finite(calibration.threshold),
-    )
-    notes = [verdict.sentence] + ([] if p_value is None else [p_words(p_value, len(calibration.scores))])
-    rows = {
-        "Score": f"{result.score:.4f}",
-        "Threshold": "none" if threshold is None else f"{threshold:.4f}",
-        "Category": html.escape(result.category),
-        "Photo": f"{result.size[0]} × {result.size[1]} px",
-        "Time": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "Software": f"diffusionad-hf {VERSION}",
-    }
-    name = html.escape(result.name)
-    listed = f"<ol>{regions}</ol>" if regions else "<p>None above the threshold.</p>"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; color: #17202a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-h1 {{ font-size: 1.6rem; margin: 0 }} h2 {{ font-size: 1.1rem }}
-dl {{ display: grid; grid-template-columns: 8rem 1fr; margin: 1rem 0 }}
-ol {{ list-style: none; padding: 0 }}
-dt {{ color: #566 }} dd {{ margin: 0 }} .pictures {{ display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }}
-figure {{ margin: 0; break-inside: avoid }} img {{ width: 100% }} figcaption {{ color: #566 }}
-</style></head><body>
-<h1>{html.escape(headline(verdict))}</h1><p>{name}</p><p>{html.escape(" ".join(notes))}</p>
-<dl>{"".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in rows.items())}</dl>
-<div class="pictures">{pictures}</div>
-<h2>Regions</h2>{listed}
-</body></html>
-"""
-
-
 COLUMNS = ["File", "Verdict", "Score", "p-value", "Regions", "Note"]
 
 
@@ -114,11 +65,29 @@ class Row:
     """One file of a batch: its record with its pictures by kind, or a record that says why there are none."""
 
     record: dict
+    entry: Entry
     pictures: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
+    def of(cls, drawing: Drawing, figure: Image.Image, pictures: dict[str, Path] | None = None) -> "Row":
+        regions, size = drawing.photo_regions, drawing.result.size
+        record = result_json(drawing.result, drawing.calibration, regions)
+        entry = Entry(
+            name=record["name"],
+            verdict=record["verdict"],
+            score=record["anomaly_score"],
+            p_value=record["p_value"],
+            where=[region["place"] for region in record["regions"]],
+            regions=[region_words(i, region, size) for i, region in enumerate(regions, 1)],
+            note="" if record["reason"] == "calibrated" else record["sentence"],
+            picture=embedded(figure),
+        )
+        return cls(record, entry, pictures or {})
+
+    @classmethod
     def refused(cls, name: str, reason: str) -> "Row":
-        return cls({"name": name, "error": reason[:1].upper() + reason[1:]})
+        reason = reason[:1].upper() + reason[1:]
+        return cls({"name": name, "error": reason}, Entry(name, NOT_INSPECTED, note=reason))
 
     @property
     def cells(self) -> list[str]:
@@ -146,10 +115,32 @@ def write_table(rows: Sequence[Row], threshold: float | None, path: Path) -> Non
     write_csv(path, [*COLUMNS, "Threshold"], ([*row.cells, shown] for row in rows), encoding="utf-8-sig")
 
 
-def write_archive(rows: Sequence[Row], table: Path, path: Path) -> None:
-    """Packs the table, the records and the pictures, named after their photos."""
+def write_single_report(path: Path, row: Row, title: str) -> None:
+    """Writes the report of one photo."""
+    record = row.record
+    facts = {
+        "Photo": f"{record['name']}, {record['width']} × {record['height']} px",
+        "Category": record["category"],
+        "Score": f"{record['anomaly_score']:.4f}",
+        "Threshold": "none" if record["threshold"] is None else f"{record['threshold']:.4f}",
+    }
+    p_value = record["p_value"]
+    notes = [record["sentence"]] + ([] if p_value is None else [p_words(p_value, record["calibration_images"])])
+    write_report(path, title, [row.entry], lead=" ".join(notes), facts=facts)
+
+
+def write_batch_report(rows: Sequence[Row], category: str, calibration: Calibration, path: Path) -> None:
+    threshold = finite(calibration.threshold)
+    facts = {"Category": category, "Threshold": "none" if threshold is None else f"{threshold:.4f}"}
+    # What holds for every photo, whatever its score.
+    write_report(path, "Inspection", [row.entry for row in rows], lead=calibration.verdict(0).sentence, facts=facts)
+
+
+def write_archive(rows: Sequence[Row], files: Sequence[Path], path: Path) -> None:
+    """Packs table and report, the records, and the pictures, named after their photos."""
     with replacing(path) as partial, zipfile.ZipFile(partial, "w") as bundle:
-        bundle.write(table, table.name, zipfile.ZIP_DEFLATED)
+        for file in files:
+            bundle.write(file, file.name, zipfile.ZIP_DEFLATED)
         records = json.dumps([row.record for row in rows], indent=2, ensure_ascii=False)
         bundle.writestr("results.json", records, zipfile.ZIP_DEFLATED)
         taken: set[str] = set()

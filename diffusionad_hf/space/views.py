@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..figure import as_it_should_look, figure
 from ..files import link_or_copy, write_json
 from ..images_diffusionad import to_uint8
 from ..verdicts_diffusionad import ANOMALOUS, NORMAL, Verdict, percent
 from ..visualization import (
     Region,
     anomaly_map_16bit,
-    difference,
     find_regions,
-    location_words,
     mask_image,
     overlay,
     region_threshold,
@@ -158,6 +157,20 @@ class Drawing:
             highlight=self.regions[framed] if 0 <= framed < len(self.regions) else None,
         )
 
+    def figure(self, photo: Image.Image, reconstruction: Image.Image) -> Image.Image:
+        """All in one picture, of the photo at this size."""
+        result, calibration = self.result, self.calibration
+        return figure(
+            photo,
+            self.anomaly_map,
+            result.verdict(calibration),
+            result.score,
+            threshold=calibration.threshold,
+            p_value=result.p_value(calibration),
+            reconstruction=reconstruction,
+            regions=self.regions,
+        )
+
     def mask(self) -> Image.Image:
         """The regions in white."""
         return mask_image(self.values, self.threshold) if self.shows_regions else Image.new("L", self.size)
@@ -174,8 +187,7 @@ class View:
 
 def view(folder: Path, calibration: Calibration, opacity: float = OPACITY, framed: int = -1) -> View:
     """Draws a kept result as a calibration sees it. The model does not run."""
-    photo = Image.open(folder / "photo.jpg").convert("RGB")
-    drawing = Drawing(load(folder), np.load(folder / "map.npy"), photo.size, calibration)
+    drawing, photo, _ = kept(folder, calibration)
     picture = drawing.overlay(photo, opacity, framed=framed)
     # A new name each time, so that no browser shows the former picture; the last few stay for those still loading.
     for old in sorted(folder.glob("view-*.jpg"))[:-4]:
@@ -185,15 +197,20 @@ def view(folder: Path, calibration: Calibration, opacity: float = OPACITY, frame
     return View(folder / "photo.jpg", path, drawing.photo_regions)
 
 
-def companions(folder: Path) -> tuple[Path, Path]:
-    """The reconstruction and the difference at the size of the page, drawn once."""
-    normal_path, difference_path = folder / "normal.jpg", folder / "difference.jpg"
-    if not normal_path.exists():
-        photo = Image.open(folder / "photo.jpg").convert("RGB")
-        normal = Image.open(folder / "reconstruction.png").convert("RGB")
-        difference(photo, normal).save(difference_path, quality=90)
-        normal.resize(photo.size, Image.Resampling.BICUBIC).save(normal_path, quality=92)
-    return normal_path, difference_path
+def normal_picture(folder: Path, calibration: Calibration) -> Path | None:
+    """How the part should look, at the size of the page; None if the reconstruction is not good enough."""
+    drawing, photo, reconstruction = kept(folder, calibration)
+    picture = as_it_should_look(photo, reconstruction, drawing.anomaly_map, drawing.threshold)
+    path = folder / f"normal-{drawing.threshold:g}.jpg"
+    if picture is not None:
+        picture.save(path, quality=92)
+    return None if picture is None else path
+
+
+def kept(folder: Path, calibration: Calibration) -> tuple[Drawing, Image.Image, Image.Image]:
+    """A kept result as a calibration sees it, with its photo and its reconstruction, at the size of the page."""
+    photo, reconstruction = (Image.open(folder / name).convert("RGB") for name in ("photo.jpg", "reconstruction.png"))
+    return Drawing(load(folder), np.load(folder / "map.npy"), photo.size, calibration), photo, reconstruction
 
 
 def full_size(folder: Path, kind: str, calibration: Calibration, opacity: float) -> Path:
@@ -246,8 +263,3 @@ def promise_words(calibration: Calibration) -> str:
         f"About {percent(rate)} of normal parts will be called anomalous; "
         f"with only {count} images, expect {percent(max(rate - 2 * spread, 0))} to {percent(rate + 2 * spread)}."
     )
-
-
-def region_words(number: int, region: Region, size: tuple[int, int]) -> str:
-    x0, y0, x1, y1 = region.box
-    return f"{number} · {location_words(region, size)}, {x1 - x0} × {y1 - y0} px, strength {region.peak:.2f}"

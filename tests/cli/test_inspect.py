@@ -37,8 +37,8 @@ def run(*arguments):
 
 def test_inspect_writes_pictures_json_csv_and_a_table(photos, model_dir, tmp_path, capsys):
     out = tmp_path / "out"
-    files = ("--output-dir", out, "--json", out / "r.json", "--csv", out / "r.csv")
-    code = run("inspect", photos, "--model", model_dir, *files)
+    files = ("--output-dir", out, "--json", out / "r.json", "--csv", out / "r.csv", "--report", out / "r.html")
+    code = run("inspect", photos, "--model", model_dir, *files, "--parts")
     printed, report = capsys.readouterr().out, json.loads((out / "r.json").read_text())
     rows = list(csv.DictReader((out / "r.csv").open()))
     assert len(report["images"]) == len(rows) == 4 and report["failures"] == []
@@ -50,8 +50,11 @@ def test_inspect_writes_pictures_json_csv_and_a_table(photos, model_dir, tmp_pat
         assert image["p_value"] == pytest.approx(expected.p_value[0])
         assert image["verdict"] == ("anomalous" if expected.is_anomalous[0] else "normal") == row["verdict"]
         assert image["file"] in printed and f"{image['score']:.4f}" in printed
+        assert Image.open(image["pictures"].pop("figure")).width == 1130
         assert set(image["pictures"]) == {"overlay", "mask", "reconstruction"}
         assert {Image.open(picture).size for picture in image["pictures"].values()} == {Image.open(image["file"]).size}
+    page = (out / "r.html").read_text()
+    assert page.count("data:image/webp") == 4 and all(image["file"] in page for image in report["images"])
     assert len({picture for image in report["images"] for picture in image["pictures"].values()}) == 12
 
 
@@ -59,10 +62,10 @@ def test_inspect_writes_pictures_json_csv_and_a_table(photos, model_dir, tmp_pat
 def test_one_bad_file_never_stops_the_others(kind, photos, photo, model_dir, tmp_path, capsys):
     bad, out = unusable(kind, photo, photos), tmp_path / "out"
     arguments = (photos, "--model", model_dir, "--output-dir", out, "--json", out / "r.json", "--csv", out / "r.csv")
-    assert run("inspect", *arguments, "--batch-size", 2) == 2
+    assert run("inspect", *arguments, "--batch-size", 2, "--report", out / "r.html") == 2
     report = json.loads((out / "r.json").read_text())
     assert len(report["images"]) == 4 and [f["file"] for f in report["failures"]] == [str(bad)]
-    assert str(bad) in capsys.readouterr().err
+    assert str(bad) in capsys.readouterr().err and str(bad) in (out / "r.html").read_text()
     assert [row["error"] != "" for row in csv.DictReader((out / "r.csv").open())].count(True) == 1
 
 
@@ -82,6 +85,8 @@ REFUSED = [
     (["inspect", "{photos}", "--device", "cuda:7"], "--device cuda:7"),
     (["inspect", "{photos}", "--output-dir", "{photos}/a.png/out"], "cannot write there"),
     (["inspect", "{photos}", "--json", "{photos}/a.png/r.json"], "cannot write there"),
+    (["inspect", "{photos}", "--report", "{photos}/a.png/r.html"], "cannot write there"),
+    (["inspect", "{photos}", "--parts"], "--parts: give --output-dir"),
     (["inspect", "{photos}", "--model", "./nothing"], "nothing: no such folder"),
     (["inspect", "{photos}", "--model", "{model}", "--false-alarm-rate", "0.1"], "is not calibrated"),
     (["calibrate", "{photos}", "--model", "org/name"], "--output-dir"),

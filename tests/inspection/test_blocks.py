@@ -190,17 +190,17 @@ def test_finished_blocks_are_kept_whatever_ends_a_run(
         if reason == "SIGTERM":
             patch.setattr(DiffusionADPipeline, "_inspect", terminated)
         else:
-            (out / "05_mask.png").mkdir(parents=True)  # where a picture has to be
+            (out / "05_figure.png").mkdir(parents=True)  # where a picture has to be
         assert run(*arguments) == (130 if reason == "SIGTERM" else 2)
-    assert ("interrupted" if reason == "SIGTERM" else "05_mask.png") in capsys.readouterr().err
+    assert ("interrupted" if reason == "SIGTERM" else "05_figure.png") in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     kept = written(target)
     assert list(kept) == BLOCKS[:1] and not target.exists() and not list(tmp_path.rglob(".*.partial"))
     if reason == "an error":
-        (out / "05_mask.png").rmdir()
+        (out / "05_figure.png").rmdir()
     assert run(*arguments) == 0
     assert written(target).items() >= kept.items() and target.read_bytes() == whole.read_bytes()
-    assert len(list(out.glob("*_overlay.png"))) == 18
+    assert len(list(out.glob("*_figure.png"))) == 18
 
 
 def launch(folder, *arguments, **environment):
@@ -236,7 +236,7 @@ def test_two_launched_processes_read_a_dataset_of_the_hub_at_one_commit(hub, who
     found, columns = pq.read_table(target), ["row", "score", "threshold", "verdict", "p_value", "regions"]
     assert found.select(columns).equals(pq.read_table(whole).select(columns))
     assert found["file"].to_pylist() == [f"{i:02d}.png" for i in range(19)]
-    assert len(list(out.rglob("*_overlay.png"))) == 18
+    assert len(list(out.rglob("*_figure.png"))) == 18
     record = json.loads((tmp_path / "results.parquet.blocks/run.json").read_text())
     assert record["inputs"].endswith(hub.repo("org/photos", "dataset").branches["main"].oid)
 
@@ -288,7 +288,7 @@ def test_two_ray_workers_read_a_dataset_and_one_of_them_is_killed(
     assert run("--dataset", data, *arguments) == 0
     assert (tmp_path / "out/killed").exists()
     assert pq.read_table(target).drop(["file", "error"]).equals(pq.read_table(whole).drop(["file", "error"]))
-    assert list(written(target)) == BLOCKS and len(list(tmp_path.glob("out/**/*_overlay.png"))) == 18
+    assert list(written(target)) == BLOCKS and len(list(tmp_path.glob("out/**/*_figure.png"))) == 18
 
 
 def test_ray_says_what_went_wrong_in_a_worker(cluster, photos, model_dir, target, tmp_path, capsys):

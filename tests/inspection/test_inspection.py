@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusionad_hf import DiffusionADPipeline
-from diffusionad_hf.inspection.inspection import Item, _read_ahead, find_images, inspect_files, picture_names
+from diffusionad_hf.inspection.inspection import Item, Pictures, _read_ahead, find_images, inspect_files, picture_names
 from diffusionad_hf.inspection.records import Failure
 from tests.conftest import make_pipeline
 
@@ -64,7 +64,7 @@ def test_a_normal_image_has_no_regions_though_single_pixels_lie_above_the_thresh
     score, peak = float(found.anomaly_score[0]), float(found.anomaly_map[0].max())
     assert score < peak
     pipe.register_to_config(threshold=(score + peak) / 2)
-    (result,) = inspect_files(pipe, [file], tmp_path / "out")
+    (result,) = inspect_files(pipe, [file], Pictures(tmp_path / "out", parts=True))
     assert result.verdict == "normal" and result.regions == [] and result.where == []
     mask = Image.open(result.pictures["mask"])
     assert mask.size == Image.open(file).size and not np.asarray(mask).any()
@@ -76,7 +76,7 @@ def test_regions_and_mask_are_where_the_map_is_above_the_threshold(share, file, 
     anomaly_map = pipe(file).anomaly_map[0]
     threshold = float(np.quantile(anomaly_map, share))
     pipe.register_to_config(threshold=threshold)
-    (result,) = inspect_files(pipe, [file], tmp_path / "out")
+    (result,) = inspect_files(pipe, [file], Pictures(tmp_path / "out", parts=True))
     assert result.verdict == "anomalous" and result.threshold == threshold and result.regions and result.where
     np.testing.assert_array_equal(np.asarray(Image.open(result.pictures["mask"])) > 0, anomaly_map >= threshold)
     for region in result.regions:

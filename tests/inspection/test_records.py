@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from diffusionad_hf.inspection.records import Failure, Inspection, write_report, write_table
+from diffusionad_hf.inspection.records import Failure, Inspection, write_results, write_table
 
 
 def inspection(file, score, threshold=0.5, **more):
@@ -17,7 +17,7 @@ def inspection(file, score, threshold=0.5, **more):
 
 def test_a_threshold_that_no_score_exceeds_is_null_in_json_and_odd_names_are_kept(tmp_path):
     results = [inspection("odd-\udce9.png", 0.1, math.inf), Failure("b.png", "damaged")]
-    write_report(tmp_path / "r.json", "model", results)
+    write_results(tmp_path / "r.json", "model", results)
     written = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
     assert written["images"][0]["threshold"] is None and written["images"][0]["file"] == "odd-\udce9.png"
     assert written["failures"] == [{"file": "b.png", "error": "damaged"}]
