@@ -22,10 +22,10 @@ _FRAME = (
     "tab.querySelectorAll('.frame').forEach((f,i)=>f.hidden=!(on&&all[i]===this))"
 )
 _SLIDE = "this.closest('.block').style.setProperty('--at',this.value+'%')"
-# A new photo: the line goes where it belongs there.
+# A new photo: the line goes where it belongs there. (Pictures are also loaded before they are on the page.)
 _REST = (
-    "const b=this.closest('.block'),r=b.querySelector('[type=range]');b.style.removeProperty('--at');"
-    "r.value=r.getAttribute('value')"
+    "const b=this.closest('.block'),r=b?.querySelector('[type=range]');b?.style.removeProperty('--at');"
+    "if(r)r.value=r.getAttribute('value')"
 )
 # Sorts the rows of a table by a column, at the next press the other way round.
 _SORT = (
