@@ -19,7 +19,7 @@ def bundled(path: str) -> Path:
     A file or folder that travels with the package.
 
     Args:
-        path: Where it lies in a clone of the project, such as `"space/examples"`; a wheel keeps it under `_bundled`.
+        path: Where it lies in a clone of the project, such as `"space"`; a wheel keeps it under `_bundled`.
     """
     package = Path(__file__).resolve().parent
     inside = package / "_bundled" / path

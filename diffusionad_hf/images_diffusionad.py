@@ -104,7 +104,7 @@ def _from_file(path: str) -> torch.Tensor:
             image = Image.open(path, formats=FORMATS)
         with image:
             tensor = _from_pil(image, path)
-            if _has_more_frames(image):
+            if has_more_frames(image):
                 logger.warning(f"{path}: has several frames; the first one is inspected.")
             return tensor
     except Image.DecompressionBombError as error:
@@ -119,7 +119,7 @@ def _from_file(path: str) -> torch.Tensor:
         raise InvalidImageError(f"{path}: damaged or truncated ({error}).") from error
 
 
-def _has_more_frames(image: Image.Image) -> bool:
+def has_more_frames(image: Image.Image) -> bool:
     """Looks at the second frame only: to count them all may take minutes."""
     try:
         image.seek(1)

@@ -15,7 +15,7 @@ from diffusionad_hf.evaluation.metrics import aupro, image_metrics
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "space/checkpoints/demo-part"
-EXAMPLES = ROOT / "space/examples"
+EXAMPLES = ROOT / "space/checkpoints/demo-part/examples"
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tests.test_pipeline_loading import BLOCKER
 REPO = "org/diffusionad-demo-part"
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "space/checkpoints/demo-part"
-EXAMPLES = sorted((ROOT / "space/examples").glob("*.png"))
+EXAMPLES = sorted((ROOT / "space/checkpoints/demo-part/examples").glob("*.png"))
 
 STRANGER = f"""{BLOCKER}
 from diffusers import DiffusionPipeline

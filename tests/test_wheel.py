@@ -57,7 +57,7 @@ def test_the_wheel_holds_everything_and_little(wheel):
     expected = {name for name in tracked if name.startswith("diffusionad_hf/") and (ROOT / name).is_file()}
     expected |= {f"diffusionad_hf/_bundled/{name}" for name in tracked if name.startswith("space/")}
     expected |= {"diffusionad_hf/hub/model_card.md", "diffusionad_hf/py.typed", "diffusionad_hf/space/style.css"}
-    expected |= {"diffusionad_hf/training/presets/tiny.json", "diffusionad_hf/_bundled/space/examples/scratch.png"}
+    expected |= {"diffusionad_hf/training/presets/tiny.json"}
     assert expected <= names
     assert not [name for name in names - expected if not re.search(r"\.dist-info/|\.py$", name)]
     assert wheel.stat().st_size < 15e6

@@ -8,6 +8,8 @@ from typing import Any
 from ..files import bundled, require
 from .options import add_command
 
+_DEMO_MODEL = "space/checkpoints/demo-part"
+
 
 def add_commands(commands: Any) -> None:
     parser = add_command(
@@ -40,7 +42,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    photos, model = bundled("space/examples"), bundled("space/checkpoints/demo-part")
+    photos, model = bundled(f"{_DEMO_MODEL}/examples"), bundled(_DEMO_MODEL)
     if photos.is_relative_to(Path.cwd()):
         photos = photos.relative_to(Path.cwd())
     os.environ["HF_HUB_OFFLINE"] = "1"

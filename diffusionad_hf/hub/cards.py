@@ -33,11 +33,12 @@ _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class DataSource:
-    """A dataset: its name, the Hub's identifier of its licence if known, and its home page."""
+    """A dataset: its name, the Hub's identifier of its licence if known, home page and how images were made."""
 
     name: str
     license: str | None = None
     url: str | None = None
+    origin: str = "photographed"
 
     @property
     def slug(self) -> str:
@@ -48,7 +49,7 @@ class DataSource:
 DATASETS = (
     DataSource("MVTec AD", "cc-by-nc-sa-4.0", "https://www.mvtec.com/company/research/datasets/mvtec-ad"),
     DataSource("VisA", "cc-by-4.0", "https://github.com/amazon-science/spot-diff"),
-    DataSource("Demo part", "mit"),
+    DataSource("Demo part", "mit", origin="rendered"),
 )
 """Datasets whose licence is known."""
 
@@ -154,6 +155,8 @@ def build_card(
         eval_results=_eval_results(evaluation, data, category) if evaluation else None,
         # Not a field of the Hub's; `diffusionad list` shows it.
         category=category,
+        # Nor these; the web demo shows them.
+        **({"data_origin": data.origin, "data_license": data.license} if data and data in DATASETS else {}),
     )
     return ModelCard.from_template(
         metadata,

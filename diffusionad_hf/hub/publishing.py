@@ -19,6 +19,9 @@ from ..visualization import overlay, region_threshold, save_image, side_by_side
 from .cards import TRAINING_NOTES, build_card, find_data_source, read_evaluation, read_training
 from .checks import check_card, check_own_file, check_repo_id, create_repo, hub_client
 
+EXAMPLES = "examples"
+"""A model's folder of photos to try it on: `good*` show normal parts, all others the defect they are named after."""
+
 # The files of a published repo that are ours. Anything else in a model folder, such as the trainer's checkpoints, is
 # not uploaded; anything else in the repo, such as its owner's notes, is not touched.
 PUBLISHED = (
@@ -31,6 +34,9 @@ PUBLISHED = (
     "familiarity_diffusionad.py",
     "verdicts_diffusionad.py",
     "previews/*.png",
+    f"{EXAMPLES}/*.png",
+    f"{EXAMPLES}/*.jpg",
+    f"{EXAMPLES}/README.md",
     "scheduler/scheduler_config.json",
     "scheduler/*.py",
     *(
@@ -99,6 +105,7 @@ def publish_model(
         results = _stage_evaluation(pipe, evaluation, model_dir, staging, repo_id)
         training = read_training(model_dir / "training_arguments.json")
         previews = _stage_previews(pipe, model_dir, staging, examples)
+        _stage_examples(model_dir, staging)
         if (model_dir / TRAINING_NOTES).is_file():
             shutil.copyfile(model_dir / TRAINING_NOTES, staging / TRAINING_NOTES)
         _save_weights(pipe, model_dir, staging)
@@ -183,6 +190,15 @@ def _stage_previews(
     for name, sheet in sheets.items():
         save_image(sheet, staging / "previews" / name)
     return list(sheets)
+
+
+def _stage_examples(model_dir: Path, staging: Path) -> None:
+    """Copies the photos that the web demo offers with the model, without metadata, and their attribution."""
+    folder = model_dir / EXAMPLES
+    for path in sorted((*folder.glob("*.png"), *folder.glob("*.jpg"))):
+        save_image(_picture(path), staging / EXAMPLES / f"{path.stem}.png")
+    if (folder / "README.md").is_file():
+        shutil.copyfile(folder / "README.md", staging / EXAMPLES / "README.md")
 
 
 def _picture(path: str | Path) -> Image.Image:

@@ -21,8 +21,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _THUMBNAIL = "thumbnail.png"
 _APP = ("*.py", "README.md", _THUMBNAIL)
 _PACKAGE_FILES = ("**/*.py", "**/*.pyi", "py.typed", "**/*.md", "**/*.css", "**/*.json", "*.safetensors", "*.txt")
-# Photos and model of the demo part; left out if other models are offered.
-_DEMO = ("examples/*.png", "examples/*.jpg", *(f"checkpoints/*/{pattern}" for pattern in PUBLISHED))
+# The embedded models; left out if other models are offered.
+_DEMO = tuple(f"checkpoints/*/{pattern}" for pattern in PUBLISHED)
 # Folders of the Space that belong to the deployment: files there that it no longer has are deleted.
 _OWNED = ("diffusionad_hf/*", "checkpoints/*", "examples/*")
 

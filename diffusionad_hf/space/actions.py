@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from .reports import (
     write_table,
 )
 from .results import Results
-from .views import OPACITY, Drawing, Result, full_size, headline, kept, load, store, view, view_photo
+from .views import OPACITY, Drawing, Result, full_size, headline, kept, load, store, view
 
 CHUNK = 8
 FEWEST_CALIBRATION_IMAGES = 10
@@ -36,11 +36,22 @@ TRAINED_ON = "the model was trained on this photo, so its score says nothing of 
 
 def inspect_one(results: Results, owner: str, model: Model, upload: Upload, settings: Settings) -> tuple[str, Path]:
     """Runs the model on one image and keeps the result; returns its key and folder."""
-    image = upload.image()
+    image, note = upload.image()
     raw = model.run([image], settings)[0]
     key, folder = results.new(owner)
-    store(folder, Result.of(upload.name, model.name, image, raw, settings), image, raw, upload.path)
+    store(folder, Result.of(upload.name, model.name, image, raw, settings, note), image, raw, upload.path)
     return key, folder
+
+
+def inspect_example(results: Results, model: Model, photo: Path) -> Path:
+    """Runs the model on one of its examples; returns the folder of the result, which stays."""
+    upload = Upload(photo.name, photo)
+    image, note = upload.image()
+    raw = model.run([image])[0]
+    folder = Path(tempfile.mkdtemp(dir=results.shelf))
+    result = Result.of(upload.name, model.name, image, raw, Settings(), note)
+    store(folder, replace(result, is_example=True), image, raw, photo)
+    return folder
 
 
 def download(folder: Path, kind: str, calibration: Calibration, opacity: float) -> Path:
@@ -91,13 +102,14 @@ def inspect_many(
         yield 0, len(uploads)
         for images, refused in _read(uploads, end):
             rows += [Row.refused(*item) for item in refused]
-            for (upload, image), raw in zip(images, _run_all(model, [image for _, image in images]), strict=True):
+            answers = _run_all(model, [image for _, image, _ in images])
+            for (upload, image, note), raw in zip(images, answers, strict=True):
                 if raw is None:
                     rows.append(Row.refused(upload.name, "The model failed on this image."))
                     continue
                 pictures = folder / str(len(rows))
                 pictures.mkdir()
-                result = Result.of(upload.name, model.name, image, raw, Settings())
+                result = Result.of(upload.name, model.name, image, raw, Settings(), note)
                 rows.append(_drawn(pictures, result, image, raw, calibration))
             yield len(rows), len(uploads)
     rows = sort_rows(rows)
@@ -110,19 +122,22 @@ def inspect_many(
 
 def _read(
     uploads: Sequence[Upload], end: float
-) -> Iterator[tuple[list[tuple[Upload, torch.Tensor]], list[tuple[str, str]]]]:
-    """Decodes a few at a time until `end`: the images, and the names and reasons of those that cannot be used."""
-    images: list[tuple[Upload, torch.Tensor]] = []
+) -> Iterator[tuple[list[tuple[Upload, torch.Tensor, str]], list[tuple[str, str]]]]:
+    """Decodes a few at a time until `end`: images with notes on them, and names and reasons of what cannot be used."""
+    images: list[tuple[Upload, torch.Tensor, str]] = []
     refused: list[tuple[str, str]] = []
     for upload in uploads:
         try:
             if time.monotonic() > end:
                 minutes = LIMITS.batch_seconds // 60
                 raise Refusal(f"{upload.name}: not reached in {minutes} minutes. Send it in another batch.")
-            images.append((upload, upload.image()))
+            images.append((upload, *upload.image()))
         except Refusal as error:
             refused.append((upload.name, str(error).removeprefix(f"{upload.name}: ")))
-        if len(images) + len(refused) == CHUNK or sum(image.numel() for _, image in images) > 3 * LIMITS.image_pixels:
+        if (
+            len(images) + len(refused) == CHUNK
+            or sum(image.numel() for _, image, _ in images) > 3 * LIMITS.image_pixels
+        ):
             yield images, refused
             images, refused = [], []
     if images or refused:
@@ -138,7 +153,7 @@ def _run_all(model: Model, images: list[torch.Tensor]) -> list[Raw | None]:
 
 
 def _drawn(folder: Path, result: Result, image: torch.Tensor, raw: Raw, calibration: Calibration) -> Row:
-    photo = view_photo(image)
+    photo = store(folder, result, image, raw)
     drawing = Drawing(result, raw.anomaly_map, photo.size, calibration)
     pictures = {"overlay": folder / "overlay.jpg", "mask": folder / "mask.png", "map": folder / "map.png"}
     drawing.overlay(photo, OPACITY).save(pictures["overlay"], quality=88)
@@ -165,9 +180,9 @@ def calibrate_on(
     with tempfile.TemporaryDirectory(dir=results.folder) as unpacked:
         uploads = collect(files, Path(unpacked))
         for images, refused in _read(uploads, time.monotonic() + LIMITS.batch_seconds):
-            refused += [(upload.name, TRAINED_ON) for upload, image in images if model.trained_on(image)]
+            refused += [(upload.name, TRAINED_ON) for upload, image, _ in images if model.trained_on(image)]
             unusable += [f"{name}: {reason}" for name, reason in refused]
-            new = [image for _, image in images if not model.trained_on(image)]
+            new = [image for _, image, _ in images if not model.trained_on(image)]
             found = model.run(new) if new else []
             scores += [raw.score for raw in found]
             grids += [raw.grid for raw in found]

@@ -14,7 +14,7 @@ def main(home: Path | None = None) -> None:
     """Serves the models that the environment variable DIFFUSIONAD_MODELS names, or else those in `checkpoints/`.
 
     Args:
-        home: The folder of `checkpoints/` and `examples/`; that of the package if None.
+        home: The folder of `checkpoints/`; that of the package if None.
 
     Raises:
         ImportError: If gradio is not installed.
@@ -34,4 +34,4 @@ def main(home: Path | None = None) -> None:
         require("gradio", "space")
         from .page import serve
 
-        serve(root, os.environ.get("DIFFUSIONAD_MODELS") or str(home / "checkpoints"), home / "examples")
+        serve(root, os.environ.get("DIFFUSIONAD_MODELS") or str(home / "checkpoints"))

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..images_diffusionad import FORMATS, InvalidImageError, load_image
+from ..images_diffusionad import FORMATS, InvalidImageError, has_more_frames, load_image
 
 _SECONDS = 20  # 50 million pixels take a slow processor 8
 _BYTES = 3 * 2**30  # beside what a new process has; 50 million pixels of 16 bits take 2
 _TYPES = {"uint8": np.uint8, "float32": np.float32}
 
 
-def decode(path: Path, most_pixels: int) -> torch.Tensor:
+def decode(path: Path, most_pixels: int) -> tuple[torch.Tensor, bool]:
     """
     Reads an image file as [`load_image`] does.
 
@@ -29,7 +29,7 @@ def decode(path: Path, most_pixels: int) -> torch.Tensor:
         most_pixels: Larger images are refused before they are decoded.
 
     Returns:
-        `torch.Tensor`: `(3, H, W)`, uint8 or float32.
+        `(3, H, W)`, uint8 or float32; and whether the file holds more frames than this first one.
 
     Raises:
         InvalidImageError: If it cannot be used; the message does not name the file.
@@ -54,7 +54,7 @@ def decode(path: Path, most_pixels: int) -> torch.Tensor:
                 raise ValueError(f"{height} x {width}")
             pixels = np.empty((3, height, width), dtype)
             _read_into(pixels, receiver)
-            return torch.from_numpy(pixels)
+            return torch.from_numpy(pixels), bool(answer["more"])
         except InvalidImageError:
             raise
         except (EOFError, OSError, ValueError, KeyError, TypeError) as error:  # killed, or it answers what it must not
@@ -76,13 +76,14 @@ def _work(sender: Connection, path: str, most_pixels: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     try:
-        image = _load(Path(path), most_pixels).contiguous().numpy()
+        found, more = _load(Path(path), most_pixels)
+        image = found.contiguous().numpy()
     except (InvalidImageError, OSError, MemoryError, RuntimeError) as error:  # the last one is torch's for no memory
         out = isinstance(error, (MemoryError, RuntimeError))
         reason = "takes too much memory to decode." if out else str(error)
         sender.send_bytes(json.dumps({"error": reason[:1000]}).encode())
         return
-    sender.send_bytes(json.dumps({"type": str(image.dtype), "size": image.shape[1:]}).encode())
+    sender.send_bytes(json.dumps({"type": str(image.dtype), "size": image.shape[1:], "more": more}).encode())
     with open(sender.fileno(), "wb", buffering=0, closefd=False) as pipe:
         left = memoryview(image).cast("B")
         while left:
@@ -104,14 +105,16 @@ def _has_proc() -> bool:
     return Path("/proc/self/statm").is_file()
 
 
-def _load(path: Path, most_pixels: int) -> torch.Tensor:
+def _load(path: Path, most_pixels: int) -> tuple[torch.Tensor, bool]:
     size = stated_size(path) or (0, 0)  # load_image says what is wrong with it
     if size[0] * size[1] > most_pixels:
         raise InvalidImageError(
             f"{size[0]} x {size[1]} pixels, more than {most_pixels // 1_000_000} million. Shrink it first."
         )
     try:
-        return load_image(path)
+        image = load_image(path)
+        with Image.open(path, formats=FORMATS) as file:
+            return image, has_more_frames(file)
     except (InvalidImageError, FileNotFoundError) as error:
         raise InvalidImageError(str(error).removeprefix(f"{path}: ")) from error
 

@@ -1,26 +1,30 @@
 """Between the page and the actions: values of components in, updates of components out."""
 
 import html
-from collections.abc import Callable
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import gradio as gr
 
 from ..figure import NOT_SHOWN
-from ..verdicts_diffusionad import ANOMALOUS, NORMAL, UNDECIDED, percent
-from ..visualization import region_words
-from .actions import Batch, Calibrated, calibrate_on, download, inspect_many, inspect_one
+from ..verdicts_diffusionad import percent
+from .actions import Batch, Calibrated, calibrate_on, download, inspect_example, inspect_many, inspect_one
 from .endpoints import one_line_errors
-from .intake import Refusal, Settings, number, owner_of, upload_of, uploads_of
-from .models import Calibration, Models, about
-from .reports import Row, finite
+from .intake import LIMITS, Refusal, Settings, Upload, number, owner_of, upload_of, uploads_of
+from .models import Calibration, Model, Models, Product, about
+from .pieces import KINDS, address, batch_table, compare, region_list, score_scale
+from .reports import finite
 from .results import Results
-from .views import View, headline, load, normal_picture, p_words, promise_words, view
+from .views import OPACITY, STORED, headline, load, normal_picture, p_words, promise_words, view
 
-PICTURES_IN_GALLERY = 60
+logger = logging.getLogger("space")
 NO_MODEL = "There is no model here. Put one into checkpoints/, or name some in DIFFUSIONAD_MODELS."
 MARKS = {"bad": "✕", "good": "✓", "undecided": "?", "error": "!", "note": "i"}
-KINDS = {ANOMALOUS: "bad", NORMAL: "good", UNDECIDED: "undecided"}
+TIFF = (b"II*\0", b"MM\0*")
 
 
 def card(kind: str, body: str) -> str:
@@ -47,31 +51,39 @@ def verdict_card(folder: Path, calibration: Calibration) -> str:
         score += f", threshold {threshold:.3f}"
     words = [f"{score}.", verdict.sentence] + ([] if p_value is None else [p_words(p_value, len(calibration.scores))])
     body = f"<h2>{html.escape(headline(verdict))}</h2><p>{html.escape(' '.join(words))}</p>"
+    if result.note:
+        body += f"<p><strong>{html.escape(result.note)}</strong></p>"
+    if result.is_example:
+        body += f'<p class="tag">Example: {html.escape(result.name)}, inspected before you came. Now try your own.</p>'
     return card(KINDS[verdict.word], body)
 
 
-def progress_card(done: int, total: int) -> str:
+def progress_card(done: int, total: int, seconds: float = 0) -> str:
+    """How far it is; `seconds` have passed."""
+    left = round(seconds * (total - done) / done) if done else 0
+    words = f", about {left // 60 + 1} min left" if left > 90 else f", about {left} s left" if left else ""
     return (
-        f'<div class="card note" role="status"><div class="wide"><p>{done} of {total} images</p>'
+        f'<div class="card note" role="status"><div class="wide"><p>{done} of {total} images{words}</p>'
         f'<progress max="{total}" value="{done}" aria-label="Progress"></progress></div></div>'
     )
 
 
 def batch_card(batch: Batch) -> str:
     tiles = "".join(
-        f'<div class="tile {kind}"><strong>{batch.counts[verdict]}</strong> {verdict.lower()}</div>'
-        for verdict, kind in {**KINDS, "Not inspected": "error"}.items()
+        f'<label class="tile {kind}"><input type="radio" name="shown" value="{kind}"{" checked" * (kind == "all")}>'
+        f"<strong>{count}</strong> {verdict.lower()}</label>"
+        for verdict, kind, count in (
+            ("All", "all", len(batch.rows)),
+            *((v, kind, batch.counts[v]) for v, kind in {**KINDS, "Not inspected": "error"}.items()),
+        )
     )
     # What holds for every photo, whatever its score.
     sentence = batch.calibration.verdict(0).sentence
     if (threshold := finite(batch.calibration.threshold)) is not None:
         sentence = f"Threshold {threshold:.3f}. {sentence}"
-    return f'<div class="tiles" role="status">{tiles}<p>{html.escape(sentence)}</p></div>'
-
-
-def caption(row: Row) -> str:
-    verdict = row.record["verdict"]
-    return f"{MARKS[KINDS[verdict]]} {verdict} {row.record['anomaly_score']:.3f}  {row.record['name']}"
+    return (
+        f'<fieldset class="tiles"><legend>Show</legend>{tiles}</fieldset><p role="status">{html.escape(sentence)}</p>'
+    )
 
 
 def images_words(calibration: Calibration) -> str:
@@ -105,7 +117,7 @@ def threshold_update(calibration: Calibration) -> dict:
 
 def no_result(text: str) -> tuple:
     hidden = gr.update(visible=False)
-    return text, "", hidden, hidden, None, None, gr.update(choices=[], value=None)
+    return text, "", hidden, hidden, "", "", "", ""
 
 
 def rate_of(value: object) -> float:
@@ -116,9 +128,14 @@ def rate_of(value: object) -> float:
 class Handlers:
     """What the page's events call. A refusal is a card in the result's place."""
 
-    def __init__(self, results: Results, models: Models):
+    def __init__(self, results: Results, models: Models, products: Sequence[Product] = ()):
         self.results = results
         self.models = models
+        self.products = {product.name: product for product in products}
+        self.example_photos: dict[str, str] = {}  # their paths in the photo box: the model they belong to
+        self.opening: Path | None = None  # the result that the page comes with
+        self._examples: dict[str, Path | None] = {}
+        self._inspecting = threading.Lock()
 
     def calibration(self, category: str, own: dict) -> Calibration:
         """The visitor's calibration of a category, else the model's."""
@@ -130,58 +147,106 @@ class Handlers:
         calibration = own.get(category) or self.models.models[category].calibration
         return calibration.moved(number(threshold, "The threshold", 0, 1), rate_of(rate))
 
-    def photo(self, request: gr.Request, photo, category, threshold, opacity, rate, own, *advanced):
-        """Photo in, verdict and pictures out."""
-        if not photo:
-            return no_result(EMPTY)
+    def photo(self, request: gr.Request, photo, category, key, *controls):
+        """What to show when the photo box has changed; nothing new if it shows what was inspected already."""
+        with suppress(Refusal):
+            folder = self.results.open(key, owner_of(request))
+            result, shown = load(folder), self.results.show(folder, folder / "photo.jpg")
+            if photo["path"] == shown if photo else result.is_example and result.category == category:
+                return (gr.skip(),) * 9
+        return self.inspect(request, photo, category, key, *controls)
+
+    def start(self, request: gr.Request, photo, category, key, *controls):
+        """A visitor comes: the example that the page shows becomes theirs, to move its threshold and download it."""
+        if self.opening is None:
+            return self.inspect(request, photo, category, key, *controls)
+        key, _ = self.results.copy(self.opening, STORED, owner_of(request))
+        return gr.skip(), key, *((gr.skip(),) * 7)
+
+    def inspect(self, request: gr.Request, photo, category, key, threshold, opacity, rate, own, *advanced):
+        """Photo in, verdict and pictures out, and what the photo box shows; without a photo of theirs, the example."""
+        owner, box = owner_of(request), gr.skip()
         try:
             number(threshold, "The threshold", 0, 1), rate_of(rate)
             opacity = number(opacity, "The opacity", 0, 1)
-            model, upload, settings = self.models.get(category), upload_of(photo), Settings.read(*advanced)
-            key, folder = inspect_one(self.results, owner_of(request), model, upload, settings)
+            if not self.models.names:
+                return *no_result(message(NO_MODEL)), box
+            model = self.models.get(category)
+            if not photo or self.example_photos.get(photo["path"], category) != category:
+                box, example = None, self.example(model)
+                if example is None:
+                    return *no_result(EMPTY), box
+                key, folder = self.results.copy(example, STORED, owner)
+            else:
+                upload, settings = self._original(photo, key, owner), Settings.read(*advanced)
+                key, folder = inspect_one(self.results, owner, model, upload, settings)
+                with upload.path.open("rb") as file:
+                    if file.read(4) in TIFF:  # which browsers do not show
+                        box = self.results.show(folder, folder / "photo.jpg")
             calibration = self.moved(folder, threshold, rate, own)
         except Refusal as error:
-            return no_result(message(error))
-        verdict, drawn, regions = self._shown(folder, calibration, opacity)
+            return *no_result(message(error)), box
+        return *self.result(folder, key, calibration, opacity), box
+
+    def result(self, folder: Path, key: str, calibration: Calibration, opacity: float = OPACITY) -> tuple:
+        """All that shows a kept result."""
+        verdict, *shown = self._shown(folder, calibration, opacity)
         visible = gr.update(visible=True)
-        normal = normal_picture(folder, calibration)
-        normal = gr.update(
-            value=None if normal is None else self.results.show(folder, normal),
-            label=NOT_SHOWN if normal is None else "As it should look",
-        )
-        return verdict, key, visible, visible, drawn, normal, regions
+        return verdict, key, visible, visible, *shown, self._normal(folder, calibration)
+
+    def _normal(self, folder: Path, calibration: Calibration) -> str:
+        picture = normal_picture(folder, calibration)
+        if picture is None:
+            return message(NOT_SHOWN, "note")
+        shown = f'<img src="{address(self.results.show(folder, picture))}" alt="The part without its defects">'
+        return f"<figure>{shown}<figcaption>As it should look</figcaption></figure>"
+
+    def example(self, model: Model) -> Path | None:
+        """The result of a model's first defective example, which is inspected once for all visitors."""
+        with self._inspecting:
+            if model.name not in self._examples:
+                product = self.products.get(model.name)
+                photos = sorted(product.examples, key=lambda photo: photo.is_good) if product else []
+                try:
+                    found = inspect_example(self.results, model, photos[0].path) if photos else None
+                except Refusal as error:
+                    logger.warning("%s", error)
+                    found = None
+                self._examples[model.name] = found
+            return self._examples[model.name]
+
+    def _original(self, photo: dict, key: object, owner: str) -> Upload:
+        """What was uploaded, where the photo box shows a picture of it that browsers can show."""
+        with suppress(Refusal):
+            folder = self.results.open(key, owner)
+            if photo["path"] == self.results.show(folder, folder / "photo.jpg"):
+                return Upload(load(folder).name, folder / "original")
+        return upload_of(photo)
 
     def threshold(self, key, threshold, opacity, rate, own, request: gr.Request):
-        """A new verdict and picture of a kept result; the model does not run."""
+        """A new verdict and pictures of a kept result; the model does not run."""
         if not key:
-            return gr.skip(), gr.skip(), gr.skip()
+            return (gr.skip(),) * 4
         try:
             folder = self.results.open(key, owner_of(request))
             calibration = self.moved(folder, threshold, rate, own)
             opacity = number(opacity, "The opacity", 0, 1)
         except Refusal as error:
-            return message(error), gr.skip(), gr.skip()
+            return message(error), gr.skip(), gr.skip(), gr.skip()
         return self._shown(folder, calibration, opacity)
 
-    def _shown(self, folder: Path, calibration: Calibration, opacity: float) -> tuple:
-        shown, size = view(folder, calibration, opacity), load(folder).size
-        choices = [("All", -1), *((region_words(i, region, size), i - 1) for i, region in enumerate(shown.regions, 1))]
-        regions = gr.update(choices=choices, value=-1, visible=bool(shown.regions))
-        return verdict_card(folder, calibration), self._pictures(folder, shown), regions
-
-    def _pictures(self, folder: Path, shown: View) -> tuple[str, str]:
-        return self.results.show(folder, shown.photo), self.results.show(folder, shown.overlay)
-
-    def region(self, key, threshold, opacity, rate, own, region, request: gr.Request):
-        """The picture with one region framed (none for -1)."""
-        try:
-            folder = self.results.open(key, owner_of(request))
-            highlight = int(number(-1 if region is None else region, "The region", -1, 100))
-            calibration = self.moved(folder, threshold, rate, own)
-            shown = view(folder, calibration, number(opacity, "The opacity", 0, 1), highlight)
-            return self._pictures(folder, shown)
-        except Refusal:
-            return gr.skip()
+    def _shown(
+        self, folder: Path, calibration: Calibration, opacity: float = OPACITY, batch: Path | None = None
+    ) -> tuple[str, str, str, str]:
+        """In HTML: the verdict, the pictures, the scale of scores and the regions; of a row, if its batch is given."""
+        shown, result = view(folder, calibration, opacity), load(folder)
+        photo, overlay = (address(self.results.show(batch or folder, file)) for file in (shown.photo, shown.overlay))
+        return (
+            verdict_card(folder, calibration),
+            compare(result, shown, photo, overlay),
+            score_scale(result, calibration),
+            region_list(result, shown, overlay),
+        )
 
     def download(self, kind: str) -> Callable:
         def prepare(key, threshold, opacity, rate, own, request: gr.Request):
@@ -219,8 +284,9 @@ class Handlers:
         return gr.skip() if by_hand is not None else self.category(category, own)[2]
 
     def batch(self, files, category, by_hand, own, request: gr.Request):
-        """Files in; progress, then the table, the gallery and the downloads out."""
-        nothing = gr.update(visible=False), None, None, None, None
+        """Files in; progress, then the table, what its rows open from, and the downloads out."""
+        nothing = gr.update(visible=False), "", "", None, None, None
+        began = time.monotonic()
         try:
             model, calibration = self.models.get(category), self.calibration(category, own)
             if by_hand is not None:
@@ -228,17 +294,29 @@ class Handlers:
             uploads, owner = uploads_of(files), owner_of(request)
             for step in inspect_many(self.results, owner, model, uploads, calibration):
                 if isinstance(step, tuple):
-                    yield progress_card(*step), *nothing
+                    yield progress_card(*step, time.monotonic() - began), *nothing
         except Refusal as error:
             yield message(error), *nothing
             return
-        shown = [row for row in step.rows if row.pictures][:PICTURES_IN_GALLERY]
         folder, show = step.table.parent, self.results.show
-        gallery = [(show(folder, row.pictures["overlay"]), caption(row)) for row in shown]
-        pictures = gr.update(value=gallery, visible=bool(shown))
-        cells = [row.cells for row in step.rows]
         files = show(folder, step.table), show(folder, step.archive)
-        yield batch_card(step), gr.update(visible=True), cells, pictures, *files
+        table = batch_table(step.rows, calibration.threshold)
+        yield batch_card(step), gr.update(visible=True), table, "", (folder.name, calibration), *files
+
+    def batch_row(self, opened, request: gr.Request, event: gr.EventData):
+        """The full result of a row that was pressed."""
+        try:
+            if not opened or not isinstance(event._data, dict):
+                raise Refusal("Inspect some photos first.")
+            key, calibration = opened
+            folder = self.results.open(key, owner_of(request))
+            row = folder / str(int(number(event._data.get("row"), "The row", 0, LIMITS.files)))
+            if not row.is_dir():
+                raise Refusal("There is no such row.")
+        except Refusal as error:
+            return message(error)
+        verdict, pictures, scale, regions = self._shown(row, calibration, batch=folder)
+        return f"<h3>{html.escape(load(row).name)}</h3>{verdict}{pictures}{scale}{regions}"
 
     def recalibrate(self, files, category, rate, own, request: gr.Request):
         """Normal images in; the new calibration for this visit out."""
@@ -278,6 +356,10 @@ class Handlers:
             return calibration_card(self.calibration(category, own), category)
         except Refusal as error:
             return message(error)
+
+    def examples(self, category):
+        """Shows the examples of the chosen product alone."""
+        return [gr.update(visible=name == category and bool(of.examples)) for name, of in self.products.items()]
 
     def about(self, category):
         return about(self.models, category) if self.models.names else NO_MODEL

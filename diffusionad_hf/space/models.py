@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +18,17 @@ from typing import cast
 import numpy as np
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, snapshot_download
 
 from .. import verdicts_diffusionad as verdicts
 from ..calibration import fingerprint
 from ..export.exported_pipeline import ExportedDiffusionADPipeline
 from ..familiarity_diffusionad import Familiarity, describe
-from ..hub.publishing import list_models
+from ..hub.publishing import EXAMPLES, list_models
 from ..images_diffusionad import resize_image, to_uint8
 from ..loading import load_model
 from ..pipeline_diffusionad import DiffusionADPipeline, check_calibration
+from .decoding import stated_size
 from .intake import LIMITS, Refusal, Settings, Upload, read_card, shown_name
 
 try:
@@ -38,6 +40,7 @@ except ImportError:  # not on Hugging Face's ZeroGPU
 
 
 logger = logging.getLogger("space")
+_MOST_EXAMPLES = 12
 MOST_LOADED = 3  # at a time; the published size is 0.6 GB
 
 
@@ -119,13 +122,14 @@ def _digest(data: dict) -> str:
 class Raw:
     """
     What a model says of one image: score, map (S, S) float32 in [0, 1], reconstruction (S, S, 3) uint8, and the grid
-    by which it is compared with normal images.
+    by which it is compared with normal images; `note` says what of the image the model did not see.
     """
 
     score: float
     anomaly_map: np.ndarray
     reconstruction: np.ndarray
     grid: np.ndarray
+    note: str = ""
 
 
 class Model:
@@ -174,6 +178,32 @@ class Model:
         except OSError:  # the Hub's errors are OSErrors
             return None
 
+    def card(self) -> ModelCard | None:
+        """
+        What the model's maker says of it; None if there is no card.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        file = self.file("README.md")
+        try:
+            return None if file is None else ModelCard(read_card(file), ignore_metadata_errors=True)
+        except (ValueError, OSError, yaml.YAMLError, RecursionError, TypeError, AttributeError) as error:
+            raise ValueError("Its card cannot be read.") from error
+
+    def examples(self) -> list["Example"]:
+        """Its photos to try it on: good ones first, at most 12; those that are no images are left out."""
+        folder = Path(self.source)
+        if not folder.is_dir():
+            try:
+                patterns = [f"{EXAMPLES}/*.png", f"{EXAMPLES}/*.jpg"]
+                folder = Path(snapshot_download(self.source, allow_patterns=patterns, etag_timeout=5))
+            except (OSError, ValueError):
+                return []
+        files = [file for file in (folder / EXAMPLES).glob("*") if file.suffix in (".png", ".jpg")]
+        found = [Example(file) for file in files if stated_size(file)]
+        return sorted(found, key=lambda example: (not example.is_good, example.path.name))[:_MOST_EXAMPLES]
+
     def run(self, images: Sequence[torch.Tensor], settings: Settings = Settings()) -> list[Raw]:  # noqa: B008
         """Inspects images of any sizes, (3, H, W) each."""
         loaded = self.load()
@@ -185,7 +215,8 @@ class Model:
         )
         began = time.perf_counter()
         try:
-            small = [resize_image(image, pipe.size) for image in images]
+            cuts = [_cut(image, loaded, self.calibration.familiarity) for image in images]
+            small = [resize_image(image[cut], pipe.size) for image, cut in zip(images, cuts, strict=True)]
             with self._running if isinstance(pipe, ExportedDiffusionADPipeline) else nullcontext():
                 output = _call(pipe, small, settings)
         except Exception as error:
@@ -194,10 +225,58 @@ class Model:
             raise ModelError(f"{self.name}: {reason}") from error
         took = 1000 * (time.perf_counter() - began)
         logger.info("ran %s on %d image(s) in %.0f ms", self.name, len(images), took)
-        usual = loaded.config.image_size
-        grids = [describe(resize_image(image, usual)) for image in images]
-        found = zip(output.anomaly_score, output.anomaly_map, output.reconstruction, grids, strict=True)
-        return [Raw(float(score), anomaly_map, to_uint8(normal), grid) for score, anomaly_map, normal, grid in found]
+        found = zip(images, cuts, output.anomaly_score, output.anomaly_map, output.reconstruction, strict=True)
+        return [_raw(image, cut, loaded, *values) for image, cut, *values in found]
+
+
+_Cut = tuple[slice, slice, slice]
+_FAR_TOO_LONG = 4  # most of such a photo would not be seen
+_SAME_SHAPE = 1.15  # how far shapes may differ: those of models are rounded to multiples of 32 px
+
+
+def _cut(image: torch.Tensor, pipe: DiffusionADPipeline, familiarity: Familiarity | None) -> _Cut:
+    """
+    The part of an image that a model looks at.
+
+    Models have the shape of the photos that they were trained on, and squeeze others into it. Of a photo of another
+    shape it is the middle, unless the model knows photos that were squeezed as this one would be.
+    """
+    (height, width), (h, w) = image.shape[1:], pipe.size
+    everything = (slice(None), slice(0, height), slice(0, width))
+    wider = (width / height) / (w / h)
+    other_shape = _SAME_SHAPE < max(wider, 1 / wider) < _FAR_TOO_LONG
+    if not other_shape or familiarity is None or pipe.tile != pipe.size:
+        return everything
+    inner_h, inner_w = (height, round(height * w / h)) if wider > 1 else (round(width * h / w), width)
+    top, left = (height - inner_h) // 2, (width - inner_w) // 2
+    middle = (slice(None), slice(top, top + inner_h), slice(left, left + inner_w))
+    return min(everything, middle, key=lambda cut: familiarity.strangeness(resize_image(image[cut], pipe.size)))
+
+
+def _raw(
+    image: torch.Tensor,
+    cut: _Cut,
+    pipe: DiffusionADPipeline,
+    score: np.ndarray,
+    anomaly_map: np.ndarray,
+    normal: np.ndarray,
+) -> Raw:
+    """A model's answer on a part of an image, as one on all of it: the rest is not anomalous, and stays as it is."""
+    grid, normal = describe(resize_image(image[cut], pipe.config.image_size)), to_uint8(normal)
+    rows, columns = cut[1:]
+    (height, width), (h, w) = image.shape[1:], (rows.stop - rows.start, columns.stop - columns.start)
+    if (h, w) == (height, width):
+        return Raw(float(score), anomaly_map, normal, grid)
+    inner_h, inner_w = anomaly_map.shape
+    size = (round(inner_h * height / h), round(inner_w * width / w))
+    top, left = round(inner_h * rows.start / h), round(inner_w * columns.start / w)
+    inner = np.s_[top : top + inner_h, left : left + inner_w]
+    whole, surroundings = np.zeros(size, np.float32), to_uint8(resize_image(image, size))
+    photo = np.ascontiguousarray(surroundings.permute(1, 2, 0).numpy())
+    whole[inner], photo[inner] = anomaly_map, normal
+    shape = "wider" if width > w else "higher"
+    note = f"It is {shape} than photos the model knows: only the middle, {w} × {h} px, was inspected."
+    return Raw(float(score), whole, photo, grid, note)
 
 
 def _size(settings: Settings, pipe: DiffusionADPipeline) -> list[int]:
@@ -287,6 +366,65 @@ def _find(source: str) -> list[str]:
     return ids
 
 
+@dataclass(frozen=True)
+class Example:
+    """A photo to try a model on."""
+
+    path: Path
+
+    @property
+    def is_good(self) -> bool:
+        return self.path.stem.startswith("good")
+
+    @property
+    def label(self) -> str:
+        """What it shows, as its file's name says: "good", or the kind of defect."""
+        return re.sub(r"-\d+$", "", self.path.stem).replace("-", " ")[:40]
+
+
+@dataclass(frozen=True)
+class Product:
+    """What is known of a model without loading it: its photos, and what its card says."""
+
+    name: str
+    title: str
+    facts: str = "no card"
+    source: str = ""  # of its photos
+    examples: tuple[Example, ...] = ()
+
+    @classmethod
+    def of(cls, model: Model) -> "Product":
+        """Never fails."""
+        examples = tuple(model.examples())
+        title = model.name.rpartition("/")[2]
+        try:
+            card = model.card()
+            if card is None:
+                return cls(model.name, title, examples=examples)
+            data = cast(ModelCardData, card.data)
+            auroc = next((r.metric_value for r in data.eval_results or [] if r.metric_type == "image_auroc"), None)
+            measured = f"image AUROC {auroc:.3f}" if isinstance(auroc, float) else "accuracy not measured"
+            origin = {"rendered": "rendered images", "photographed": "real photos"}.get(data.get("data_origin"), "")
+            licence = _licence(str(data.get("data_license") or "")[:40])
+            author = str(data.get("data_attribution") or "")[:120]
+            facts = " · ".join(filter(None, (measured, ", ".join(filter(None, (origin, licence))))))
+            source = author and ", ".join(filter(None, (author, licence)))
+            return cls(model.name, str(data.get("category") or title)[:60], facts, source, examples)
+        except (ValueError, TypeError, AttributeError):
+            return cls(model.name, title, "its card cannot be read", examples=examples)
+
+
+def products(models: Models) -> list[Product]:
+    """What is known of all models; those on the Hub are asked at once."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(Product.of, models.models.values()))
+
+
+def _licence(identifier: str) -> str:
+    """The Hub's identifier as people write it: "CC BY-SA 4.0"."""
+    return re.sub(r"^CC-(.+)-(\d)", r"CC \1 \2", identifier.upper())
+
+
 def _cell(value: object) -> str:
     """A value of a card's table; what is neither number nor text may be of any size."""
     if isinstance(value, float):
@@ -311,16 +449,15 @@ def about(models: Models, name: str) -> str:
     if calibration.familiarity is None:
         known += " It cannot tell photos of something else from photos of its part."
     lines = [f"### {model.name}", "", known]
-    file = model.file("README.md")
-    if file is None:
-        return "\n".join([*lines, "", "It comes without a card: nothing is known of its accuracy."])
     try:
-        card = ModelCard(read_card(file), ignore_metadata_errors=True)
+        card = model.card()
+        if card is None:
+            return "\n".join([*lines, "", "It comes without a card: nothing is known of its accuracy."])
         results = cast(ModelCardData, card.data).eval_results or []
         rows = [
             (result.metric_name or result.metric_type, result.metric_value, result.dataset_name) for result in results
         ]
-    except (ValueError, OSError, yaml.YAMLError, RecursionError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         return "\n".join([*lines, "", "Its card cannot be read."])
     if rows:
         lines += ["", "| metric | value | measured on |", "| --- | --- | --- |"]

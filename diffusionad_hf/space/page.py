@@ -1,8 +1,10 @@
 """The inspection page: what is on it, what its controls call, and the server that shows it."""
 
+import html
 import importlib.util
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,13 @@ from starlette.middleware import Middleware
 from .actions import FEWEST_CALIBRATION_IMAGES
 from .addresses import fetch, is_address
 from .endpoints import Endpoints, one_line_errors
-from .handlers import EMPTY, NO_MODEL, Handlers, message
+from .handlers import EMPTY, NO_MODEL, Handlers, message, threshold_update
 from .intake import LIMITS, Refusal, admit
-from .models import Models, about
-from .reports import COLUMNS
+from .models import Models, Product, about, products
+from .pieces import address, pictures_css, product_words
 from .results import Results
 from .traffic import QUICK, FairQueue, Guard, charged
-from .views import OPACITY
+from .views import OPACITY, thumbnail
 
 STYLE = Path(__file__).with_name("style.css")
 
@@ -61,34 +63,64 @@ THEME = gr.themes.Base(
 
 slider = partial(gr.Slider, buttons=[])
 upload = partial(gr.File, height=180)
-SHOWN = {"type": "filepath", "interactive": False}
+PICTURE = {"type": "filepath", "interactive": False, "height": 300, "buttons": ["fullscreen"]}
+
+
+def examples_of(products: Sequence[Product], on: Handlers, photo: gr.Image) -> list[gr.Column]:
+    """The photos to try each product on, of which those of the chosen one are shown."""
+    columns = []
+    for i, product in enumerate(products):
+        with gr.Column(visible=i == 0 and bool(product.examples), elem_classes="examples") as column:
+            if product.examples:
+                found = gr.Examples(
+                    [str(example.path) for example in product.examples],
+                    photo,
+                    example_labels=[
+                        f"{'✓' if example.is_good else '✕'} {example.label}" for example in product.examples
+                    ],
+                    elem_id=f"examples-{i}",
+                    label=f"Try {product.title}: good and defective",
+                    examples_per_page=len(product.examples),
+                    preprocess=False,
+                )
+                on.example_photos |= dict.fromkeys(
+                    (sample[0]["path"] for sample in found.dataset.samples), product.name
+                )
+            if product.source:
+                gr.HTML(f"<p>Photos: {html.escape(product.source)}</p>", elem_classes="source")
+        columns.append(column)
+    return columns
 
 
 def inspect_tab(
-    on: Handlers, category: gr.Dropdown, own: gr.State, batch_threshold: gr.Slider, examples: Path
+    on: Handlers,
+    category: gr.Radio,
+    own: gr.State,
+    batch_threshold: gr.Slider,
+    products: Sequence[Product],
+    opening: "Opening",
 ) -> tuple:
     """The tab for one photo; returns the controls that belong to a category and what draws the result again."""
     key = gr.Textbox(visible=False, elem_id="key")
+    is_open = opening.pictures != ""
     with gr.Row(elem_classes="stack"):
-        with gr.Column(scale=4, min_width=280):
+        with gr.Column(scale=4, min_width=280, elem_id="give"):
             sources = ["upload", "clipboard", "webcam"]
-            photo = gr.Image(label="Photo", type="filepath", sources=sources, height=400, buttons=[], elem_id="photo")
-            if files := sorted(str(file) for pattern in ("*.png", "*.jpg") for file in examples.glob(pattern)):
-                labels = [Path(file).stem.replace("-", " ") for file in files]
-                gr.Examples(
-                    files, photo, example_labels=labels, elem_id="examples", label="Examples", preprocess=False
-                )
-        with gr.Column(scale=6, min_width=300):
-            verdict = gr.HTML(EMPTY if on.models.names else message(NO_MODEL), elem_id="verdict")
-            with gr.Column(visible=False, elem_id="result") as result:
-                pictures = gr.ImageSlider(
-                    label="Photo and anomaly map", max_height=460, slider_position=2, **SHOWN, elem_id="pictures"
-                )
-                threshold = slider(0, 1, 0.5, step=0.001, label="Threshold", elem_id="threshold")
-                back = gr.Button("Back to the calibrated threshold", size="sm", elem_id="threshold-back")
-                regions = gr.Radio([], label="Regions", elem_id="regions")
-    with gr.Column(visible=False, elem_id="details") as details:
-        normal = gr.Image(label="As it should look", height=340, buttons=["fullscreen"], **SHOWN, elem_id="normal")
+            photo = gr.Image(label="Photo", type="filepath", sources=sources, height=300, buttons=[], elem_id="photo")
+            examples = examples_of(products, on, photo)
+            normal = gr.Image(opening.normal, label="As it should look", visible=is_open, **PICTURE, elem_id="normal")
+        with gr.Column(scale=6, min_width=300, elem_id="get"):
+            verdict = gr.HTML(opening.verdict, elem_id="verdict")
+            with gr.Column(visible=is_open, elem_id="result") as result:
+                pictures = gr.HTML(opening.pictures, elem_id="pictures")
+                with gr.Column(elem_id="scores"):
+                    threshold = slider(
+                        0, 1, opening.threshold, step=0.001, label="Threshold", info=opening.info, elem_id="threshold"
+                    )
+                    scale = gr.HTML(opening.scale, elem_id="scale")
+                    back = gr.Button("Back to the calibrated threshold", size="sm", elem_id="threshold-back")
+                regions = gr.HTML(opening.regions, elem_id="regions")
+    with gr.Column(visible=is_open, elem_id="details") as details:
         kinds = {"overlay": "Overlay", "mask": "Mask", "map": "16-bit map", "json": "JSON", "report": "Report page"}
         with gr.Row(elem_id="downloads"):
             buttons = {
@@ -113,27 +145,34 @@ def inspect_tab(
             ]
         again = gr.Button("Inspect again", variant="primary", elem_id="again")
 
-    outputs = [verdict, key, result, details, pictures, normal, regions]
     drawn = [threshold, opacity, rate, own]
-    inputs = [photo, category, *drawn, *advanced]
-    run = dict(fn=on.photo, inputs=inputs, outputs=outputs, show_progress_on=[verdict], **INSPECTING, **RUN)
-    photo.change(**run)
-    again.click(**run)
-    redraw = dict(fn=on.threshold, inputs=[key, *drawn], outputs=[verdict, pictures, regions], **LIVE)
+    run = dict(inputs=[photo, category, key, *drawn, *advanced], show_progress_on=[verdict], **INSPECTING, **RUN)
+    run["outputs"] = [verdict, key, result, details, pictures, scale, regions, normal, photo]
+    photo.change(on.photo, **run)
+    again.click(on.inspect, **run)
+    redraw = dict(fn=on.threshold, inputs=[key, *drawn], outputs=[verdict, pictures, scale, regions], **LIVE)
     threshold.input(**redraw)
     opacity.input(**redraw)
-    regions.input(on.region, [key, *drawn, regions], pictures, **LIVE)
     rate.input(on.rate, [category, rate, own], threshold, **LIVE).then(**redraw)
     controls = [threshold, rate, batch_threshold]
     back.click(on.category, [category, own], controls, **LIVE).then(**redraw)
-    category.input(on.category, [category, own], controls, **LIVE).then(**run)
+    category.input(on.category, [category, own], controls, **LIVE).then(on.inspect, **run)
+    category.input(on.examples, category, examples, **LIVE)
     for kind, button in buttons.items():
         made = button.click(on.download(kind), [key, *drawn], file, **DOWNLOADS)
         made.success(None, file, None, js=SAVE)
-    return controls, redraw
+    return controls, redraw, run
 
 
-def batch_tab(on: Handlers, tab: gr.Tab, category: gr.Dropdown, own: gr.State, threshold: gr.Slider) -> None:
+ROWS = """element.addEventListener('click', event => {
+    const row = event.target.closest('tbody tr'), button = row?.querySelector('[data-row]');
+    if (!button) return;
+    element.querySelectorAll('tr').forEach(r => r.ariaSelected = r === row);
+    trigger('select', {row: +button.dataset.row});
+})"""
+
+
+def batch_tab(on: Handlers, tab: gr.Tab, category: gr.Radio, own: gr.State, threshold: gr.Slider) -> None:
     files = upload(label=f"Photos or zip archives, up to {LIMITS.files}", file_count="multiple", elem_id="batch-files")
     threshold.render()
     # What a visitor moved it to; the slider itself misses what is set while another tab is shown.
@@ -145,18 +184,18 @@ def batch_tab(on: Handlers, tab: gr.Tab, category: gr.Dropdown, own: gr.State, t
         start = gr.Button("Inspect all", variant="primary", elem_id="batch-start")
         stop = gr.Button("Stop", elem_id="batch-stop")
     summary = gr.HTML(elem_id="batch-summary")
+    opened = gr.State(None)
     with gr.Column(visible=False) as result:
         with gr.Row():
             table_file = gr.DownloadButton("↓ CSV", size="sm", elem_id="batch-csv")
             archive = gr.DownloadButton("↓ Everything (zip)", size="sm", elem_id="batch-zip")
-        title = "Highest score first"
-        table = gr.Dataframe(
-            headers=COLUMNS, interactive=False, wrap=True, label=title, buttons=[], elem_id="batch-table"
-        )
-        gallery = gr.Gallery(label="Overlays", columns=4, object_fit="contain", buttons=[], elem_id="batch-gallery")
-    outputs = [summary, result, table, gallery, table_file, archive]
+        with gr.Row(elem_classes="stack"):
+            table = gr.HTML(js_on_load=ROWS, elem_id="batch-table")
+            detail = gr.HTML(elem_id="batch-detail")
+    outputs = [summary, result, table, detail, opened, table_file, archive]
     running = start.click(on.batch, [files, category, by_hand, own], outputs, show_progress="hidden", **BATCHES, **RUN)
     stop.click(lambda: message("Stopped.", "note"), None, summary, cancels=running, api_visibility="private")
+    table.select(on.batch_row, opened, detail, **LIVE)
 
 
 def calibrate_tab(
@@ -255,17 +294,61 @@ class Page(gr.Blocks):
         return self
 
 
-def build(results: Results, models: Models, examples: Path) -> Page:
-    on, names = Handlers(results, models), models.names
+@dataclass(frozen=True)
+class Opening:
+    """What the page shows before a visitor has done anything: the result of an example, if there is one."""
+
+    verdict: str = EMPTY
+    pictures: str = ""
+    scale: str = ""
+    regions: str = ""
+    normal: str | None = None
+    threshold: float = 0.5
+    info: str | None = None
+
+    @classmethod
+    def of(cls, on: Handlers) -> "Opening":
+        if not on.models.names:
+            return cls(message(NO_MODEL))
+        model = on.models.models[on.models.names[0]]
+        if not Path(model.source).is_dir():  # it is fetched in the background, and shown when it is there
+            return cls()
+        try:
+            calibration = on.models.get(model.name).calibration
+        except Refusal as error:
+            return cls(message(error))
+        control = threshold_update(calibration)
+        found = cls(threshold=control["value"], info=control["info"])
+        on.opening = on.example(model)
+        if on.opening is None:
+            return found
+        verdict, _, _, _, pictures, scale, regions, normal = on.result(on.opening, "", calibration)
+        return replace(found, verdict=verdict, pictures=pictures, scale=scale, regions=regions, normal=normal["value"])
+
+
+HEADER = """<h1>Is this part defective, and where?</h1>
+<p>Give one photo: a model that has learnt from good parts alone says whether yours is normal, shows what is not, and
+tells how sure that is.</p>"""
+
+
+def build(results: Results, models: Models) -> Page:
+    offered = products(models)
+    on, names = Handlers(results, models, offered), models.names
+    pictures = [[address(results.serve(thumbnail(e.path))) for e in product.examples] for product in offered]
     with Page(results.uploads, title="DiffusionAD inspection") as page:
         own = gr.State({})
-        with gr.Row(elem_id="header"):
-            gr.HTML("<h1>Inspection</h1>", elem_id="title")
-            first = names[0] if names else None
-            category = gr.Dropdown(names, value=first, label="Category", elem_id="category", min_width=220)
+        gr.HTML(HEADER + pictures_css(pictures), elem_id="title")
+        category = gr.Radio(
+            [(product_words(product), product.name) for product in offered],
+            value=names[0] if names else None,
+            label="Product",
+            elem_id="category",
+            visible=bool(names),
+        )
         with gr.Tab("Inspect", elem_id="tab-inspect"):
             batch_threshold = slider(0, 1, 0.5, step=0.001, label="Threshold", elem_id="batch-threshold", render=False)
-            controls, redraw = inspect_tab(on, category, own, batch_threshold, examples)
+            opening = Opening.of(on)
+            controls, redraw, run = inspect_tab(on, category, own, batch_threshold, offered, opening)
         with gr.Tab("Batch", elem_id="tab-batch") as tab:
             batch_tab(on, tab, category, own, batch_threshold)
         with gr.Tab("Calibrate", elem_id="tab-calibrate"):
@@ -279,16 +362,16 @@ def build(results: Results, models: Models, examples: Path) -> Page:
                 elem_id="about-all",
             )
         named_endpoints(Endpoints(results, models))
-        page.load(on.category, [category, own], controls, **LIVE).then(**redraw)
+        page.load(on.category, [category, own], controls, **LIVE).then(on.start, **{**run, "show_progress": "hidden"})
         gr.on([page.load, category.change], on.about, category, text, **LIVE)
         page.unload(on.leave)
     return page.queue()
 
 
-def serve(folder: Path, sources: str, examples: Path) -> None:
-    """Serves the page until the process ends, with a folder for all that is kept and one of photos to try."""
+def serve(folder: Path, sources: str) -> None:
+    """Serves the page until the process ends, with a folder for all that is kept."""
     results, models = Results(folder), Models(sources)
-    page = build(results, models, examples)
+    page = build(results, models)
     results.keep_what_is_there()
     results.sweep_forever()
     # Loads the first model, so that the first photo does not wait for it.

@@ -41,6 +41,7 @@ def result_json(result: Result, calibration: Calibration, regions: Sequence[Regi
         "strangeness": strangeness,
         "looks_unfamiliar": None if strangeness is None else strangeness > 1,
         "settings_changed": result.settings_changed,
+        "note": result.note,
         "width": result.size[0],
         "height": result.size[1],
         "regions": [
@@ -57,7 +58,12 @@ def result_json(result: Result, calibration: Calibration, regions: Sequence[Regi
     }
 
 
-COLUMNS = ["File", "Verdict", "Score", "p-value", "Regions", "Note"]
+def _note(record: dict) -> str:
+    """What is to be said of a photo beside its verdict."""
+    return " ".join(filter(None, ("" if record["reason"] == "calibrated" else record["sentence"], record["note"])))
+
+
+COLUMNS = ["File", "Verdict", "Score", "p-value", "Regions", "Where", "Note"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Row:
             p_value=record["p_value"],
             where=[region["place"] for region in record["regions"]],
             regions=[region_words(i, region, size) for i, region in enumerate(regions, 1)],
-            note="" if record["reason"] == "calibrated" else record["sentence"],
+            note=_note(record),
             picture=embedded(figure),
         )
         return cls(record, entry, pictures or {})
@@ -90,17 +96,23 @@ class Row:
         return cls({"name": name, "error": reason}, Entry(name, NOT_INSPECTED, note=reason))
 
     @property
+    def folder(self) -> str:
+        """The name of its pictures' folder in that of the batch."""
+        return self.pictures["overlay"].parent.name
+
+    @property
     def cells(self) -> list[str]:
         record = self.record
         if "error" in record:
-            return [record["name"], "Not inspected", "", "", "", record["error"]]
+            return [record["name"], "Not inspected", "", "", "", "", record["error"]]
         return [
             record["name"],
             record["verdict"],
             f"{record['anomaly_score']:.4f}",
             "" if record["p_value"] is None else f"{record['p_value']:.4f}",
             str(len(record["regions"])),
-            "" if record["reason"] == "calibrated" else record["sentence"],
+            ", ".join(dict.fromkeys(region["place"] for region in record["regions"])),
+            _note(record),
         ]
 
 

@@ -3,7 +3,7 @@
 Only `uploads` is served: what visitors sent, and links to the pictures that the page shows, each in a folder with a
 random name. So an address shows one picture, and leads neither to another one nor to the result. A result opens with
 its random key, for its owner only. Everything goes `keep_seconds` after its last use; results also when their visitor
-leaves.
+leaves. What lies in `shelf`, such as results of examples, stays: nobody opens it, but copies of it.
 """
 
 import json
@@ -14,6 +14,7 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,8 +39,9 @@ class Results:
         self.folder = folder
         self.keep_seconds = keep_seconds
         self.uploads = folder / "uploads"
+        self.shelf = folder / "shelf"
         self._results = folder / "results"
-        for path in (self.uploads, self._results):
+        for path in (self.uploads, self.shelf, self._results):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._kept: set[Path] = set()
         self._showing = threading.Lock()
@@ -55,6 +57,20 @@ class Results:
         folder.mkdir(mode=0o700)
         (folder / _OWNER_FILE).write_text(owner, encoding="utf-8")
         return key, folder
+
+    def copy(self, folder: Path, names: Sequence[str], owner: str) -> tuple[str, Path]:
+        """Makes files of the shelf, which stay as they are, a visitor's own result; returns its key and folder."""
+        key, own = self.new(owner)
+        for name in names:
+            link_or_copy(folder / name, own / name)
+        return key, own
+
+    def serve(self, content: bytes) -> str:
+        """Serves a picture of the page's own, a JPEG, and returns its path."""
+        folder = self.uploads / secrets.token_hex(32)
+        folder.mkdir(mode=0o700)
+        (folder / "picture.jpg").write_bytes(content)
+        return str(folder / "picture.jpg")
 
     def open(self, key: str, owner: str) -> Path:
         """The folder of a key; one that is malformed, unknown or another visitor's is refused in the same words."""
@@ -105,7 +121,9 @@ class Results:
     def sweep(self) -> None:
         """Removes what has not been used for `keep_seconds`."""
         limit = time.time() - self.keep_seconds
-        others = {*self.folder.iterdir(), *self.uploads.iterdir()} - self._kept - {self.uploads, self._results}
+        others = (
+            {*self.folder.iterdir(), *self.uploads.iterdir()} - self._kept - {self.uploads, self.shelf, self._results}
+        )
         for entry in [*self._results.iterdir(), *others]:
             try:
                 if entry.lstat().st_mtime > limit:

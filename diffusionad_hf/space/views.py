@@ -1,6 +1,8 @@
 """From a model's answer to pictures and words that a person can act on, without any user interface."""
 
+import io
 import json
+import logging
 import math
 import re
 import shutil
@@ -16,7 +18,7 @@ from PIL import Image
 
 from ..figure import as_it_should_look, figure
 from ..files import link_or_copy, write_json
-from ..images_diffusionad import to_uint8
+from ..images_diffusionad import InvalidImageError, to_uint8
 from ..verdicts_diffusionad import ANOMALOUS, NORMAL, Verdict, percent
 from ..visualization import (
     Region,
@@ -31,6 +33,7 @@ from .decoding import decode
 from .intake import LIMITS, Settings
 from .models import Calibration, Raw
 
+logger = logging.getLogger("space")
 # The longest side of a picture on the page. Small photos are enlarged to the first, so that outlines stay thin.
 VIEW_SIDES = (768, 1280)
 MOST_REGIONS = 12
@@ -47,11 +50,15 @@ class Result:
     size: tuple[int, int]
     grid: list[int]
     settings_changed: bool
+    note: str = ""
+    is_example: bool = False
 
     @classmethod
-    def of(cls, name: str, category: str, image: torch.Tensor, raw: Raw, settings: Settings) -> "Result":
-        size = (image.shape[2], image.shape[1])
-        return cls(name, category, raw.score, size, raw.grid.tolist(), settings != Settings())
+    def of(
+        cls, name: str, category: str, image: torch.Tensor, raw: Raw, settings: Settings, note: str = ""
+    ) -> "Result":
+        size, note = (image.shape[2], image.shape[1]), " ".join(filter(None, (note, raw.note)))
+        return cls(name, category, raw.score, size, raw.grid.tolist(), settings != Settings(), note)
 
     def p_value(self, calibration: Calibration) -> float | None:
         return None if self.settings_changed else calibration.p_value(self.score)
@@ -72,13 +79,16 @@ class Result:
         return re.sub(r"[^\w ().-]", "_", Path(self.name).stem)[:60].strip(". ") or "image"
 
 
-def store(folder: Path, result: Result, image: torch.Tensor, raw: Raw, original: Path) -> None:
-    """Keeps all that a later view needs: what the model said, the photo as shown, and the photo as sent."""
+def store(folder: Path, result: Result, image: torch.Tensor, raw: Raw, original: Path | None = None) -> Image.Image:
+    """Keeps all that a later view needs: what the model said, the photo as shown, which it returns, and as sent."""
     np.save(folder / "map.npy", raw.anomaly_map)
     Image.fromarray(raw.reconstruction).save(folder / "reconstruction.png")
-    view_photo(image).save(folder / "photo.jpg", quality=92, subsampling=0)
-    link_or_copy(original, folder / "original")
+    photo = view_photo(image)
+    photo.save(folder / "photo.jpg", quality=92, subsampling=0)
+    if original is not None:
+        link_or_copy(original, folder / "original")
     write_json(folder / "result.json", result.__dict__)
+    return photo
 
 
 def load(folder: Path) -> Result:
@@ -98,6 +108,19 @@ def view_photo(image: torch.Tensor) -> Image.Image:
     scale = min(min(max(VIEW_SIDES[0] / longest, 1), 4), VIEW_SIDES[1] / longest)
     size = tuple(max(8, round(side * scale)) for side in photo.size)
     return photo if size == photo.size else photo.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+
+
+def thumbnail(path: Path) -> bytes:
+    """A small JPEG of an image file; a blank one if it cannot be read."""
+    try:
+        picture = _to_pil(decode(path, LIMITS.image_pixels)[0])
+    except InvalidImageError as error:
+        logger.warning("%s: %s", path.name, error)
+        picture = Image.new("RGB", (8, 8), "white")
+    picture.thumbnail((240, 240))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=82)
+    return content.getvalue()
 
 
 @dataclass(frozen=True)
@@ -145,8 +168,8 @@ class Drawing:
             scaled.append(replace(region, box=box, area_px=max(1, round(region.area_fraction * width * height))))
         return scaled
 
-    def overlay(self, photo: Image.Image, opacity: float, *, tags: bool = True, framed: int = -1) -> Image.Image:
-        """The heat over the photo, with the regions' numbers, and one of them framed."""
+    def overlay(self, photo: Image.Image, opacity: float, *, tags: bool = True) -> Image.Image:
+        """The heat over the photo, with the regions' numbers."""
         return overlay(
             photo,
             self.values,
@@ -154,7 +177,6 @@ class Drawing:
             opacity=opacity,
             contour=self.shows_regions,
             regions=self.regions if tags else (),
-            highlight=self.regions[framed] if 0 <= framed < len(self.regions) else None,
         )
 
     def figure(self, photo: Image.Image, reconstruction: Image.Image) -> Image.Image:
@@ -171,6 +193,11 @@ class Drawing:
             regions=self.regions,
         )
 
+    @property
+    def strongest(self) -> float:
+        """Where the map is strongest, from the left (0) to the right (1)."""
+        return float(self.anomaly_map.max(axis=0).argmax()) / self.anomaly_map.shape[1]
+
     def mask(self) -> Image.Image:
         """The regions in white."""
         return mask_image(self.values, self.threshold) if self.shows_regions else Image.new("L", self.size)
@@ -178,23 +205,24 @@ class Drawing:
 
 @dataclass(frozen=True)
 class View:
-    """Paths of the pictures of one moment, and the regions in them (pixels of the photo)."""
+    """Paths of the pictures of one moment, the regions in them (pixels of the photo), and where the map peaks."""
 
     photo: Path
     overlay: Path
     regions: list[Region]
+    strongest: float  # from left (0) to right (1)
 
 
-def view(folder: Path, calibration: Calibration, opacity: float = OPACITY, framed: int = -1) -> View:
+def view(folder: Path, calibration: Calibration, opacity: float = OPACITY) -> View:
     """Draws a kept result as a calibration sees it. The model does not run."""
     drawing, photo, _ = kept(folder, calibration)
-    picture = drawing.overlay(photo, opacity, framed=framed)
+    picture = drawing.overlay(photo, opacity)
     # A new name each time, so that no browser shows the former picture; the last few stay for those still loading.
     for old in sorted(folder.glob("view-*.jpg"))[:-4]:
         old.unlink(missing_ok=True)
     path = folder / f"view-{time.time_ns()}.jpg"
     picture.save(path, quality=90, subsampling=0)
-    return View(folder / "photo.jpg", path, drawing.photo_regions)
+    return View(folder / "photo.jpg", path, drawing.photo_regions, drawing.strongest)
 
 
 def normal_picture(folder: Path, calibration: Calibration) -> Path | None:
@@ -229,7 +257,7 @@ def full_size(folder: Path, kind: str, calibration: Calibration, opacity: float)
     elif kind == "mask":
         picture = drawing.mask()
     else:
-        picture = drawing.overlay(_to_pil(decode(folder / "original", LIMITS.image_pixels)), opacity, tags=False)
+        picture = drawing.overlay(_to_pil(decode(folder / "original", LIMITS.image_pixels)[0]), opacity, tags=False)
     return save_image(picture, path)
 
 

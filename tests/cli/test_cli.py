@@ -121,7 +121,7 @@ def test_demo_inspects_the_bundled_photos_and_asks_nothing_of_the_hub(tmp_path, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.chdir(tmp_path)
     assert main(["demo"]) == 0 and os.environ["HF_HUB_OFFLINE"] == "1"
-    photos = list(serve.bundled("space/examples").iterdir())
+    photos = list(serve.bundled("space/checkpoints/demo-part/examples").iterdir())
     written = {file.name for file in (tmp_path / "outputs/demo").iterdir()}
     assert written == {f"{p.stem}_figure.png" for p in photos}
     assert capsys.readouterr().out.count("  anomalous  ") == len([p for p in photos if "good" not in p.name])

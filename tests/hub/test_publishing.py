@@ -206,6 +206,16 @@ def test_examples_become_the_pictures_of_the_card(hub, client, model_dir, tmp_pa
         assert len(sheet.convert("RGB").getcolors(maxcolors=10**6)) > 50
 
 
+def test_the_photos_to_try_the_model_on_go_along_without_metadata(hub, client, folder, photo):
+    (folder / "examples").mkdir()
+    Image.fromarray(photo).save(folder / "examples" / "good.jpg", exif=b"Exif\x00\x00hf_secret")
+    (folder / "examples" / "README.md").write_text("by A. Photographer")
+    publish_model(folder, REPO)
+    files = hub.files(REPO)
+    assert {"examples/good.png", "examples/README.md"} == {name for name in files if name.startswith("examples")}
+    assert b"hf_secret" not in files["examples/good.png"]
+
+
 REFUSED = {
     # case: repo id, arguments, token, what the message says
     "no token": (REPO, {}, None, "needs a Hugging Face token: log in"),

@@ -54,7 +54,7 @@ def test_what_is_deployed_answers_without_the_repository(hub, client, tmp_path, 
         wait_for(f"http://127.0.0.1:{port}/", running, log)
         page = gradio_client.Client(f"http://127.0.0.1:{port}/", verbose=False)
         for name, defective in (("scratch", True), ("good", False)):
-            photo = gradio_client.handle_file(str(folder / f"examples/{name}.png"))
+            photo = gradio_client.handle_file(str(folder / f"checkpoints/demo-part/examples/{name}.png"))
             record, _ = page.predict(image=photo, api_name="/inspect")
             assert record["category"] == "demo-part" and record["is_anomalous"] == defective
     finally:
@@ -81,15 +81,15 @@ def test_what_goes_along_and_what_stays_at_home(hub, client, tmp_path):
     app = tmp_path / "space"
     shutil.copytree(ROOT / "space", app, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (
-        *(".env", "notes.txt", "outputs/r.json", "__pycache__/app.cpython-311.pyc", ".gradio/x", "examples/me.txt"),
-        *("checkpoints/demo-part/optimizer.bin", "checkpoints/demo-part/unet/training_state.pt"),
+        *(".env", "notes.txt", "outputs/r.json", "__pycache__/app.cpython-311.pyc", ".gradio/x"),
+        *(f"checkpoints/demo-part/{name}" for name in ("optimizer.bin", "unet/training_state.pt", "examples/me.txt")),
     ):
         (app / name).parent.mkdir(parents=True, exist_ok=True)
         (app / name).write_text(f"hf_secret {tmp_path}")
     assert deploy("--app-dir", str(app)) == 0
     found = files(hub)
-    there = {".gitattributes", "requirements.txt", "app.py", "README.md", "examples/scratch.png"}
-    there |= {f"checkpoints/demo-part/{name}" for name in ("model_index.json", "README.md")}
+    there = {".gitattributes", "requirements.txt", "app.py", "README.md"}
+    there |= {f"checkpoints/demo-part/{name}" for name in ("model_index.json", "README.md", "examples/scratch.png")}
     there |= {f"checkpoints/demo-part/{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "segmenter")}
     there |= {f"diffusionad_hf/{file.name}" for file in Path(diffusionad_hf.__file__).parent.glob("*.py")} | {
         "diffusionad_hf/space/style.css",

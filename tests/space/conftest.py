@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,6 +30,10 @@ from diffusionad_hf.space.results import Results  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 CARD = """---
 tags: [diffusionad]
+category: Flange
+data_origin: rendered
+data_license: cc-by-sa-4.0
+data_attribution: a workshop
 model-index:
 - name: flange
   results:
@@ -101,6 +106,21 @@ def fragile(tmp_path_factory, checkpoints):
     segmenter = AnomalySegmenter(in_channels=5, base_channels=pipe.segmenter.config.base_channels)
     pipe.register_modules(segmenter=segmenter.eval())
     pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tried(tmp_path_factory, checkpoints):
+    """The same model twice, with photos to try it on: `steel`, and `brass` that comes without a card."""
+    folder = tmp_path_factory.mktemp("tried")
+    for seed, name in enumerate(("steel", "brass"), 20):
+        examples = shutil.copytree(checkpoints / "flange", folder / name) / "examples"
+        examples.mkdir()
+        for photo, label in enumerate(("good", "good-2", "deep-scratch")):
+            part = render_part(np.random.default_rng((seed, photo)), size=96)
+            Image.fromarray(part).save(examples / f"{label}.png")
+    (folder / "brass" / "README.md").unlink()
+    (folder / "steel" / "examples" / "no-image.png").write_text("nothing")
     return folder
 
 

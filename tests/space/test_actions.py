@@ -16,14 +16,15 @@ from PIL import Image
 
 from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.export.exporting import export_pipeline
-from diffusionad_hf.familiarity_diffusionad import pixel_digest
+from diffusionad_hf.familiarity_diffusionad import Familiarity, describe, pixel_digest
 from diffusionad_hf.images_diffusionad import load_image, resize_image
 from diffusionad_hf.pipeline_diffusionad import conformal_threshold
 from diffusionad_hf.space import models
 from diffusionad_hf.space.actions import TRAINED_ON, calibrate_on, download, inspect_many, inspect_one
-from diffusionad_hf.space.handlers import batch_card, caption, verdict_card
+from diffusionad_hf.space.handlers import batch_card, verdict_card
 from diffusionad_hf.space.intake import LIMITS, Refusal, Settings, Upload
-from diffusionad_hf.space.models import Calibration, ModelError, Models, about
+from diffusionad_hf.space.models import Calibration, ModelError, Models, Product, about, products
+from diffusionad_hf.space.pieces import batch_table, compare, region_list, score_scale
 from diffusionad_hf.space.views import load, p_words, promise_words, view
 from tests.space.conftest import archive
 
@@ -34,6 +35,10 @@ def uploads(*paths):
 
 def inspected(results, model, path, name="photo.png", settings=Settings()):  # noqa: B008
     return inspect_one(results, "anna", model, Upload(name, path), settings)[1]
+
+
+def describe_at(model, photo):
+    return describe(resize_image(load_image(photo), model.load().config.image_size))
 
 
 def at(threshold):
@@ -203,7 +208,7 @@ def test_a_batch_has_a_row_for_every_file_sorted_with_the_unusable_last(results,
         "white.png"
     ] == "Unlike any normal image the model knows. Another object, position, distance, light or focus?"
     lines = batch.table.read_text(encoding="utf-8-sig").splitlines()
-    assert all(line[0] == line[-1] == '"' and line.count('","') == 6 for line in lines), "every field is quoted"
+    assert all(line[0] == line[-1] == '"' and line.count('","') == 7 for line in lines), "every field is quoted"
     rows = list(csv.DictReader(lines))
     assert {row["File"] for row in rows} == {"x;'=cmd()|a.png", "part.png", "part.jpg", "notes.txt", "white.png"}
     with zipfile.ZipFile(batch.archive) as bundle:
@@ -348,8 +353,9 @@ def test_what_nothing_supports_is_undecided_in_the_record_the_report_and_a_batch
         assert "<h1>Undecided: " in page and 'class="card undecided"' in card and "<h2>Undecided: " in card
         assert "✓" not in card and "✕" not in card
         *_, batch = inspect_many(results, "anna", model, uploads(photo), calibration)
-        assert batch.counts == {"undecided": 1} and caption(batch.rows[0]).startswith("? undecided")
-        assert '<div class="tile undecided"><strong>1</strong> undecided</div>' in batch_card(batch)
+        assert batch.counts == {"undecided": 1}
+        assert "<b>undecided</b>" in batch_table(batch.rows, calibration.threshold)
+        assert "<strong>1</strong> undecided</label>" in batch_card(batch)
 
 
 def test_a_threshold_moved_by_hand_or_a_new_calibration_changes_the_sentence_and_the_p_value(results, model, parts):
@@ -363,6 +369,64 @@ def test_a_threshold_moved_by_hand_or_a_new_calibration_changes_the_sentence_and
     for calibration in (usual, replace(usual, false_alarm_rate=1 / 13), replace(usual, false_alarm_rate=0.001)):
         assert calibration.moved(round(calibration.shown_threshold, 4), calibration.shown_rate) == calibration
     assert usual.moved(1.0, 0.1).verdict(0).reason == "rate_not_promised"
+
+
+def test_a_product_is_what_its_card_and_its_folder_say(tried, tmp_path, checkpoints):
+    brass, steel = products(Models(str(tried)))
+    assert (steel.title, steel.facts) == ("Flange", "image AUROC 0.875 · rendered images, CC BY-SA 4.0")
+    assert steel.source == "a workshop, CC BY-SA 4.0"
+    assert [(e.label, e.is_good) for e in steel.examples] == [("good", True), ("good", True), ("deep scratch", False)]
+    assert brass == Product("brass", "brass", "no card", "", brass.examples) and len(brass.examples) == 3
+    shutil.copytree(checkpoints / "flange", tmp_path / "odd")
+    for card in ("---\n- 1\n---\n", "---\nx: [\n---\n", "---\ndata_origin: [1]\ncategory: {a: 1}\n---\n", "\x00", ""):
+        (tmp_path / "odd" / "README.md").write_text(card)
+        (odd,) = products(Models(str(tmp_path)))
+        assert odd.name == "odd" and "AUROC" not in odd.facts
+
+
+def test_a_photo_of_another_shape_is_not_squeezed_and_it_is_said_what_was_seen(results, model, parts, tmp_path):
+    part = Image.open(parts[0])
+    wide = Image.new("RGB", (144, 96), part.getpixel((2, 2)))
+    wide.paste(part, (24, 0))
+    wide.save(tmp_path / "wide.png")
+    folder = inspected(results, model, tmp_path / "wide.png")
+    found, alone = load(folder), load(inspected(results, model, parts[0]))
+    assert found.score == pytest.approx(alone.score, abs=1e-5) and found.size == (144, 96)
+    assert "only the middle, 96 × 96 px" in found.note
+    assert found.note in verdict_card(folder, model.calibration) and found.note == record(folder, at(0.1))["note"]
+    mask = np.asarray(picture(folder, "mask", at(0.01)))
+    assert mask.shape == (96, 144) and mask.any() and not mask[:, :20].any() and not mask[:, -20:].any()
+    # Where the model knows photos that were squeezed, so is this one.
+    squeezed = [np.asarray(wide)] * 5
+    model.calibration = replace(
+        model.calibration, familiarity=Familiarity.of([describe_at(model, p) for p in squeezed])
+    )
+    assert load(inspected(results, model, tmp_path / "wide.png")).note == ""
+
+
+def test_of_several_frames_it_is_said_that_only_the_first_was_inspected(results, model, parts, tmp_path):
+    first, second = Image.open(parts[0]), Image.open(parts[1])
+    first.save(tmp_path / "two.tiff", save_all=True, append_images=[second])
+    assert "only the first one" in load(inspected(results, model, tmp_path / "two.tiff")).note
+    *_, batch = batch_of(results, model, uploads(tmp_path / "two.tiff"))
+    assert "only the first one" in batch.rows[0].cells[-1]
+
+
+def test_the_scale_counts_the_normal_photos_above_the_threshold_and_marks_this_one(results, model, parts):
+    result, scores = load(inspected(results, model, parts[0])), model.calibration.scores
+    threshold = (scores[-3] + scores[-2]) / 2
+    shown = score_scale(result, replace(model.calibration, own_threshold=threshold))
+    assert f"2 of the {len(scores)} normal photos" in shown and f"this photo {result.score:.3f}" in shown
+    assert "No normal photos to compare with" in score_scale(result, Calibration())
+
+
+def test_pictures_and_regions_are_safe_and_stay_within_the_photo(results, model, parts):
+    folder = inspected(results, model, parts[0], name='"><script>.png')
+    result, shown = load(folder), view(folder, at(0.01))
+    pictures = compare(result, shown, "photo.jpg", "overlay.jpg")
+    assert "<script" not in pictures and "Anomaly map" in pictures and "1 region outlined" in pictures
+    assert "most of the image" in region_list(result, shown, "overlay.jpg")
+    assert region_list(result, view(folder, at(0.99)), "overlay.jpg") == ""
 
 
 DAMAGED = '{{"format": "diffusionad-calibration", "category": "flange", "false_alarm_rate": {}, "scores": {}}}'

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 from PIL import Image
 
-from tests.space.conftest import archive, copies
+from tests.space.conftest import Server, archive, copies
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium")
@@ -34,17 +34,17 @@ def visit(browser, server):
     """Opens the page for fresh visitors, who must not leave this machine nor see an error in the console."""
     contexts, strangers, errors = [], [], []
 
-    def visit(**options):
+    def visit(of=server, **options):
         # From an address of its own: those who ask for much wait for each other.
         headers = {"X-Forwarded-For": f"203.0.113.{next(ADDRESSES)}"}
         contexts.append(browser.new_context(extra_http_headers=headers, **options))
         page = contexts[-1].new_page()
         page.set_default_timeout(90_000)
-        own = (server.url, "data:", "blob:")
+        own = (of.url, "data:", "blob:")
         page.on("request", lambda r: None if r.url.startswith(own) else strangers.append(r.url))
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(server.url)
+        page.goto(of.url)
         page.wait_for_selector("#verdict .card")
         return page
 
@@ -53,6 +53,13 @@ def visit(browser, server):
         context.close()
     assert not strangers, "a request left this machine"
     assert not errors
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory, tried):
+    running = Server(tmp_path_factory.mktemp("shop"), str(tried))
+    yield running
+    running.stop()
 
 
 @pytest.fixture
@@ -75,14 +82,13 @@ def give(page, field, *files):
     page.wait_for_selector(f"#{field} :text('{files[-1].stem}')", state="attached")
 
 
-def remove_photo(page):
+def remove_photo(page, words="Add a photo"):
     page.locator("#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']").first.click()
-    expect(page, "#verdict .note", "Add a photo")
+    expect(page, "#verdict", words)
 
 
 def choose(page, category):
-    page.locator("#category input").click()
-    page.get_by_role("option", name=category).click()
+    page.locator("#category label").filter(has_text=category).click()
 
 
 def move(page, slider, value):
@@ -129,20 +135,24 @@ def test_photo_to_verdict_then_regions_the_threshold_and_the_false_alarm_rate_wi
     inspect(page, parts[0])
     page.wait_for_selector("#pictures img")
     assert "Score 0." in page.inner_text("#verdict") and "of the 12 normal images" in page.inner_text("#verdict")
-    runs, picture = server.runs, page.locator("#pictures img").last
+    runs, picture = server.runs, page.locator("#pictures .over img")
+    expect(page, "#scale", "this photo 0.")
     move(page, "threshold", 0.01)
     expect(page, "#verdict h2", "Anomalous: defect found")
     expect(page, "#verdict", "threshold 0.010")
-    page.wait_for_selector("#regions :text('1 · most of the image, 96 × 96 px')")
-    before = picture.get_attribute("src")
-    page.locator("#regions input[type=radio]").nth(1).check()
-    playwright.expect(picture).not_to_have_attribute("src", before, timeout=90_000)
+    expect(page, "#scale", "At 0.010, 12 of the 12 normal photos")
+    region = page.locator("#regions button").filter(has_text="1 · most of the image")
+    expect(page, "#regions", "96 × 96 px")
+    for framed in (True, False):
+        region.click()
+        assert region.get_attribute("aria-pressed") == str(framed).lower()
+        assert page.locator("#pictures .frame").is_visible() == framed
     before = picture.get_attribute("src")
     move(page, "threshold", 0.99)
     expect(page, "#verdict h2", "Normal: no defect found")
     expect(page, "#verdict", "threshold 0.990")
     playwright.expect(picture).not_to_have_attribute("src", before, timeout=90_000)
-    page.wait_for_selector("#regions", state="hidden")
+    page.wait_for_selector("#regions button", state="detached")
     page.click("#advanced button")
     move(page, "rate", 30)
     expect(page, "#threshold", "30 % false alarms")
@@ -182,6 +192,17 @@ def test_the_keyboard_is_enough(page, server, parts):
     page.keyboard.press("ArrowLeft")
     expect(page, "#verdict", "threshold 0.999")
     assert server.runs == runs
+    page.focus("#pictures input[type=range]")
+    page.keyboard.press("Home")
+    assert page.evaluate("getComputedStyle(document.querySelector('.over')).clipPath").startswith("inset(0")
+    page.focus("#category input")
+    before = page.inner_text("#verdict"), shown(page, "threshold")
+    for _ in range(12):
+        page.keyboard.press("Tab")
+    page.wait_for_timeout(500)
+    assert (page.inner_text("#verdict"), shown(page, "threshold")) == before and server.runs == runs, (
+        "Tab changes nothing"
+    )
     page.get_by_role("tab", name="Inspect").focus()
     for name in ("Batch", "Calibrate", "About"):
         page.keyboard.press("Tab")
@@ -210,12 +231,58 @@ def test_downloads_hold_what_they_say(page, parts):
     assert name == "part-02-report.html" and "Anomalous: defect found" in path.read_text(encoding="utf-8")
 
 
-def test_an_example_is_inspected_at_a_click_and_a_blank_photo_comes_with_a_warning(page, white):
-    page.locator("#examples button", has_text="good").first.click()
-    page.wait_for_selector("#verdict h2")  # the model knows another size of this part
-    remove_photo(page)
+def test_the_page_opens_with_an_example_and_each_product_has_its_own(visit, shop, parts):
+    page = visit(shop, viewport={"width": 1280, "height": 900})
+    expect(page, "#verdict .tag", "Example: deep-scratch.png")
+    page.wait_for_selector("#pictures img")
+    expect(page, "#category label:has(:checked)", "brass")
+    expect(page, "#category", "Image AUROC 0.875 · rendered images, CC BY-SA 4.0")
+    runs = shop.runs
+    assert runs == 1, "inspected when the server starts, not for each visitor"
+    until(lambda: page.inner_text("#verdict").count("threshold 0.990") or move(page, "threshold", 0.99), "it is stuck")
+    expect(page, "#verdict .tag", "Example")
+    assert shop.runs == runs
+    name, path = saved(page, "#download-json")
+    assert name == "deep-scratch.json" and json.loads(path.read_text())["threshold"] == 0.99
+    choose(page, "Flange")
+    expect(page, "#verdict .tag", "Example: deep-scratch.png")
+    expect(page, ".source", "a workshop")
+    assert page.locator(".examples button:visible").all_inner_texts() == ["✓ good", "✓ good", "✕ deep scratch"]
+    page.locator(".examples button:visible").first.click()
+    page.wait_for_selector("#verdict .tag", state="detached")
+    page.wait_for_selector("#photo img")
+    assert shop.runs == runs + 2
+    choose(page, "brass")  # whose example it is not
+    expect(page, "#verdict .tag", "Example")
+    page.wait_for_selector("#photo img", state="detached")
+    upload(page, parts[0])
+    page.wait_for_selector("#verdict .tag", state="detached")
+    remove_photo(page, "Example")
+
+
+def test_a_blank_photo_is_undecided_and_without_examples_nothing_is_open(page, white):
+    expect(page, "#verdict .note", "Add a photo")
+    assert not page.locator("#result, #normal, .examples button").filter(visible=True).count()
     upload(page, white)
     expect(page, "#verdict .undecided h2", "Undecided: unlike any normal image")
+
+
+def test_a_tiff_is_shown_and_inspected_as_it_was_sent(page, server, parts, tmp_path):
+    first, second = Image.open(parts[0]).convert("L").convert("I;16"), Image.open(parts[1]).convert("I;16")
+    first = first.point(lambda value: value * 256)
+    first.save(tmp_path / "deep.tiff", save_all=True, append_images=[second])
+    runs = server.runs
+    upload(page, tmp_path / "deep.tiff")
+    expect(page, "#verdict", "only the first one was inspected")
+    page.wait_for_function("document.querySelector('#photo img')?.naturalWidth > 0")
+    page.wait_for_timeout(500)
+    assert server.runs == runs + 1, "what is shown instead is not inspected"
+    score = page.inner_text("#verdict p").split(",")[0]
+    page.click("#advanced button")
+    page.click("#again")
+    until(lambda: server.runs == runs + 2, "it did not run again")
+    expect(page, "#verdict", "only the first one was inspected")
+    assert page.inner_text("#verdict p").split(",")[0] == score
 
 
 def test_a_broken_image_is_a_message_and_the_next_one_a_verdict(page, server, parts, tmp_path):
@@ -244,7 +311,20 @@ def test_a_batch_with_a_bad_file_and_its_downloads(page, parts, notes, tmp_path)
     expect(page, "#batch-summary .tile", "1 not inspected")
     expect(page, "#batch-summary", "Calibrated on 12 normal images for a false-alarm rate of 10 %")
     expect(page, "#batch-table", "Not an image")
-    page.wait_for_selector("#batch-gallery img")
+    assert page.locator("#batch-table tbody tr").count() == 5
+    rows = lambda: page.locator("#batch-table tbody tr").filter(visible=True).all_inner_texts()  # noqa: E731
+    page.get_by_role("button", name="File", exact=True).click()
+    names = [row.split("\t")[0] for row in rows()]
+    assert names == sorted(names)
+    page.locator("#batch-summary .tile.error").click()
+    assert [row.split("\t")[0] for row in rows()] == ["notes.txt"]
+    page.locator("#batch-summary .tile.all").click()
+    for name in (parts[1].name, "zip.png"):
+        page.locator("#batch-table tr").filter(has_text=name).click()
+        expect(page, "#batch-detail h3", name)
+        page.wait_for_function("document.querySelector('#batch-detail .over img')?.naturalWidth > 0")
+        assert page.locator("#batch-table tr[aria-selected=true]").inner_text().startswith(name)
+    expect(page, "#batch-detail", "Score 0.")
     _, path = saved(page, "#batch-csv")
     with path.open(encoding="utf-8-sig", newline="") as file:
         assert {row["File"] for row in csv.DictReader(file)} == {*[p.name for p in parts[:3]], "notes.txt", "zip.png"}
@@ -380,3 +460,37 @@ def test_it_fits_a_phone_and_every_control_has_a_name(visit, parts):
         .filter(e => e.offsetParent && !(e.innerText || e.ariaLabel || e.title || e.alt || e.labels?.length
             || e.getAttribute('aria-labelledby') || e.closest('label'))).map(e => e.outerHTML.slice(0, 120))"""
     assert page.evaluate(unnamed) == []
+
+
+@pytest.mark.parametrize("width", [390, 768, 1440])
+def test_nothing_stands_in_the_way_of_anyone(visit, shop, parts, notes, width):
+    """What axe-core knows of WCAG, in the states that the page can be in."""
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python"
+    ).Axe()
+    page = visit(shop, viewport={"width": width, "height": 844})
+
+    def check(state):
+        found = axe.run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        assert [(v["id"], [node["html"][:160] for node in v["nodes"][:3]]) for v in found] == [], state
+
+    expect(page, "#verdict .tag", "Example")
+    box = page.locator("#verdict .card").bounding_box()
+    assert box["y"] + box["height"] <= 844, "the verdict is on the first screen"
+    page.wait_for_function("document.querySelector('#pictures .over img')?.naturalWidth > 0")
+    check("example")
+    page.locator("#regions button").first.click()
+    page.click("#advanced button")
+    check("region framed, settings open")
+    upload(page, parts[0])
+    page.wait_for_selector("#verdict .tag", state="detached")
+    check("own photo")
+    tab(page, "Batch")
+    give(page, "batch-files", parts[0], notes)
+    page.click("#batch-start")
+    page.locator("#batch-table [data-row]").first.click()
+    page.wait_for_selector("#batch-detail .compare")
+    check("batch")
+    for name in ("Calibrate", "About"):
+        tab(page, name)
+        check(name)

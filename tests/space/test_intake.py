@@ -219,7 +219,7 @@ def test_unusable_images_are_named_by_their_sender_s_name_and_without_the_server
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
 def test_every_mode_of_image_is_read(tmp_path, mode):
     Image.new(mode, (40, 20)).save(tmp_path / "a.tiff")
-    assert Upload("a", tmp_path / "a.tiff").image().shape == (3, 20, 40)
+    assert Upload("a", tmp_path / "a.tiff").image()[0].shape == (3, 20, 40)
 
 
 def test_settings_are_whole_numbers_in_range_or_left_to_the_model():
