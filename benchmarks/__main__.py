@@ -17,6 +17,7 @@ MEASUREMENTS = {
     "real": "real products: trained and evaluated from nothing, category by category",
     "tiles": "time and memory of long images, in tiles and whole",
     "visitors": "the web demo: latency of 20 visitors while five others flood, drip and send bombs",
+    "teach": "the web demo: from photos to the first verdict, and what other visitors wait for meanwhile",
     "runtimes": "exported models: OpenVINO and ONNX against PyTorch",
 }
 

@@ -14,6 +14,7 @@ from ..calibration import promised_rate
 from ..familiarity_diffusionad import Familiarity
 from ..files import write_json
 from ..visualization import anomaly_map_16bit
+from .feedback import keep_photo
 from .intake import LIMITS, Refusal, Settings, Upload, collect
 from .models import Calibration, Model, ModelError, Raw
 from .reports import (
@@ -39,7 +40,7 @@ def inspect_one(results: Results, owner: str, model: Model, upload: Upload, sett
     image, note = upload.image()
     raw = model.run([image], settings)[0]
     key, folder = results.new(owner)
-    store(folder, Result.of(upload.name, model.name, image, raw, settings, note), image, raw, upload.path)
+    store(folder, Result.of(upload.name, model, image, raw, settings, note), image, raw, upload.path)
     return key, folder
 
 
@@ -49,7 +50,7 @@ def inspect_example(results: Results, model: Model, photo: Path) -> Path:
     image, note = upload.image()
     raw = model.run([image])[0]
     folder = Path(tempfile.mkdtemp(dir=results.shelf))
-    result = Result.of(upload.name, model.name, image, raw, Settings(), note)
+    result = Result.of(upload.name, model, image, raw, Settings(), note)
     store(folder, replace(result, is_example=True), image, raw, photo)
     return folder
 
@@ -109,8 +110,9 @@ def inspect_many(
                     continue
                 pictures = folder / str(len(rows))
                 pictures.mkdir()
-                result = Result.of(upload.name, model.name, image, raw, Settings(), note)
+                result = Result.of(upload.name, model, image, raw, Settings(), note)
                 rows.append(_drawn(pictures, result, image, raw, calibration))
+                keep_photo(pictures, image)
             yield len(rows), len(uploads)
     rows = sort_rows(rows)
     table, report, archive = (folder / name for name in ("report.csv", "report.html", "inspection.zip"))

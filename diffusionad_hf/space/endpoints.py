@@ -31,7 +31,14 @@ class Endpoints:
         self.models = models
 
     def inspect(
-        self, image, category, threshold=None, calibration_file=None, num_noises=1, request: gr.Request = None
+        self,
+        image,
+        category,
+        threshold=None,
+        calibration_file=None,
+        num_noises=1,
+        training=None,
+        request: gr.Request = None,
     ):
         """Tell whether a part is normal or anomalous, where, and how sure that is, or why it is undecided.
 
@@ -41,19 +48,22 @@ class Endpoints:
             threshold: Scores above it are anomalous, 0 to 1. The calibrated threshold if left out.
             calibration_file: From /calibrate; the model's own calibration if left out.
             num_noises: Average over this many noise draws, 1 to 16: slower, a little more accurate.
+            training: The id of a training, whose product is used instead of the category's model.
 
         Returns:
             The verdict, score, threshold, p-value and regions; and the photo with the anomalies marked.
         """
         with one_line_errors():
             upload, settings = upload_of(image), Settings.read(draws=num_noises)
-            model = self.models.get(category)
+            model = self.models.get(training or category)
             calibration = self._calibration(model, calibration_file, threshold)
             _, folder = inspect_one(self.results, owner_of(request), model, upload, settings)
             shown = view(folder, calibration)
             return result_json(load(folder), calibration, shown.regions), self.results.show(folder, shown.overlay)
 
-    def inspect_batch(self, files, category, threshold=None, calibration_file=None, request: gr.Request = None):
+    def inspect_batch(
+        self, files, category, threshold=None, calibration_file=None, training=None, request: gr.Request = None
+    ):
         """Inspect many photos, or zip archives of them.
 
         Args:
@@ -61,12 +71,13 @@ class Endpoints:
             category: Which model to use.
             threshold: Scores above it are anomalous, 0 to 1. The calibrated threshold if left out.
             calibration_file: From /calibrate; the model's own calibration if left out.
+            training: The id of a training, whose product is used instead of the category's model.
 
         Returns:
             One record a file, highest score first, unusable files last; the table as CSV; everything as zip.
         """
         with one_line_errors():
-            model, uploads = self.models.get(category), uploads_of(files)
+            model, uploads = self.models.get(training or category), uploads_of(files)
             calibration = self._calibration(model, calibration_file, threshold)
             *_, batch = inspect_many(self.results, owner_of(request), model, uploads, calibration)
             files = (self.results.show(batch.table.parent, file) for file in (batch.table, batch.archive))

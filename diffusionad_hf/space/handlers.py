@@ -143,8 +143,8 @@ class Handlers:
 
     def moved(self, folder: Path, threshold: object, rate: object, own: dict) -> Calibration:
         """What a kept result's verdict rests on, with the controls as they are."""
-        category = load(folder).category
-        calibration = own.get(category) or self.models.models[category].calibration
+        key = load(folder).key
+        calibration = own.get(key) or self.models.known(key).calibration
         return calibration.moved(number(threshold, "The threshold", 0, 1), rate_of(rate))
 
     def photo(self, request: gr.Request, photo, category, key, *controls):
@@ -152,7 +152,7 @@ class Handlers:
         with suppress(Refusal):
             folder = self.results.open(key, owner_of(request))
             result, shown = load(folder), self.results.show(folder, folder / "photo.jpg")
-            if photo["path"] == shown if photo else result.is_example and result.category == category:
+            if photo["path"] == shown if photo else result.is_example and result.key == category:
                 return (gr.skip(),) * 9
         return self.inspect(request, photo, category, key, *controls)
 
@@ -204,16 +204,16 @@ class Handlers:
     def example(self, model: Model) -> Path | None:
         """The result of a model's first defective example, which is inspected once for all visitors."""
         with self._inspecting:
-            if model.name not in self._examples:
-                product = self.products.get(model.name)
+            if model.key not in self._examples:
+                product = self.products.get(model.key)  # a visitor's own has none, whatever it is called
                 photos = sorted(product.examples, key=lambda photo: photo.is_good) if product else []
                 try:
                     found = inspect_example(self.results, model, photos[0].path) if photos else None
                 except Refusal as error:
                     logger.warning("%s", error)
                     found = None
-                self._examples[model.name] = found
-            return self._examples[model.name]
+                self._examples[model.key] = found
+            return self._examples[model.key]
 
     def _original(self, photo: dict, key: object, owner: str) -> Upload:
         """What was uploaded, where the photo box shows a picture of it that browsers can show."""
@@ -330,7 +330,7 @@ class Handlers:
         except Refusal as error:
             yield message(error), *nothing
             return
-        state = calibration_card(step.calibration, category, calibrated_words(step))
+        state = calibration_card(step.calibration, model.name, calibrated_words(step))
         own = {**own, category: step.calibration}
         file = self.results.show(step.file.parent, step.file)
         yield state, own, gr.update(value=file, visible=True), *controls(step.calibration)
@@ -344,7 +344,11 @@ class Handlers:
             calibration = Calibration.read(upload_of(file), self.models.get(category))
         except Refusal as error:
             return message(error), *nothing
-        return calibration_card(calibration, category), {**own, category: calibration}, *controls(calibration)
+        return (
+            calibration_card(calibration, self.models.known(category).name),
+            {**own, category: calibration},
+            *controls(calibration),
+        )
 
     def forget_calibration(self, category, own):
         """Back to the model's own calibration."""
@@ -353,7 +357,7 @@ class Handlers:
 
     def show_calibration(self, category, own):
         try:
-            return calibration_card(self.calibration(category, own), category)
+            return calibration_card(self.calibration(category, own), self.models.known(category).name)
         except Refusal as error:
             return message(error)
 

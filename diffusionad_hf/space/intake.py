@@ -52,6 +52,14 @@ class Limits:
     text: int = 1000  # characters of a value that is no file
     run_pixels: int = 16 * 256 * 256  # of one image, times the noise draws
     batch_seconds: int = 900
+    # of teaching
+    fewest_photos: int = 20
+    kept_pixels: int = 1_000_000  # of each photo
+    teaching_seconds: int = 1800
+    teaching_bytes: int = 4 * 1024 * MB  # of memory
+    preview_seconds: int = 120
+    lessons: int = 8  # that wait or run
+    lessons_per_address: int = 2
     # of images fetched from an address
     fetch_seconds: int = 10
     redirects: int = 3

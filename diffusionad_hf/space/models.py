@@ -133,10 +133,11 @@ class Raw:
 
 
 class Model:
-    """One category's model: loaded when first used."""
+    """One category's model: loaded when first used. Its key is its name, unless a visitor taught it."""
 
-    def __init__(self, name: str, source: str):
+    def __init__(self, name: str, source: str, key: str | None = None):
         self.name = name
+        self.key = key or name
         self.source = source
         self.pipe: DiffusionADPipeline | None = None
         self.calibration = Calibration()
@@ -327,20 +328,34 @@ class Models:
                 name = Path(found).name if Path(found).is_dir() else found
                 self.models.setdefault(name, Model(name, found))
         self.names = list(self.models)
-        self._used: list[str] = []  # those loaded, the last used one last
+        self._used: list[Model] = []  # those loaded, the last used one last
         self._lock = threading.Lock()
 
+    def teach(self, key: str, name: str, folder: Path) -> None:
+        """Adds a visitor's own product, which whoever has its key can use and nobody else sees."""
+        self.models[key] = Model(name, str(folder), key)
+
+    def forget(self, key: str) -> None:
+        """Removes a visitor's own product."""
+        self.models.pop(key, None)
+
+    def known(self, name: str | None) -> Model:
+        """The model of a category, or of a visitor's own product by its key; a ModelError if there is none."""
+        model = self.models.get(name or "")
+        if model is None:
+            there = ", ".join(self.names) or "none"
+            raise ModelError(f"There is no category {str(name)[:80]!r}. There are: {there}.")
+        return model
+
     def get(self, name: str | None) -> Model:
-        """A category's model, loaded; a ModelError if there is no such category or it cannot be loaded."""
-        if name not in self.models:
-            known = ", ".join(self.models) or "none"
-            raise ModelError(f"There is no category {str(name)[:80]!r}. There are: {known}.")
-        self.models[name].load()
+        """As [`known`], loaded; a ModelError if it cannot be loaded."""
+        model = self.known(name)
+        model.load()
         with self._lock:
-            self._used = [*(used for used in self._used if used != name), name]
+            self._used = [*(used for used in self._used if used is not model), model]
             while len(self._used) > MOST_LOADED:
-                self.models[self._used.pop(0)].pipe = None  # a call that runs holds its own reference
-        return self.models[name]
+                self._used.pop(0).pipe = None  # a call that runs holds its own reference
+        return model
 
 
 def _is_model(folder: Path) -> bool:

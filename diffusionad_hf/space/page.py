@@ -4,6 +4,7 @@ import html
 import importlib.util
 import threading
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,14 @@ from starlette.middleware import Middleware
 from .actions import FEWEST_CALIBRATION_IMAGES
 from .addresses import fetch, is_address
 from .endpoints import Endpoints, one_line_errors
+from .feedback_page import mark_result, mark_rows
 from .handlers import EMPTY, NO_MODEL, Handlers, message, threshold_update
 from .intake import LIMITS, Refusal, admit
 from .models import Models, Product, about, products
 from .pieces import address, pictures_css, product_words
 from .results import Results
+from .teach import Teacher, is_on
+from .teach_page import teach_endpoints, teach_tab
 from .traffic import QUICK, FairQueue, Guard, charged
 from .views import OPACITY, thumbnail
 
@@ -96,6 +100,7 @@ def inspect_tab(
     on: Handlers,
     category: gr.Radio,
     own: gr.State,
+    taught: gr.State,
     batch_threshold: gr.Slider,
     products: Sequence[Product],
     opening: "Opening",
@@ -145,6 +150,8 @@ def inspect_tab(
             ]
         again = gr.Button("Inspect again", variant="primary", elem_id="again")
 
+    with result:
+        mark_result(on, key, [threshold, rate, own])
     drawn = [threshold, opacity, rate, own]
     run = dict(inputs=[photo, category, key, *drawn, *advanced], show_progress_on=[verdict], **INSPECTING, **RUN)
     run["outputs"] = [verdict, key, result, details, pictures, scale, regions, normal, photo]
@@ -156,8 +163,9 @@ def inspect_tab(
     rate.input(on.rate, [category, rate, own], threshold, **LIVE).then(**redraw)
     controls = [threshold, rate, batch_threshold]
     back.click(on.category, [category, own], controls, **LIVE).then(**redraw)
-    category.input(on.category, [category, own], controls, **LIVE).then(on.inspect, **run)
-    category.input(on.examples, category, examples, **LIVE)
+    chosen = [category.input, taught.change]
+    gr.on(chosen, on.category, [category, own], controls, **LIVE).then(on.inspect, **run)
+    gr.on(chosen, on.examples, category, examples, **LIVE)
     for kind, button in buttons.items():
         made = button.click(on.download(kind), [key, *drawn], file, **DOWNLOADS)
         made.success(None, file, None, js=SAVE)
@@ -195,6 +203,8 @@ def batch_tab(on: Handlers, tab: gr.Tab, category: gr.Radio, own: gr.State, thre
     outputs = [summary, result, table, detail, opened, table_file, archive]
     running = start.click(on.batch, [files, category, by_hand, own], outputs, show_progress="hidden", **BATCHES, **RUN)
     stop.click(lambda: message("Stopped.", "note"), None, summary, cancels=running, api_visibility="private")
+    with result:
+        mark_rows(on, table, opened)
     table.select(on.batch_row, opened, detail, **LIVE)
 
 
@@ -230,13 +240,19 @@ def named_endpoints(endpoints: Endpoints) -> None:
         calibration = gr.File(label="calibration_file")
         draws = gr.Number(label="num_noises", value=1, precision=0)
         rate = gr.Number(label="false_alarm_rate", value=0.05)
+        training = gr.Textbox(label="training", value=None)
         record, records, summary = gr.JSON(label="record"), gr.JSON(label="records"), gr.JSON(label="summary")
         overlay = gr.Image(label="overlay", type="filepath")
         table, archive, saved = gr.File(label="table"), gr.File(label="archive"), gr.File(label="calibration_file")
         caller = gr.Button()
     for function, inputs, outputs, queue in (
-        (endpoints.inspect, [image, category, threshold, calibration, draws], [record, overlay], INSPECTING),
-        (endpoints.inspect_batch, [files, category, threshold, calibration], [records, table, archive], BATCHES),
+        (endpoints.inspect, [image, category, threshold, calibration, draws, training], [record, overlay], INSPECTING),
+        (
+            endpoints.inspect_batch,
+            [files, category, threshold, calibration, training],
+            [records, table, archive],
+            BATCHES,
+        ),
         (endpoints.calibrate, [files, category, rate], [summary, saved], BATCHES),
     ):
         caller.click(function, inputs, outputs, api_name=function.__name__, preprocess=False, **queue)
@@ -331,12 +347,12 @@ HEADER = """<h1>Is this part defective, and where?</h1>
 tells how sure that is.</p>"""
 
 
-def build(results: Results, models: Models) -> Page:
+def build(results: Results, models: Models, teacher: Teacher | None = None) -> Page:
     offered = products(models)
     on, names = Handlers(results, models, offered), models.names
     pictures = [[address(results.serve(thumbnail(e.path))) for e in product.examples] for product in offered]
     with Page(results.uploads, title="DiffusionAD inspection") as page:
-        own = gr.State({})
+        own, taught = gr.State({}), gr.State("")
         gr.HTML(HEADER + pictures_css(pictures), elem_id="title")
         category = gr.Radio(
             [(product_words(product), product.name) for product in offered],
@@ -348,11 +364,14 @@ def build(results: Results, models: Models) -> Page:
         with gr.Tab("Inspect", elem_id="tab-inspect"):
             batch_threshold = slider(0, 1, 0.5, step=0.001, label="Threshold", elem_id="batch-threshold", render=False)
             opening = Opening.of(on)
-            controls, redraw, run = inspect_tab(on, category, own, batch_threshold, offered, opening)
+            controls, redraw, run = inspect_tab(on, category, own, taught, batch_threshold, offered, opening)
         with gr.Tab("Batch", elem_id="tab-batch") as tab:
             batch_tab(on, tab, category, own, batch_threshold)
         with gr.Tab("Calibrate", elem_id="tab-calibrate"):
             calibrate_tab(on, page, category, own, controls, redraw)
+        if teacher:
+            with gr.Tab("Teach", elem_id="tab-teach"):
+                teach_tab(teacher, page, category, taught)
         with gr.Tab("About", elem_id="tab-about"):
             text = gr.Markdown(elem_id="about")
             gr.HTML(
@@ -362,6 +381,8 @@ def build(results: Results, models: Models) -> Page:
                 elem_id="about-all",
             )
         named_endpoints(Endpoints(results, models))
+        if teacher:
+            teach_endpoints(teacher)
         page.load(on.category, [category, own], controls, **LIVE).then(on.start, **{**run, "show_progress": "hidden"})
         gr.on([page.load, category.change], on.about, category, text, **LIVE)
         page.unload(on.leave)
@@ -371,21 +392,23 @@ def build(results: Results, models: Models) -> Page:
 def serve(folder: Path, sources: str) -> None:
     """Serves the page until the process ends, with a folder for all that is kept."""
     results, models = Results(folder), Models(sources)
-    page = build(results, models)
+    teacher = Teacher(results, models) if is_on() else None
+    page = build(results, models, teacher)
     results.keep_what_is_there()
     results.sweep_forever()
     # Loads the first model, so that the first photo does not wait for it.
     threading.Thread(target=about, args=(models, next(iter(models.names), "")), daemon=True).start()
-    page.launch(
-        theme=THEME,
-        css_paths=STYLE,
-        max_file_size=LIMITS.upload_bytes,
-        state_session_capacity=LIMITS.sessions,
-        app_kwargs={"middleware": [Middleware(Guard, uploads=results.uploads)]},
-        enable_monitoring=False,
-        footer_links=["api"],
-        run_history=False,
-        ssr_mode=False,
-        # Hugging Face installs it; elsewhere it is optional, see README.md.
-        mcp_server=importlib.util.find_spec("mcp") is not None,
-    )
+    with closing(teacher) if teacher else nullcontext():
+        page.launch(
+            theme=THEME,
+            css_paths=STYLE,
+            max_file_size=LIMITS.upload_bytes,
+            state_session_capacity=LIMITS.sessions,
+            app_kwargs={"middleware": [Middleware(Guard, uploads=results.uploads)]},
+            enable_monitoring=False,
+            footer_links=["api"],
+            run_history=False,
+            ssr_mode=False,
+            # Hugging Face installs it; elsewhere it is optional, see README.md.
+            mcp_server=importlib.util.find_spec("mcp") is not None,
+        )

@@ -8,9 +8,10 @@ from urllib.parse import quote
 import numpy as np
 
 from ..verdicts_diffusionad import ANOMALOUS, NORMAL, UNDECIDED
+from ..visualization import region_words
 from .models import Calibration, Product
 from .reports import Row, finite
-from .views import Result, View, region_words
+from .views import Result, View
 
 KINDS = {ANOMALOUS: "bad", NORMAL: "good", UNDECIDED: "undecided"}
 _BINS = 50

@@ -105,18 +105,25 @@ class Results:
             return {}
         return {name: Path(path) for name, path in shown.items()}
 
-    def _remove(self, folder: Path) -> None:
+    def remove(self, folder: Path) -> None:
         """Removes a result and what is served of it; never called for uploads, which may hold files of any name."""
         for served in self._shown(folder).values():
             shutil.rmtree(served, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def forget(self, owner: str) -> None:
-        """Removes everything of a visitor."""
+    def owned(self, owner: str) -> list[Path]:
+        """The folders of a visitor, the newest last."""
+        found = []
         for folder in self._results.iterdir():
             with suppress(OSError):  # swept meanwhile
-                if (folder / _OWNER_FILE).read_text(encoding="utf-8") == owner:
-                    self._remove(folder)
+                if secrets.compare_digest((folder / _OWNER_FILE).read_text(encoding="utf-8"), owner):
+                    found.append((folder.stat().st_ctime_ns, folder))
+        return [folder for _, folder in sorted(found)]
+
+    def forget(self, owner: str) -> None:
+        """Removes everything of a visitor."""
+        for folder in self.owned(owner):
+            self.remove(folder)
 
     def sweep(self) -> None:
         """Removes what has not been used for `keep_seconds`."""
@@ -129,7 +136,7 @@ class Results:
                 if entry.lstat().st_mtime > limit:
                     continue
                 if entry.parent == self._results:
-                    self._remove(entry)
+                    self.remove(entry)
                 elif entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry, ignore_errors=True)
                 else:

@@ -31,7 +31,7 @@ from ..visualization import (
 )
 from .decoding import decode
 from .intake import LIMITS, Settings
-from .models import Calibration, Raw
+from .models import Calibration, Model, Raw
 
 logger = logging.getLogger("space")
 # The longest side of a picture on the page. Small photos are enlarged to the first, so that outlines stay thin.
@@ -46,6 +46,7 @@ class Result:
 
     name: str
     category: str
+    key: str  # of the category's model
     score: float
     size: tuple[int, int]
     grid: list[int]
@@ -55,10 +56,10 @@ class Result:
 
     @classmethod
     def of(
-        cls, name: str, category: str, image: torch.Tensor, raw: Raw, settings: Settings, note: str = ""
+        cls, name: str, model: Model, image: torch.Tensor, raw: Raw, settings: Settings, note: str = ""
     ) -> "Result":
         size, note = (image.shape[2], image.shape[1]), " ".join(filter(None, (note, raw.note)))
-        return cls(name, category, raw.score, size, raw.grid.tolist(), settings != Settings(), note)
+        return cls(name, model.name, model.key, raw.score, size, raw.grid.tolist(), settings != Settings(), note)
 
     def p_value(self, calibration: Calibration) -> float | None:
         return None if self.settings_changed else calibration.p_value(self.score)
@@ -77,6 +78,9 @@ class Result:
     def file_stem(self) -> str:
         """The photo's name without its suffix, made fit for a file name."""
         return re.sub(r"[^\w ().-]", "_", Path(self.name).stem)[:60].strip(". ") or "image"
+
+
+STORED = ("map.npy", "reconstruction.png", "photo.jpg", "original", "result.json")
 
 
 def store(folder: Path, result: Result, image: torch.Tensor, raw: Raw, original: Path | None = None) -> Image.Image:
@@ -121,6 +125,16 @@ def thumbnail(path: Path) -> bytes:
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=82)
     return content.getvalue()
+
+
+def kept_photo(image: torch.Tensor) -> Image.Image:
+    """The photo, (3, H, W), with at most `kept_pixels`, to learn from."""
+    photo = _to_pil(image)
+    scale = (LIMITS.kept_pixels / (photo.width * photo.height)) ** 0.5
+    if scale >= 1:
+        return photo
+    size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
+    return photo.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 @dataclass(frozen=True)

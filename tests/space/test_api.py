@@ -31,9 +31,10 @@ def sent(*files):
 
 def test_the_endpoints_are_the_documented_ones(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(endpoints) == {"/inspect", "/inspect_batch", "/calibrate"}
+    teaching = {"/train", "/training_status", "/training_result"}
+    assert set(endpoints) == {"/inspect", "/inspect_batch", "/calibrate", *teaching}
     names = [parameter["parameter_name"] for parameter in endpoints["/inspect"]["parameters"]]
-    assert names == ["image", "category", "threshold", "calibration_file", "num_noises"]
+    assert names == ["image", "category", "threshold", "calibration_file", "num_noises", "training"]
     assert all(endpoint["description"] for endpoint in endpoints.values())
 
 
@@ -154,7 +155,7 @@ def test_a_result_s_key_opens_nothing_for_another_visitor(client, server, parts)
         assert status_of(f"{server.url}gradio_api/file={path}") == 403, path
 
 
-def test_assistants_find_the_same_three_tools(server, parts):
+def test_assistants_find_the_same_tools(server, parts):
     """Runs where the optional package `mcp` is installed."""
     pytest.importorskip("mcp", reason='pip install "mcp<2"')
     from mcp import ClientSession
@@ -170,7 +171,8 @@ def test_assistants_find_the_same_three_tools(server, parts):
                 return tools, await session.call_tool("inspect", {"image": photo, "category": "flange"})
 
     tools, answer = asyncio.run(talk())
-    assert {tool.name for tool in tools} == {"inspect", "inspect_batch", "calibrate"}
+    teaching = {"train", "training_status", "training_result"}
+    assert {tool.name for tool in tools} == {"inspect", "inspect_batch", "calibrate", *teaching}
     assert all(p["description"] for tool in tools for p in tool.inputSchema["properties"].values())
     assert not answer.isError and "anomaly_score" in answer.content[0].text
 

@@ -204,7 +204,7 @@ def test_the_keyboard_is_enough(page, server, parts):
         "Tab changes nothing"
     )
     page.get_by_role("tab", name="Inspect").focus()
-    for name in ("Batch", "Calibrate", "About"):
+    for name in ("Batch", "Calibrate", "Teach", "About"):
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
         page.wait_for_selector(f"[role=tab][aria-selected=true]:has-text('{name}')")
@@ -440,7 +440,12 @@ def test_every_text_can_be_read_in_light_and_dark(visit, parts, mode):
         move(page, "threshold", threshold)
         page.locator("#verdict h2").get_by_text(words, exact=True).wait_for()
         assert page.evaluate(PALE) == {}, words
-    for name, button in {"Batch": "#batch-start", "Calibrate": "#calibrate-start", "About": None}.items():
+    for name, button in {
+        "Batch": "#batch-start",
+        "Calibrate": "#calibrate-start",
+        "Teach": None,
+        "About": None,
+    }.items():
         tab(page, name)
         if button:
             page.click(button)
@@ -452,7 +457,7 @@ def test_it_fits_a_phone_and_every_control_has_a_name(visit, parts):
     page = visit(viewport={"width": 390, "height": 844}, has_touch=True)
     inspect(page, parts[0])
     page.wait_for_selector("#pictures img")
-    for name in ("Inspect", "Batch", "Calibrate", "About"):
+    for name in ("Inspect", "Batch", "Calibrate", "Teach", "About"):
         tab(page, name)
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
