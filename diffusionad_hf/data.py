@@ -363,8 +363,8 @@ def _ask_hub(function: Callable[..., Any], repo_id: str, *args: Any) -> Any:
     except FileNotFoundError as error:  # what `datasets` raises for a dataset that is missing, gated, private or empty
         reason = str(error).splitlines()[0].rstrip(".")
         raise FileNotFoundError(
-            f"dataset {repo_id} cannot be read from the Hub ({reason}). Check its name; a private or gated one needs "
-            "`hf auth login`."
+            f"dataset {repo_id} cannot be read from the Hub ({reason}), and there is no such folder. Check the name; "
+            "a private or gated dataset needs `hf auth login`."
         ) from None
 
 

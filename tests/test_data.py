@@ -334,7 +334,7 @@ def test_hub_dataset_with_our_columns_comes_back_the_same(publish, tmp_path):
     assert loaded["test"].features == data["test"].features
     assert np.array_equal(loaded["test"][4]["mask"], data["test"][4]["mask"])
     assert check_images(loaded["test"])[1] == []
-    with pytest.raises(FileNotFoundError, match="^dataset acme/wigdets cannot be read from the Hub .*Check its name"):
+    with pytest.raises(FileNotFoundError, match="^dataset acme/wigdets cannot be read from the Hub .*Check the name"):
         load_category("acme/wigdets")
 
 

@@ -81,13 +81,13 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     raise FileNotFoundError(f"`resume_from_checkpoint` {name}: no checkpoint there; {output_dir} holds {there}.")
 
 
-def former_plan(folder: Path) -> Plan:
-    """How the training that a checkpoint is of computed its steps."""
+def former_plan(folder: Path) -> tuple[Plan, int]:
+    """How the training that a checkpoint is of computed its steps, and how many it had done."""
     state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
     if "plan" in state:
-        return Plan(**state["plan"])
+        return Plan(**state["plan"]), state["step"]
     names = ("mixed_precision", "train_batch_size", "gradient_accumulation_steps")
-    return Plan(**{name: state["arguments"][name] for name in names})
+    return Plan(**{name: state["arguments"][name] for name in names}), state["step"]
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -71,9 +71,11 @@ class NormalImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def only(self, rows: Sequence[int], images: Sequence[Any]) -> "NormalImages":
-        """Those of some rows, which are `images`, without reading them again."""
-        chosen = NormalImages(images, self.size)
+    def only(
+        self, rows: Sequence[int], images: Sequence[Any], foregrounds: Sequence[torch.Tensor] | None = None
+    ) -> "NormalImages":
+        """Those of some rows, which are `images` with these foregrounds, without reading them again."""
+        chosen = NormalImages(images, self.size, foregrounds)
         if self._cache is not None:
             chosen._cache = {new: self._cache[old] for new, old in enumerate(rows) if old in self._cache}
         return chosen

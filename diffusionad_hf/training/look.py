@@ -26,8 +26,8 @@ from .feedback import Feedback, read_feedback
 from .images import find_foregrounds_of, fit_size, in_threads, shown_size
 
 # Thumbnails of one photo that was resized or stored anew differ by at most this share of the usual distance from one
-# photo to the most similar other one, or by half a level. Measured on five real products: 0.02 to 0.26 at half the size
-# and a JPEG quality of 50; other photos 0.47 and more.
+# photo to the most similar other one, or by half a level. Measured on five real products: 0.02 to 0.26 at half the
+# size and a JPEG quality of 50; other photos 0.47 and more.
 _SAME_SHOT, _SAME_LEVELS = 0.3, 0.5
 _THUMBNAIL = 32
 # Two kinds of photos: the silhouette of two clusters. Five real products by themselves had 0.08 to 0.41 (rolls of a

@@ -78,7 +78,7 @@ def train(
         ValueError: If an option or the photos make no sense.
         OSError: If something cannot be read or written.
         MemoryError: If not even one image fits into the memory.
-        KeyboardInterrupt: If it was interrupted before the first step.
+        KeyboardInterrupt: If it was interrupted so early or fast that there is no model.
     """
     config = config or TrainingConfig()
     if photos is not None:
@@ -90,7 +90,9 @@ def train(
     if config.push_to_hub:
         check_publishing(config)
     start_processes()
-    train_and_publish(config, partial(train_category, callbacks=callbacks))
+    code = train_and_publish(config, partial(train_category, callbacks=callbacks))
+    if code and not Path(config.output_dir, "model_index.json").is_file():
+        raise KeyboardInterrupt
     return DiffusionADPipeline.from_pretrained(config.output_dir, dtype=torch.float32).to(PartialState().device)
 
 
@@ -168,14 +170,14 @@ def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
 
     # 2. The plan, from real steps.
     progress.update(phase="probing")
-    former = None if found is None else former_plan(found)
+    former, done = (None, 0) if found is None else former_plan(found)
     plans = gather_object([together(lambda: probe(args, train_set, synthesizer, former))])
     # All processes go by one of them: the one with the least memory.
     plan = min(plans, key=lambda plan: plan.train_batch_size)
     counts = Counts(args, len(validation.images), len(held_out), len(photos.test))
+    left = counts.seconds_left(plan, done)
     progress.update(
-        plan=plan.lines(args, len(train_set), len(held_out), train_set.size, counts.seconds_left(plan, 0)),
-        seconds_left=counts.seconds_left(plan, 0),
+        plan=plan.lines(args, len(train_set), len(held_out), train_set.size, left), step=done, seconds_left=left
     )
     say("\n".join(progress.plan), flush=True)
     # Another training in this process may have had another precision.
@@ -240,9 +242,8 @@ def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
     running.pop("distillation", None)  # of an earlier version
     parts: list[torch.Tensor] = []
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    done, silent = state["step"], not accelerator.is_main_process
-    started, best = time.monotonic(), state["best"]
-    progress.update(phase="training", step=done, validation=best)
+    started, silent = time.monotonic(), not accelerator.is_main_process
+    progress.update(phase="training", validation=state["best"])
     bar = tqdm(total=args.max_train_steps, initial=done, desc="training", disable=silent)
     with bar, Interrupt() as interrupt:
         for batch in loader:
@@ -308,7 +309,7 @@ def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
     stopped = state["step"] < args.max_train_steps
     if stopped:
         logger.info(f"Stopped at step {state['step']}; the same command goes on from there.")
-        if interrupt.in_a_hurry:
+        if any(gather_object([interrupt.in_a_hurry])):
             progress.update(phase="stopped")
             return INTERRUPTED
         logger.info("Writing a model of what was learnt so far; press again to do without.")
@@ -339,7 +340,7 @@ def prepare_data(
     normal, needed = photos.normal, images_needed(args.false_alarm_rate)
     masks, size = normal.foregrounds, normal.size
     train_set, held_out = (
-        NormalImages(Subset(normal.images, rows), size, None if masks is None else Subset(masks, rows))
+        normal.only(rows, Subset(normal.images, rows), None if masks is None else Subset(masks, rows))
         for rows in split_holdout(len(normal), args.holdout_fraction, args.seed, needed)
     )
     if len(train_set) < args.train_batch_size:

@@ -336,5 +336,5 @@ def test_a_dataset_that_is_not_on_the_hub(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
     assert train.main(["--data-dir", "acme/wigdets", "--output-dir", str(tmp_path / "out")]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "dataset acme/wigdets cannot be read from the Hub" in last and "Check its name" in last
+    assert "dataset acme/wigdets cannot be read from the Hub" in last and "there is no such folder. Check" in last
     assert any("acme/wigdets" in request.path for request in hub.requests)
