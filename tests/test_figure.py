@@ -125,7 +125,7 @@ def test_a_reconstruction_that_misses_the_detail_is_not_shown():
     assert as_it_should_look(photo, part(seed=1), anomaly_map, 0.3) is None
     assert as_it_should_look(photo, photo, np.ones_like(anomaly_map), 0.3) is None, "nothing is known to be right"
     shown, left_out = (drawn("normal", reconstruction=picture) for picture in (photo, blurred))
-    assert shown.shape == left_out.shape and (shown[:, 760:] != left_out[:, 760:]).any()
+    assert shown.shape[1] == 1130 and left_out.shape[1] == 760 and len(left_out) > len(shown)
 
 
 def test_of_the_demo_part_engraving_and_edge_stay_and_a_scratch_goes():
