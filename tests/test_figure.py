@@ -131,7 +131,7 @@ def test_a_reconstruction_that_misses_the_detail_is_not_shown():
 def test_of_the_demo_part_engraving_and_edge_stay_and_a_scratch_goes():
     pipe = DiffusionADPipeline.from_pretrained(bundled("space/checkpoints/demo-part"))
     pipe.set_progress_bar_config(disable=True)
-    files = [bundled(f"space/examples/{name}.png") for name in ("good", "scratch")]
+    files = [bundled(f"space/checkpoints/demo-part/examples/{name}.png") for name in ("good", "scratch")]
     found = pipe(files)
     for file, anomaly_map, reconstruction in zip(files, found.anomaly_map, found.reconstruction, strict=True):
         photo = Image.open(file).convert("RGB")

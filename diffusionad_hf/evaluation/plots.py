@@ -29,7 +29,7 @@ def save_plots(result: EvaluationResult, dataset: Any, folder: str | Path) -> li
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "score_histogram.png": plot_histogram(_scores_by_type(result), result.metrics.get("threshold")),
-        "worst_cases.png": _plot_worst(result, dataset),
+        "worst_cases.png": plot_worst(result, dataset),
     }
     if "image_auroc" in result.metrics:
         figures["roc_curve.png"] = _plot_roc(result)
@@ -93,7 +93,7 @@ def plot_histogram(by_type: Mapping[str, Sequence[float]], threshold: float | No
     return figure
 
 
-def _plot_worst(result: EvaluationResult, dataset: Any) -> Any:
+def plot_worst(result: EvaluationResult, dataset: Any) -> Any:
     """Lowest-scoring anomalous images, then highest-scoring normal ones, each above its anomaly map."""
     kept = [p for p in result.predictions if p["index"] in result.worst]
     kept.sort(key=lambda p: p["anomaly_score"])

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..data import NORMAL as NORMAL_TYPE
+from ..evaluation.plots import new_figure, plot_histogram
 from ..figure import figure_of
 from ..images_diffusionad import to_uint8
 from ..pipeline_diffusionad import DiffusionADPipeline
@@ -32,6 +33,7 @@ def write_training_report(
     notes: Sequence[str] = (),
     curve: Path | None = None,
     preview: Path | None = None,
+    worst: Any = None,
 ) -> None:
     """
     Writes the report of a training: plan, curve, what was learnt from, scores, and held-out images with what the model
@@ -46,13 +48,12 @@ def write_training_report(
         notes: What else is to be said, a sentence each.
         curve: The training's CSV file.
         preview: The picture of what was learnt from.
+        worst: A matplotlib figure of the test images that the model judged worst.
 
     Raises:
         ImportError: If matplotlib is not installed.
         OSError: If the file cannot be written.
     """
-    from ..evaluation.plots import plot_histogram
-
     output = pipe(images)
     scores, defective = output.anomaly_score, labels.numpy().astype(bool)
     threshold = pipe.threshold if pipe.threshold is not None and math.isfinite(pipe.threshold) else None
@@ -71,6 +72,8 @@ def write_training_report(
     }
     histogram = plot_histogram({name: list(some) for name, some in by_type.items() if len(some)}, threshold)
     sections.append(("Scores", "Of images that the model was not trained on.", _picture(histogram)))
+    if worst is not None:
+        sections.append(("Worst test images", "", _picture(worst)))
     if preview is not None and preview.is_file():
         with Image.open(preview) as sheet:
             sections.append(("What was learnt from", "", embedded(sheet)))
@@ -105,8 +108,6 @@ def _shown(rows: np.ndarray, order: np.ndarray) -> list[int]:
 
 
 def _plot_curve(rows: Sequence[dict[str, str]]) -> Any:
-    from ..evaluation.plots import new_figure
-
     figure = new_figure(10, 3.2)
     left, right = figure.subplots(1, 2)
     for axes, name, title in ((left, "loss", "loss"), (right, "validation_score", "validation score")):
