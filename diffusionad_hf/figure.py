@@ -13,21 +13,22 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from .images_diffusionad import to_uint8
+from .pipeline_diffusionad import DiffusionADPipelineOutput
 from .verdicts_diffusionad import ANOMALOUS, NORMAL, UNDECIDED, Verdict
-from .visualization import DEFAULT_THRESHOLD, Region, checked_map, heat_map, overlay, region_threshold
+from .visualization import DEFAULT_THRESHOLD, Region, checked_map, find_regions, heat_map, overlay, region_threshold
 
 # Okabe and Ito's blue and vermilion, which all kinds of colour blindness tell apart; the marks' shapes, the words and
 # the lightness of the bar (light below the threshold, dark above) say the same in grey.
 _COLORS = {NORMAL: "#0072b2", ANOMALOUS: "#c24e00", UNDECIDED: "#6b6b6b"}
 _BELOW, _ABOVE = "#a9d3ec", "#c24e00"
-_GREY_BELOW, _GREY_ABOVE, _LINE, _INK, _SOFT = "#d8d8d8", "#8c8c8c", "#bbbbbb", "#17202a", "#55606b"
+_GREY_BELOW, _GREY_ABOVE, _INK, _SOFT = "#d8d8d8", "#8c8c8c", "#17202a", "#55606b"
 _PANEL = (350, 640)  # at most, of panels side by side; wide photos lie one below another
 _WIDE = 1090
 _GAP, _TEXT = 20, 15  # pixels
 _MOST_REGIONS = 12
 _CHECKED = 128  # px of the longest side
 _FAITHFUL = 0.5
-NOT_SHOWN = "Not shown: the reconstruction misses too much of what is normal in this photo."
+NOT_SHOWN = "How it should look is not shown: the reconstruction misses too much of what is normal in this photo."
 
 
 def figure(
@@ -72,41 +73,60 @@ def figure(
     values = _fit_map(checked_map(anomaly_map), size)
     shown = [] if verdict.word == NORMAL else [_scaled(region, scale) for region in regions[:_MOST_REGIONS]]
     outlined = overlay(photo, values, threshold=pivot, opacity=0, contour=verdict.word != NORMAL, regions=shown)
-    panels: list[tuple[str, Image.Image | None]] = [("Photo", outlined), ("Anomaly map", heat_map(values, pivot))]
-    if reconstruction is not None:
-        panels.append(("As it should look", as_it_should_look(photo, reconstruction, values, pivot)))
+    panels = [("Photo", outlined), ("Anomaly map", heat_map(values, pivot))]
+    normal = None if reconstruction is None else as_it_should_look(photo, reconstruction, values, pivot)
+    if normal is not None:
+        panels.append(("As it should look", normal))
 
     column = max(size[0], 180)
-    columns = 1 if wide else len(panels)
-    width = max(columns * (column + _GAP) + _GAP, 580)
+    width = max((1 if wide else len(panels)) * (column + _GAP) + _GAP, 580)
     head = _Head(verdict, score, threshold, p_value, width - 2 * _GAP)
+    foot = [] if normal is not None or reconstruction is None else _wrapped(NOT_SHOWN, _TEXT, width - 2 * _GAP)
     row = size[1] + 2 * _GAP + 12  # with its title
-    scale_height = 34
-    top = _GAP + head.height + 12
-    picture = Image.new("RGB", (width, top + (len(panels) * row if wide else row) + scale_height), "white")
+    top, scale_height = _GAP + head.height + 12, 34
+    bottom = top + (len(panels) * row if wide else row) + scale_height
+    picture = Image.new("RGB", (width, bottom + 21 * len(foot)), "white")
     draw = ImageDraw.Draw(picture)
     head.draw(draw, (_GAP, _GAP))
+    _write(draw, (_GAP, bottom - _GAP // 2), foot)
     y = top
     for i, (title, panel) in enumerate(panels):
         x = _GAP if wide else _GAP + i * (column + _GAP)
         draw.text((x, y), title, font=_font(_TEXT), fill=_INK)
-        at = (x, y + _GAP + 4)
-        if panel is None:
-            draw.rectangle((*at, at[0] + max(size[0], column) - 1, at[1] + max(size[1], 1) - 1), outline=_LINE)
-            for k, line in enumerate(_wrapped(NOT_SHOWN, _TEXT, column - 20)):
-                draw.text((at[0] + 10, at[1] + 10 + 21 * k), line, font=_font(_TEXT), fill=_SOFT)
-        else:
-            picture.paste(panel, at)
+        picture.paste(panel, (x, y + _GAP + 4))
+        below = y + _GAP + 4 + size[1] + 6
         y += row if wide else 0
         if title == "Anomaly map":
             length = min(column, _PANEL[0])
-            bar = heat_map(np.linspace(0, 1, length)[None].repeat(10, axis=0))
-            below = at[1] + size[1] + 6
-            picture.paste(bar, (x, below))
+            picture.paste(heat_map(np.linspace(0, 1, length)[None].repeat(10, axis=0)), (x, below))
             mark = pivot if threshold is None else threshold
             _ticks(draw, x, below + 12, length, pivot, {0: "0", mark: f"{mark:.3g}", 1: "1"})
             y += scale_height if wide else 0
     return picture
+
+
+def figure_of(image: Image.Image, output: DiffusionADPipelineOutput, row: int, threshold: float | None) -> Image.Image:
+    """
+    Draws what a pipeline said of a photo.
+
+    Args:
+        image: The photo.
+        output: What `pipe([..., image, ...])` gave, as arrays.
+        row: The photo's place in it.
+        threshold: `pipe.threshold`.
+    """
+    verdict, anomaly_map = output.verdict[row], output.anomaly_map[row]
+    threshold = threshold if threshold is not None and math.isfinite(threshold) else None
+    return figure(
+        image,
+        anomaly_map,
+        verdict,
+        float(output.anomaly_score[row]),
+        threshold=threshold,
+        p_value=None if output.p_value is None else float(output.p_value[row]),
+        reconstruction=Image.fromarray(to_uint8(output.reconstruction[row])),
+        regions=[] if verdict.word == NORMAL else find_regions(anomaly_map, region_threshold(threshold)),
+    )
 
 
 def as_it_should_look(
@@ -170,8 +190,7 @@ class _Head:
             stroke_fill=_COLORS[word],
         )
         draw.text((x + self.width, y + 12), self.numbers, font=_font(_TEXT), fill=_INK, anchor="ra")
-        for i, line in enumerate(self.lines):
-            draw.text((x, y + 48 + 21 * i), line, font=_font(_TEXT), fill=_INK)
+        _write(draw, (x, y + 48), self.lines)
         y += 48 + 21 * len(self.lines) + 18
         # The scale is that of the anomaly map: the threshold is its middle.
         middle = DEFAULT_THRESHOLD if self.threshold is None else region_threshold(self.threshold)
@@ -207,6 +226,11 @@ def _ticks(draw: ImageDraw.ImageDraw, x: int, y: int, length: int, middle: float
         draw.text(
             (to, y + 5), name, font=_font(13), fill=_SOFT, anchor="la" if value <= 0 else "ra" if value >= 1 else "ma"
         )
+
+
+def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: Sequence[str]) -> None:
+    for i, line in enumerate(lines):
+        draw.text((at[0], at[1] + 21 * i), line, font=_font(_TEXT), fill=_INK)
 
 
 @lru_cache

@@ -84,7 +84,7 @@ def write_report(
     ordered = sorted(entries, key=lambda entry: (entry.score is None, -(entry.score or 0), entry.name.lower()))
     counted = Counter(entry.verdict for entry in entries)
     about = {
-        "Time": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "Written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "Software": f"diffusionad-hf {__version__}",
     }
     page = template.render(

@@ -125,13 +125,13 @@ def test_a_reconstruction_that_misses_the_detail_is_not_shown():
     assert as_it_should_look(photo, part(seed=1), anomaly_map, 0.3) is None
     assert as_it_should_look(photo, photo, np.ones_like(anomaly_map), 0.3) is None, "nothing is known to be right"
     shown, left_out = (drawn("normal", reconstruction=picture) for picture in (photo, blurred))
-    assert shown.shape == left_out.shape and (shown[:, 760:] != left_out[:, 760:]).any()
+    assert shown.shape[1] == 1130 and left_out.shape[1] == 760 and len(left_out) > len(shown)
 
 
 def test_of_the_demo_part_engraving_and_edge_stay_and_a_scratch_goes():
     pipe = DiffusionADPipeline.from_pretrained(bundled("space/checkpoints/demo-part"))
     pipe.set_progress_bar_config(disable=True)
-    files = [bundled(f"space/examples/{name}.png") for name in ("good", "scratch")]
+    files = [bundled(f"space/checkpoints/demo-part/examples/{name}.png") for name in ("good", "scratch")]
     found = pipe(files)
     for file, anomaly_map, reconstruction in zip(files, found.anomaly_map, found.reconstruction, strict=True):
         photo = Image.open(file).convert("RGB")

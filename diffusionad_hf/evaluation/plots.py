@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def save_plots(result: EvaluationResult, dataset: Any, folder: str | Path) -> li
         dataset = dataset["test"]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"score_histogram.png": _plot_histogram(result), "worst_cases.png": _plot_worst(result, dataset)}
+    figures = {
+        "score_histogram.png": plot_histogram(_scores_by_type(result), result.metrics.get("threshold")),
+        "worst_cases.png": plot_worst(result, dataset),
+    }
     if "image_auroc" in result.metrics:
         figures["roc_curve.png"] = _plot_roc(result)
     for name, figure in figures.items():
@@ -34,7 +38,8 @@ def save_plots(result: EvaluationResult, dataset: Any, folder: str | Path) -> li
     return [folder / name for name in sorted(figures)]
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of that many inches."""
     # Not pyplot, which keeps every figure in a global list.
     from matplotlib.figure import Figure
 
@@ -46,7 +51,7 @@ def _plot_roc(result: EvaluationResult) -> Any:
     labels = np.array([p["label"] for p in result.predictions])
     positives = np.sort(scores[labels == 1])
     _, fp, tp = roc_vertices(np.sort(scores[labels == 0]), positives, np.ones((1, len(positives))))
-    figure = _new_figure(5, 5)
+    figure = new_figure(5, 5)
     axes = figure.add_subplot(
         xlabel="false-alarm rate", ylabel="detection rate", title="ROC curve of images", aspect="equal"
     )
@@ -64,26 +69,31 @@ def _plot_roc(result: EvaluationResult) -> Any:
     return figure
 
 
-def _plot_histogram(result: EvaluationResult) -> Any:
+def _scores_by_type(result: EvaluationResult) -> dict[str, list[float]]:
     by_type: dict[str, list[float]] = {}
     for prediction in result.predictions:
         by_type.setdefault(prediction["defect_type"], []).append(prediction["anomaly_score"])
+    return by_type
+
+
+def plot_histogram(by_type: Mapping[str, Sequence[float]], threshold: float | None) -> Any:
+    """A row for the scores of each type of image, the normal ones first, as a matplotlib figure."""
     names = sorted(by_type, key=lambda name: (name != NORMAL, name))
     bins = np.histogram_bin_edges(np.concatenate(list(by_type.values())), bins=40)
-    figure = _new_figure(7, 1.0 + 1.1 * len(names))
+    figure = new_figure(7, 1.0 + 1.1 * len(names))
     rows = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(rows, names, strict=True):
         axes.hist(by_type[name], bins=bins, color="tab:blue" if name == NORMAL else "tab:red")
         axes.set_title(f"{name} ({len(by_type[name])})", loc="left", fontsize=9)
         axes.yaxis.get_major_locator().set_params(integer=True)
-        if "threshold" in result.metrics:
-            axes.axvline(result.metrics["threshold"], color="black", linestyle="--", linewidth=1)
-    rows[-1].set_xlabel("anomaly score" + (" (dashed: threshold)" if "threshold" in result.metrics else ""))
+        if threshold is not None:
+            axes.axvline(threshold, color="black", linestyle="--", linewidth=1)
+    rows[-1].set_xlabel("anomaly score" + (" (dashed: threshold)" if threshold is not None else ""))
     figure.supylabel("images", fontsize=9)
     return figure
 
 
-def _plot_worst(result: EvaluationResult, dataset: Any) -> Any:
+def plot_worst(result: EvaluationResult, dataset: Any) -> Any:
     """Lowest-scoring anomalous images, then highest-scoring normal ones, each above its anomaly map."""
     kept = [p for p in result.predictions if p["index"] in result.worst]
     kept.sort(key=lambda p: p["anomaly_score"])
@@ -93,7 +103,7 @@ def _plot_worst(result: EvaluationResult, dataset: Any) -> Any:
     }
     titled = {title: cases for title, cases in titled.items() if cases}
     columns = max(map(len, titled.values()))
-    figure = _new_figure(1.9 * max(columns, 4), 4.5 * len(titled))
+    figure = new_figure(1.9 * max(columns, 4), 4.5 * len(titled))
     panels = figure.subfigures(len(titled), squeeze=False)[:, 0]
     for panel, (title, cases) in zip(panels, titled.items(), strict=True):
         panel.suptitle(title, fontsize=11)

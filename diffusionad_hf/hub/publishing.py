@@ -11,11 +11,12 @@ from huggingface_hub import HfApi, ModelCardData, ModelInfo
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
+from ..figure import figure_of
 from ..files import write_json
 from ..images_diffusionad import load_image, to_uint8
 from ..loading import explained
 from ..pipeline_diffusionad import DiffusionADPipeline
-from ..visualization import overlay, region_threshold, save_image, side_by_side
+from ..visualization import save_image
 from .cards import TRAINING_NOTES, build_card, find_data_source, read_evaluation, read_training
 from .checks import check_card, check_own_file, check_repo_id, create_repo, hub_client
 
@@ -181,9 +182,7 @@ def _stage_previews(
         output = pipe(photos)
         sheets = {}
         for i, photo in enumerate(photos):
-            normal = Image.fromarray(to_uint8(output.reconstruction[i]))
-            heat = overlay(photo, output.anomaly_map[i], threshold=region_threshold(pipe.threshold))
-            sheets[f"example_{i + 1}.png"] = side_by_side([photo, normal, heat])
+            sheets[f"example_{i + 1}.png"] = figure_of(photo, output, i, pipe.threshold)
     else:
         # Re-encoded without metadata, which may tell who made a picture, and where.
         sheets = {path.name: _picture(path) for path in sorted((model_dir / "previews").glob("*.png"))}

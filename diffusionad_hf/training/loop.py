@@ -38,7 +38,7 @@ from .look import Photos, look, save_kinds
 from .losses import DiffusionADObjective
 from .memory import keep_freed_memory
 from .optimization import averaging, learning_rates
-from .outcome import Curve, Validation, conclude, finish, finish_so_far, observe
+from .outcome import CURVE_FILE, Curve, Validation, conclude, finish, finish_so_far, observe
 from .plan import Counts, probe
 from .preview import save_preview
 from .processes import EXPECTED, together
@@ -235,7 +235,7 @@ def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    curve = Curve(output_dir / "training_curve.csv", state["step"])
+    curve = Curve(output_dir / CURVE_FILE, state["step"])
 
     # 5. The loop.
     running: dict[str, float] = state["losses"]
@@ -321,7 +321,7 @@ def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
             pipe = finish_so_far(ending, source, validation, output_dir, state)
         else:
             pipe = ending(output_dir / "best", complete=True)
-        conclude(pipe, args, photos, progress, stopped)
+        conclude(pipe, args, photos, validation, progress, stopped)
 
     together(end, main_only=True)
     return INTERRUPTED if stopped else 0

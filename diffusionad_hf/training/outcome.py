@@ -21,6 +21,7 @@ from ..data import check_images
 from ..evaluation.evaluator import evaluate_pipeline
 from ..evaluation.intervals import show
 from ..evaluation.metrics import image_metrics, pixel_metrics
+from ..evaluation.plots import plot_worst
 from ..familiarity_diffusionad import MOST_IMAGES, Familiarity, describe, pixel_digest
 from ..files import replace_file, replace_folder, write_json
 from ..images_diffusionad import to_uint8
@@ -33,6 +34,7 @@ from .feedback import Feedback
 from .look import Photos
 from .losses import DiffusionADObjective
 from .progress import Progress
+from .report import write_training_report
 from .synthesis import AnomalySynthesizer
 
 logger = logging.getLogger("training")
@@ -41,6 +43,8 @@ logger = logging.getLogger("training")
 ARGUMENTS_FILE = "training_arguments.json"
 EVALUATION_FILE = "evaluation.json"
 PICTURE_FILE = "progress.png"
+CURVE_FILE = "training_curve.csv"
+REPORT_FILE = "report.html"
 # Local paths, which do not belong in a published model.
 _PATHS = {"data_dir", "texture_dir", "foreground_dir", "output_dir", "init_from", "resume_from_checkpoint", "feedback"}
 # Beyond every epoch of a training, so that no training anomaly is used for validation.
@@ -208,18 +212,35 @@ def finish_so_far(
 
 
 def conclude(
-    pipe: DiffusionADPipeline, args: TrainingConfig, photos: Photos, progress: Progress, stopped: bool
+    pipe: DiffusionADPipeline,
+    args: TrainingConfig,
+    photos: Photos,
+    validation: Validation,
+    progress: Progress,
+    stopped: bool,
 ) -> None:
-    """Measures the model where something is known of the truth, and says what to do next."""
-    output_dir, notes = Path(args.output_dir), list(progress.notes)
+    """Measures the model where something is known of the truth, writes the report, and says what to do next."""
+    output_dir, notes, worst = Path(args.output_dir), list(progress.notes), None
     if line := _measure_feedback(pipe, photos.feedback):
         print(line, flush=True)
         notes.append(line)
     if len(photos.test) and not stopped:
         progress.update(phase="evaluating", notes=notes)
-        line = _evaluate(pipe, photos.test, output_dir)
+        line, worst = _evaluate(pipe, photos.test, output_dir)
         print(line, flush=True)
         notes.append(line)
+    write_training_report(
+        output_dir / REPORT_FILE,
+        pipe,
+        validation.images,
+        validation.labels,
+        plan=progress.plan,
+        notes=notes,
+        curve=output_dir / CURVE_FILE,
+        preview=None if progress.preview is None else output_dir / progress.preview,
+        worst=worst,
+    )
+    print(f"Report: {output_dir / REPORT_FILE}")
     print(next_steps(args), flush=True)
     progress.update(phase="stopped" if stopped else "done", seconds_left=0.0, notes=notes)
 
@@ -253,17 +274,18 @@ def _measure_feedback(pipe: DiffusionADPipeline, feedback: Feedback) -> str:
     return f"Feedback: {'; '.join(parts)}." if parts else ""
 
 
-def _evaluate(pipe: DiffusionADPipeline, test: Any, output_dir: Path) -> str:
-    """Writes `evaluation.json`; returns its main figures, or why there are none."""
+def _evaluate(pipe: DiffusionADPipeline, test: Any, output_dir: Path) -> tuple[str, Any]:
+    """Writes `evaluation.json`; returns its main numbers, or why there are none, and a figure of the worst cases."""
     try:
         usable, _ = check_images(test)
         result = evaluate_pipeline(pipe, usable)
     except ValueError as error:
-        return f"Not evaluated on the test images: {error}"
+        return f"Not evaluated on the test images: {error}", None
     result.save_json(output_dir / EVALUATION_FILE)
     names = {"image_auroc": "image AUROC", "false_alarm_rate": "false alarms", "miss_rate": "misses"}
     found = [f"{name} {show(result.metrics, key)}" for key, name in names.items() if key in result.metrics]
-    return f"On {len(usable)} test images (95 % intervals): {', '.join(found)}; all in {output_dir / EVALUATION_FILE}."
+    line = f"On {len(usable)} test images (95 % intervals): {', '.join(found)}; all in {output_dir / EVALUATION_FILE}."
+    return line, plot_worst(result, usable)
 
 
 class Curve:
