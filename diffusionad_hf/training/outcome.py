@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, wilcoxon
 
 from ..calibration import calibrate
 from ..data import check_images
@@ -99,20 +99,20 @@ class Validation:
 
     def is_passed_by(self, pipe: DiffusionADPipeline) -> bool:
         """
-        Whether the pipeline clearly tells the synthetic defects from the normal images.
+        Whether a defect clearly raises the pipeline's score of an image.
 
-        Chance must be ruled out at 1 % (one-sided exact Mann-Whitney test, which no AUROC of 1 on a few images
-        flatters), not at 5 %, since the best of several validations was kept; that takes 5 held-out images or more.
-        And the AUROC must be at least 0.7: on many images a difference can be certain and of no use.
+        Chance must be ruled out at 1 % (one-sided Wilcoxon signed-rank test, each image with its defect against
+        itself without, which takes 7 held-out images or more), not at 5 %, since the best of several validations was
+        kept. And the AUROC must be at least 0.65: on many images a rise can be certain and of no use. The defects are
+        subtle and the images few: 0.73 on 12 held-out photos went with 0.95 on real defects.
         """
-        score, labels = pipe(self.images).anomaly_score, self.labels.numpy().astype(bool)
-        defective, normal = score[labels], score[~labels]
-        if not len(defective):
+        normal, changed = np.split(np.asarray(pipe(self.images).anomaly_score, float), 2)
+        is_defective = self.labels.numpy().astype(bool)[len(normal) :]
+        rise = (changed - normal)[is_defective]
+        if not rise.any():
             return False
-        method = "auto" if len(np.unique(score)) == len(score) else "asymptotic"
-        test = mannwhitneyu(defective, normal, alternative="greater", method=method)
-        auroc = test.statistic / (len(defective) * len(normal))
-        return bool(test.pvalue <= 0.01 and auroc >= 0.7)
+        auroc = mannwhitneyu(changed[is_defective], normal).statistic / (len(rise) * len(normal))
+        return bool(wilcoxon(rise, alternative="greater").pvalue <= 0.01 and auroc >= 0.65)
 
 
 def observe(

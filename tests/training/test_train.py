@@ -68,17 +68,20 @@ def test_photos_it_was_trained_on_are_refused_for_calibration(data, trained, tmp
 @pytest.mark.parametrize(
     "normal, defective, passed",
     [
-        (range(5), range(5, 10), True),  # 1 in 252 by chance
-        (range(4), range(4, 8), False),  # 1 in 70
-        (range(0, 64, 2), range(1, 65, 2), False),
+        (range(7), range(7, 14), True),  # 1 in 128 by chance
+        (range(6), range(6, 12), False),  # 1 in 64
+        (range(0, 24, 2), range(5, 29, 2), True),  # every one rises, and the AUROC is 0.73
+        (range(0, 64, 2), range(1, 65, 2), False),  # every one rises, by too little to be of use
+        (range(20), [*range(10, 20), *range(10)], False),
         ([1] * 20, [1] * 20, False),
         (range(64), [], False),
     ],
 )
 def test_a_model_has_learnt_if_chance_can_be_ruled_out(normal, defective, passed):
     validation = Validation.__new__(Validation)
-    validation.images, validation.labels = None, torch.tensor([0] * len(normal) + [1] * len(defective))
-    scores = np.array([*normal, *defective], float)
+    validation.images = None
+    validation.labels = torch.tensor([0] * len(normal) + [1] * len(defective) + [0] * (len(normal) - len(defective)))
+    scores = np.array([*normal, *defective, *normal[len(defective) :]], float)
     assert validation.is_passed_by(lambda images: SimpleNamespace(anomaly_score=scores)) == passed
 
 
