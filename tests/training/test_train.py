@@ -79,7 +79,7 @@ def test_photos_it_was_trained_on_are_refused_for_calibration(data, trained, tmp
 )
 def test_a_model_has_learnt_if_chance_can_be_ruled_out(normal, defective, passed):
     validation = Validation.__new__(Validation)
-    validation.images = None
+    validation.images, validation.count = None, len(normal)
     validation.labels = torch.tensor([0] * len(normal) + [1] * len(defective) + [0] * (len(normal) - len(defective)))
     scores = np.array([*normal, *defective, *normal[len(defective) :]], float)
     assert validation.is_passed_by(lambda images: SimpleNamespace(anomaly_score=scores)) == passed
