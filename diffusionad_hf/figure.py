@@ -115,7 +115,7 @@ def figure_of(image: Image.Image, output: DiffusionADPipelineOutput, row: int, t
         row: The photo's place in it.
         threshold: `pipe.threshold`.
     """
-    verdict, anomaly_map = output.verdict[row], output.anomaly_map[row]
+    verdict, anomaly_map = (output.verdict or [])[row], output.anomaly_map[row]
     threshold = threshold if threshold is not None and math.isfinite(threshold) else None
     return figure(
         image,

@@ -61,7 +61,7 @@ def is_on() -> bool:
     told = os.environ.get("DIFFUSIONAD_TEACH") or ("0" if "SPACE_ID" in os.environ else "1")
     if told not in ("0", "1"):
         raise ValueError(f"DIFFUSIONAD_TEACH={told}: must be 1, or 0 for a page without teaching.")
-    missing = [name for name in ("accelerate", "datasets") if find_spec(name) is None]
+    missing = [name for name in ("accelerate", "datasets", "matplotlib") if find_spec(name) is None]
     if told == "1" and missing:
         logger.warning('no teaching: %s is not installed: pip install "diffusionad-hf[train]"', missing[0])
     return told == "1" and not missing

@@ -19,6 +19,7 @@ from ..pipeline_diffusionad import DiffusionADPipeline
 from ..report import Entry, embedded, write_report
 from ..verdicts_diffusionad import ANOMALOUS, NORMAL
 from ..visualization import find_regions, location_words, region_threshold
+from .plan import duration
 
 _WORST, _TYPICAL = 4, 2  # pictures of normal images, and as many of defective ones
 
@@ -42,8 +43,8 @@ def write_training_report(
     Args:
         path: The HTML file.
         pipe: The trained and calibrated pipeline.
-        images: Held-out images `(N, 3, H, W)` in [0, 1], as they are and with synthetic defects.
-        labels: 1 for those with a defect, `(N,)`.
+        images: Held-out images in [0, 1], as they are and then with synthetic defects, `(2 N, 3, H, W)`.
+        labels: 1 for those with a defect, `(2 N,)`; in the second half, too, there may be some without.
         plan: Lines such as `"Device:  CPU"`.
         notes: What else is to be said, a sentence each.
         curve: The training's CSV file.
@@ -54,6 +55,9 @@ def write_training_report(
         ImportError: If matplotlib is not installed.
         OSError: If the file cannot be written.
     """
+    count = len(images) // 2
+    number = [row % count + 1 for row in range(2 * count) if row < count or labels[row]]
+    images, labels = (torch.cat([some[:count], some[count:][labels[count:] > 0]]) for some in (images, labels))
     output = pipe(images)
     scores, defective = output.anomaly_score, labels.numpy().astype(bool)
     threshold = pipe.threshold if pipe.threshold is not None and math.isfinite(pipe.threshold) else None
@@ -64,7 +68,7 @@ def write_training_report(
         with curve.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if rows:
-            words = f"{rows[-1]['step']} steps in {float(rows[-1]['seconds']) / 60:.0f} minutes."
+            words = f"{rows[-1]['step']} steps in {duration(float(rows[-1]['seconds']))}."
             sections.append(("Curve", words, _picture(_plot_curve(rows))))
     by_type = {
         NORMAL_TYPE: pipe.calibration.scores,
@@ -80,13 +84,12 @@ def write_training_report(
     drawn = {*_shown(np.flatnonzero(~defective), -scores), *_shown(np.flatnonzero(defective), scores)}
     entries = []
     for row, (word, score) in enumerate(zip((v.word for v in output.verdict), scores, strict=True)):
-        number = int((defective[: row + 1] == defective[row]).sum())
         wrong = {(True, NORMAL): "missed", (False, ANOMALOUS): "false alarm"}.get((bool(defective[row]), word), "")
         regions = [] if word == NORMAL else find_regions(output.anomaly_map[row], region_threshold(threshold))
         photo = Image.fromarray(to_uint8(images[row]).permute(1, 2, 0).contiguous().numpy())
         entries.append(
             Entry(
-                f"held-out image {number}{', with a synthetic defect' if defective[row] else ''}",
+                f"held-out image {number[row]}{', with a synthetic defect' if defective[row] else ''}",
                 word,
                 float(score),
                 None if output.p_value is None else float(output.p_value[row]),
