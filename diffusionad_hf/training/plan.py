@@ -29,7 +29,7 @@ _EPOCH = 2**31
 # Seconds: a first step that took longer is not repeated.
 _LONG = 10.0
 # Held-out images that it takes to show that a model has learnt something, see `Validation.is_passed_by`.
-_FEWEST_HELD_OUT = 5
+_FEWEST_HELD_OUT = 7
 _NAMES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -71,7 +71,8 @@ class Plan:
         if held_out < images_needed(args.false_alarm_rate):
             promise += f" ({percent(args.false_alarm_rate)} takes {2 * images_needed(args.false_alarm_rate)} photos)"
         if held_out < _FEWEST_HELD_OUT:
-            promise = "too few to show that it has learnt: all verdicts will be undecided, give 10 photos or more"
+            promise = "too few to show that it has learnt: all verdicts will be undecided, "
+            promise += f"give {2 * _FEWEST_HELD_OUT} photos or more"
         return [
             f"Device:  {name}" + (f", {count} processes" if count > 1 else ""),
             f"Preset:  {args.preset}, {size[1]} x {size[0]} px, {precision}",
