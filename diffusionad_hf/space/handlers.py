@@ -158,8 +158,8 @@ class Handlers:
 
     def start(self, request: gr.Request, photo, category, key, *controls):
         """A visitor comes: the example that the page shows becomes theirs, to move its threshold and download it."""
-        if self.opening is None:
-            return self.inspect(request, photo, category, key, *controls)
+        if photo or self.opening is None:  # a photo that was quicker, or an example that is not ready yet
+            return self.photo(request, photo, category, key, *controls)
         key, _ = self.results.copy(self.opening, STORED, owner_of(request))
         return gr.skip(), key, *((gr.skip(),) * 7)
 
@@ -300,7 +300,7 @@ class Handlers:
             return
         folder, show = step.table.parent, self.results.show
         files = show(folder, step.table), show(folder, step.archive)
-        table = batch_table(step.rows, calibration.threshold)
+        table = batch_table(step.rows)
         yield batch_card(step), gr.update(visible=True), table, "", (folder.name, calibration), *files
 
     def batch_row(self, opened, request: gr.Request, event: gr.EventData):
@@ -316,7 +316,7 @@ class Handlers:
         except Refusal as error:
             return message(error)
         verdict, pictures, scale, regions = self._shown(row, calibration, batch=folder)
-        return f"<h3>{html.escape(load(row).name)}</h3>{verdict}{pictures}{scale}{regions}"
+        return f"<h2>{html.escape(load(row).name)}</h2>{verdict}{pictures}{scale}{regions}"
 
     def recalibrate(self, files, category, rate, own, request: gr.Request):
         """Normal images in; the new calibration for this visit out."""

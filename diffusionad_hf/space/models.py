@@ -452,7 +452,7 @@ def about(models: Models, name: str) -> str:
     try:
         model = models.get(name)
     except ModelError as error:
-        return f"### {name}\n\n{error}"
+        return f"## {name}\n\n{error}"
     calibration, (height, width) = model.calibration, model.load().size
     known = f"Inspects at {width} × {height} px."
     if calibration.has_learnt is False:
@@ -463,7 +463,7 @@ def about(models: Models, name: str) -> str:
         known += " Not calibrated: give it your own normal images before you rely on a verdict."
     if calibration.familiarity is None:
         known += " It cannot tell photos of something else from photos of its part."
-    lines = [f"### {model.name}", "", known]
+    lines = [f"## {model.name}", "", known]
     try:
         card = model.card()
         if card is None:
@@ -479,5 +479,5 @@ def about(models: Models, name: str) -> str:
         lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     limits = re.search(r"^#.*\blimit.*((?:\n(?!#).*)*)", card.text, re.IGNORECASE | re.MULTILINE)
     if limits and limits[1].strip():
-        lines += ["", "#### Limits", "", limits[1].strip()]
+        lines += ["", "### Limits", "", limits[1].strip()]
     return "\n".join(lines)

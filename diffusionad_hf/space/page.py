@@ -67,7 +67,6 @@ THEME = gr.themes.Base(
 
 slider = partial(gr.Slider, buttons=[])
 upload = partial(gr.File, height=180)
-PICTURE = {"type": "filepath", "interactive": False, "height": 300, "buttons": ["fullscreen"]}
 
 
 def examples_of(products: Sequence[Product], on: Handlers, photo: gr.Image) -> list[gr.Column]:
@@ -113,7 +112,7 @@ def inspect_tab(
             sources = ["upload", "clipboard", "webcam"]
             photo = gr.Image(label="Photo", type="filepath", sources=sources, height=300, buttons=[], elem_id="photo")
             examples = examples_of(products, on, photo)
-            normal = gr.Image(opening.normal, label="As it should look", visible=is_open, **PICTURE, elem_id="normal")
+            normal = gr.HTML(opening.normal, elem_id="normal")
         with gr.Column(scale=6, min_width=300, elem_id="get"):
             verdict = gr.HTML(opening.verdict, elem_id="verdict")
             with gr.Column(visible=is_open, elem_id="result") as result:
@@ -318,7 +317,7 @@ class Opening:
     pictures: str = ""
     scale: str = ""
     regions: str = ""
-    normal: str | None = None
+    normal: str = ""
     threshold: float = 0.5
     info: str | None = None
 
@@ -339,7 +338,7 @@ class Opening:
         if on.opening is None:
             return found
         verdict, _, _, _, pictures, scale, regions, normal = on.result(on.opening, "", calibration)
-        return replace(found, verdict=verdict, pictures=pictures, scale=scale, regions=regions, normal=normal["value"])
+        return replace(found, verdict=verdict, pictures=pictures, scale=scale, regions=regions, normal=normal)
 
 
 HEADER = """<h1>Is this part defective, and where?</h1>

@@ -354,7 +354,7 @@ def test_what_nothing_supports_is_undecided_in_the_record_the_report_and_a_batch
         assert "✓" not in card and "✕" not in card
         *_, batch = inspect_many(results, "anna", model, uploads(photo), calibration)
         assert batch.counts == {"undecided": 1}
-        assert "<b>undecided</b>" in batch_table(batch.rows, calibration.threshold)
+        assert "<b>undecided</b>" in batch_table(batch.rows)
         assert "<strong>1</strong> undecided</label>" in batch_card(batch)
 
 

@@ -321,7 +321,7 @@ def test_a_batch_with_a_bad_file_and_its_downloads(page, parts, notes, tmp_path)
     page.locator("#batch-summary .tile.all").click()
     for name in (parts[1].name, "zip.png"):
         page.locator("#batch-table tr").filter(has_text=name).click()
-        expect(page, "#batch-detail h3", name)
+        expect(page, "#batch-detail h2", name)
         page.wait_for_function("document.querySelector('#batch-detail .over img')?.naturalWidth > 0")
         assert page.locator("#batch-table tr[aria-selected=true]").inner_text().startswith(name)
     expect(page, "#batch-detail", "Score 0.")
