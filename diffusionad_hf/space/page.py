@@ -334,7 +334,7 @@ class Opening:
             return cls(message(error))
         control = threshold_update(calibration)
         found = cls(threshold=control["value"], info=control["info"])
-        on.opening = on.example(model)
+        on.opening = on.example(model.name)
         if on.opening is None:
             return found
         verdict, _, _, _, pictures, scale, regions, normal = on.result(on.opening, "", calibration)
