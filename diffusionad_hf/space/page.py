@@ -69,6 +69,15 @@ slider = partial(gr.Slider, buttons=[])
 upload = partial(gr.File, height=180)
 
 
+# gradio itself says nothing where there is no camera.
+CAMERA = """document.addEventListener('click', async event => {
+    if (!event.target.closest('#photo')) return;
+    const wanted = event.target.closest('[aria-label="Capture from camera"]');
+    const devices = wanted ? await navigator.mediaDevices?.enumerateDevices() ?? [] : [];
+    element.firstElementChild.hidden = !wanted || devices.some(device => device.kind === 'videoinput');
+})"""
+
+
 def examples_of(products: Sequence[Product], on: Handlers, photo: gr.Image) -> list[gr.Column]:
     """The photos to try each product on, of which those of the chosen one are shown."""
     columns = []
@@ -111,6 +120,8 @@ def inspect_tab(
         with gr.Column(scale=4, min_width=280, elem_id="give"):
             sources = ["upload", "clipboard", "webcam"]
             photo = gr.Image(label="Photo", type="filepath", sources=sources, height=300, buttons=[], elem_id="photo")
+            no_camera = "This device offers no camera here. Upload a photo instead."
+            gr.HTML(f"<div hidden>{message(no_camera)}</div>", js_on_load=CAMERA, elem_id="camera")
             examples = examples_of(products, on, photo)
             normal = gr.HTML(opening.normal, elem_id="normal")
         with gr.Column(scale=6, min_width=300, elem_id="get"):

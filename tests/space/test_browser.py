@@ -267,6 +267,15 @@ def test_a_blank_photo_is_undecided_and_without_examples_nothing_is_open(page, w
     expect(page, "#verdict .undecided h2", "Undecided: unlike any normal image")
 
 
+def test_no_camera_and_no_image_are_said_on_the_page(page, notes):
+    page.click("#photo [aria-label='Capture from camera']")
+    expect(page, "#camera .error", "no camera")
+    page.click("#photo [aria-label='Upload file']")
+    page.wait_for_selector("#camera .error", state="hidden")
+    upload(page, notes)
+    page.get_by_text("Invalid file type: notes.txt").first.wait_for()
+
+
 def test_a_tiff_is_shown_and_inspected_as_it_was_sent(page, server, parts, tmp_path):
     first, second = Image.open(parts[0]).convert("L").convert("I;16"), Image.open(parts[1]).convert("I;16")
     first = first.point(lambda value: value * 256)
