@@ -158,8 +158,11 @@ class Handlers:
 
     def start(self, request: gr.Request, photo, category, key, *controls):
         """A visitor comes: the example that the page shows becomes theirs, to move its threshold and download it."""
-        if photo or self.opening is None:  # a photo that was quicker, or an example that is not ready yet
-            return self.photo(request, photo, category, key, *controls)
+        product = self.products.get(category)
+        if photo or product is None or not product.examples:  # a photo that was quicker is being inspected
+            return (gr.skip(),) * 9
+        if self.opening is None:
+            return self.inspect(request, photo, category, key, *controls)
         key, _ = self.results.copy(self.opening, STORED, owner_of(request))
         return gr.skip(), key, *((gr.skip(),) * 7)
 
