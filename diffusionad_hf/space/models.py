@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ except ImportError:  # not on Hugging Face's ZeroGPU
 
 
 logger = logging.getLogger("space")
+_HUB_SECONDS = 8
 _MOST_EXAMPLES = 12
 MOST_LOADED = 3  # at a time; the published size is 0.6 GB
 
@@ -430,9 +431,15 @@ class Product:
 
 
 def products(models: Models) -> list[Product]:
-    """What is known of all models; those on the Hub are asked at once."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(Product.of, models.models.values()))
+    """What is known of all models. The Hub is asked for all at once, and not waited for where it does not answer."""
+    pool = ThreadPoolExecutor(8)
+    asked = {model.name: pool.submit(Product.of, model) for model in models.models.values()}
+    wait(asked.values(), timeout=_HUB_SECONDS)
+    pool.shutdown(wait=False)
+    return [
+        found.result() if found.done() else Product(name, name.rpartition("/")[2], "the Hub did not answer")
+        for name, found in asked.items()
+    ]
 
 
 def _licence(identifier: str) -> str:

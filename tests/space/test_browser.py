@@ -493,7 +493,9 @@ def test_nothing_stands_in_the_way_of_anyone(visit, shop, parts, notes, width):
     assert box["y"] + box["height"] <= 844, "the verdict is on the first screen"
     page.wait_for_function("document.querySelector('#pictures .over img')?.naturalWidth > 0")
     check("example")
-    page.locator("#regions button").first.click()
+    moved = page.locator("#regions button")
+    until(lambda: moved.count() or move(page, "threshold", 0.01), "no regions")  # the page may still be loading
+    moved.first.click()
     page.click("#advanced button")
     check("region framed, settings open")
     upload(page, parts[0])
