@@ -15,7 +15,7 @@ from ..verdicts_diffusionad import percent
 from .actions import Batch, Calibrated, calibrate_on, download, inspect_example, inspect_many, inspect_one
 from .endpoints import one_line_errors
 from .intake import LIMITS, Refusal, Settings, Upload, number, owner_of, upload_of, uploads_of
-from .models import Calibration, Model, Models, Product, about
+from .models import Calibration, Models, Product, about
 from .pieces import KINDS, address, batch_table, compare, region_list, score_scale
 from .reports import finite
 from .results import Results
@@ -158,6 +158,9 @@ class Handlers:
 
     def start(self, request: gr.Request, photo, category, key, *controls):
         """A visitor comes: the example that the page shows becomes theirs, to move its threshold and download it."""
+        product = self.products.get(category)
+        if photo or product is None or not product.examples:  # a photo that was quicker is being inspected
+            return (gr.skip(),) * 9
         if self.opening is None:
             return self.inspect(request, photo, category, key, *controls)
         key, _ = self.results.copy(self.opening, STORED, owner_of(request))
@@ -173,7 +176,7 @@ class Handlers:
                 return *no_result(message(NO_MODEL)), box
             model = self.models.get(category)
             if not photo or self.example_photos.get(photo["path"], category) != category:
-                box, example = None, self.example(model)
+                box, example = None, self.example(category)
                 if example is None:
                     return *no_result(EMPTY), box
                 key, folder = self.results.copy(example, STORED, owner)
@@ -201,19 +204,21 @@ class Handlers:
         shown = f'<img src="{address(self.results.show(folder, picture))}" alt="The part without its defects">'
         return f"<figure>{shown}<figcaption>As it should look</figcaption></figure>"
 
-    def example(self, model: Model) -> Path | None:
-        """The result of a model's first defective example, which is inspected once for all visitors."""
+    def example(self, category: str) -> Path | None:
+        """The result of a product's first defective example, which is inspected once for all visitors."""
+        product = self.products.get(category)
+        if product is None or not product.examples:
+            return None
         with self._inspecting:
-            if model.key not in self._examples:
-                product = self.products.get(model.key)  # a visitor's own has none, whatever it is called
-                photos = sorted(product.examples, key=lambda photo: photo.is_good) if product else []
+            if category not in self._examples:
+                first = min(product.examples, key=lambda example: example.is_good)
                 try:
-                    found = inspect_example(self.results, model, photos[0].path) if photos else None
+                    found = inspect_example(self.results, self.models.get(category), first.path)
                 except Refusal as error:
                     logger.warning("%s", error)
                     found = None
-                self._examples[model.key] = found
-            return self._examples[model.key]
+                self._examples[category] = found
+            return self._examples[category]
 
     def _original(self, photo: dict, key: object, owner: str) -> Upload:
         """What was uploaded, where the photo box shows a picture of it that browsers can show."""
@@ -300,7 +305,7 @@ class Handlers:
             return
         folder, show = step.table.parent, self.results.show
         files = show(folder, step.table), show(folder, step.archive)
-        table = batch_table(step.rows, calibration.threshold)
+        table = batch_table(step.rows)
         yield batch_card(step), gr.update(visible=True), table, "", (folder.name, calibration), *files
 
     def batch_row(self, opened, request: gr.Request, event: gr.EventData):
@@ -316,7 +321,7 @@ class Handlers:
         except Refusal as error:
             return message(error)
         verdict, pictures, scale, regions = self._shown(row, calibration, batch=folder)
-        return f"<h3>{html.escape(load(row).name)}</h3>{verdict}{pictures}{scale}{regions}"
+        return f"<h2>{html.escape(load(row).name)}</h2>{verdict}{pictures}{scale}{regions}"
 
     def recalibrate(self, files, category, rate, own, request: gr.Request):
         """Normal images in; the new calibration for this visit out."""

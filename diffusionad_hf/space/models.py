@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ except ImportError:  # not on Hugging Face's ZeroGPU
 
 
 logger = logging.getLogger("space")
+_HUB_SECONDS = 8
 _MOST_EXAMPLES = 12
 MOST_LOADED = 3  # at a time; the published size is 0.6 GB
 
@@ -430,9 +431,15 @@ class Product:
 
 
 def products(models: Models) -> list[Product]:
-    """What is known of all models; those on the Hub are asked at once."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(Product.of, models.models.values()))
+    """What is known of all models. The Hub is asked for all at once, and not waited for where it does not answer."""
+    pool = ThreadPoolExecutor(8)
+    asked = {model.name: pool.submit(Product.of, model) for model in models.models.values()}
+    wait(asked.values(), timeout=_HUB_SECONDS)
+    pool.shutdown(wait=False)
+    return [
+        found.result() if found.done() else Product(name, name.rpartition("/")[2], "the Hub did not answer")
+        for name, found in asked.items()
+    ]
 
 
 def _licence(identifier: str) -> str:
@@ -452,7 +459,7 @@ def about(models: Models, name: str) -> str:
     try:
         model = models.get(name)
     except ModelError as error:
-        return f"### {name}\n\n{error}"
+        return f"## {name}\n\n{error}"
     calibration, (height, width) = model.calibration, model.load().size
     known = f"Inspects at {width} × {height} px."
     if calibration.has_learnt is False:
@@ -463,7 +470,7 @@ def about(models: Models, name: str) -> str:
         known += " Not calibrated: give it your own normal images before you rely on a verdict."
     if calibration.familiarity is None:
         known += " It cannot tell photos of something else from photos of its part."
-    lines = [f"### {model.name}", "", known]
+    lines = [f"## {model.name}", "", known]
     try:
         card = model.card()
         if card is None:
@@ -479,5 +486,5 @@ def about(models: Models, name: str) -> str:
         lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     limits = re.search(r"^#.*\blimit.*((?:\n(?!#).*)*)", card.text, re.IGNORECASE | re.MULTILINE)
     if limits and limits[1].strip():
-        lines += ["", "#### Limits", "", limits[1].strip()]
+        lines += ["", "### Limits", "", limits[1].strip()]
     return "\n".join(lines)

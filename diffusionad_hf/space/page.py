@@ -67,7 +67,15 @@ THEME = gr.themes.Base(
 
 slider = partial(gr.Slider, buttons=[])
 upload = partial(gr.File, height=180)
-PICTURE = {"type": "filepath", "interactive": False, "height": 300, "buttons": ["fullscreen"]}
+
+
+# gradio itself says nothing where there is no camera.
+CAMERA = """document.addEventListener('click', async event => {
+    if (!event.target.closest('#photo')) return;
+    const wanted = event.target.closest('[aria-label="Capture from camera"]');
+    const devices = wanted ? await navigator.mediaDevices?.enumerateDevices() ?? [] : [];
+    element.firstElementChild.hidden = !wanted || devices.some(device => device.kind === 'videoinput');
+})"""
 
 
 def examples_of(products: Sequence[Product], on: Handlers, photo: gr.Image) -> list[gr.Column]:
@@ -112,8 +120,10 @@ def inspect_tab(
         with gr.Column(scale=4, min_width=280, elem_id="give"):
             sources = ["upload", "clipboard", "webcam"]
             photo = gr.Image(label="Photo", type="filepath", sources=sources, height=300, buttons=[], elem_id="photo")
+            no_camera = "This device offers no camera here. Upload a photo instead."
+            gr.HTML(f"<div hidden>{message(no_camera)}</div>", js_on_load=CAMERA, elem_id="camera")
             examples = examples_of(products, on, photo)
-            normal = gr.Image(opening.normal, label="As it should look", visible=is_open, **PICTURE, elem_id="normal")
+            normal = gr.HTML(opening.normal, elem_id="normal")
         with gr.Column(scale=6, min_width=300, elem_id="get"):
             verdict = gr.HTML(opening.verdict, elem_id="verdict")
             with gr.Column(visible=is_open, elem_id="result") as result:
@@ -318,7 +328,7 @@ class Opening:
     pictures: str = ""
     scale: str = ""
     regions: str = ""
-    normal: str | None = None
+    normal: str = ""
     threshold: float = 0.5
     info: str | None = None
 
@@ -335,11 +345,11 @@ class Opening:
             return cls(message(error))
         control = threshold_update(calibration)
         found = cls(threshold=control["value"], info=control["info"])
-        on.opening = on.example(model)
+        on.opening = on.example(model.name)
         if on.opening is None:
             return found
         verdict, _, _, _, pictures, scale, regions, normal = on.result(on.opening, "", calibration)
-        return replace(found, verdict=verdict, pictures=pictures, scale=scale, regions=regions, normal=normal["value"])
+        return replace(found, verdict=verdict, pictures=pictures, scale=scale, regions=regions, normal=normal)
 
 
 HEADER = """<h1>Is this part defective, and where?</h1>

@@ -10,7 +10,7 @@ import numpy as np
 from ..verdicts_diffusionad import ANOMALOUS, NORMAL, UNDECIDED
 from ..visualization import region_words
 from .models import Calibration, Product
-from .reports import Row, finite
+from .reports import Row
 from .views import Result, View
 
 KINDS = {ANOMALOUS: "bad", NORMAL: "good", UNDECIDED: "undecided"}
@@ -111,8 +111,8 @@ def score_scale(result: Result, calibration: Calibration) -> str:
         whose = "of your normal photos" if calibration.yours else "normal photos used for calibration"
         words = f"At {threshold:.3f}, {rejected} of the {total} {whose} would be called anomalous."
     return (
-        f'<div class="scale" style="--score:{100 * score:.1f}%"><svg viewBox="0 0 {_BINS} 100" '
-        f'preserveAspectRatio="none" aria-hidden="true">{bars}</svg>'
+        f'<div class="scale" style="--score:{100 * score:.1f}%;--threshold:{100 * threshold:.1f}%">'
+        f'<svg viewBox="0 0 {_BINS} 100" preserveAspectRatio="none" aria-hidden="true">{bars}</svg>'
         f'<b class="{"late" if score > 0.7 else "early"}">this photo {result.score:.3f}</b></div><p>{words}</p>'
     )
 
@@ -132,7 +132,7 @@ def pictures_css(pictures: Sequence[Sequence[str]]) -> str:
     return f"<style>{rules}</style>"
 
 
-def batch_table(rows: Sequence[Row], threshold: float | None) -> str:
+def batch_table(rows: Sequence[Row]) -> str:
     """The rows of a batch, which can be sorted and filtered, and opened with the `data-row` they carry."""
     names = ("File", "Verdict", "Score", "Where", "Note")
     head = "".join(f'<th scope="col"><button type="button" onclick="{_SORT}">{name}</button></th>' for name in names)
@@ -146,8 +146,7 @@ def batch_table(rows: Sequence[Row], threshold: float | None) -> str:
             f'<tr class="{kind}"><td>{opens}</td><td><b>{verdict}</b></td>'
             f'<td data-key="{score or -1}">{score[:5]}{bar}</td><td>{where}</td><td>{note}</td></tr>'
         )
-    limit = "" if finite(threshold) is None else f' style="--threshold:{100 * min(threshold or 0, 1):.1f}%"'
     return (
-        f'<div class="rows" tabindex="0" role="region" aria-label="Inspected photos"{limit}><table>'
+        f'<div class="rows" tabindex="0" role="region" aria-label="Inspected photos"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )

@@ -24,6 +24,7 @@ from ..evaluation.metrics import image_metrics, pixel_metrics
 from ..evaluation.plots import plot_worst
 from ..familiarity_diffusionad import MOST_IMAGES, Familiarity, describe, pixel_digest
 from ..files import replace_file, replace_folder, write_json
+from ..hub.publishing import EXAMPLES
 from ..images_diffusionad import to_uint8
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..verdicts_diffusionad import ANOMALOUS, NORMAL, UNDECIDED
@@ -182,6 +183,7 @@ def finish(
         has_learnt=validation.is_passed_by(pipe),
     )
     pipe.save_config(output_dir)
+    save_examples(validation, output_dir)
     if complete:
         write_json(output_dir / ARGUMENTS_FILE, {name: arguments[name] for name in arguments if name not in _PATHS})
     logger.info(
@@ -194,6 +196,17 @@ def finish(
             "its verdicts are undecided. Train for more steps, or on more images."
         )
     return pipe
+
+
+def save_examples(validation: Validation, output_dir: Path) -> None:
+    """Saves photos to try the model on, at its size: two held-out ones, and two with a synthetic defect."""
+    half = len(validation.images) // 2
+    defective = [row for row in range(half, 2 * half) if validation.labels[row]]
+    for name, rows in (("good", range(half)), ("synthetic-defect", defective)):
+        for number, row in enumerate(rows[:2], 1):
+            pixels = to_uint8(validation.images[row]).permute(1, 2, 0).contiguous().numpy()
+            suffix = f"-{number}" if number > 1 else ""
+            save_image(Image.fromarray(pixels), output_dir / EXAMPLES / f"{name}{suffix}.png")
 
 
 def finish_so_far(

@@ -354,7 +354,7 @@ def test_what_nothing_supports_is_undecided_in_the_record_the_report_and_a_batch
         assert "✓" not in card and "✕" not in card
         *_, batch = inspect_many(results, "anna", model, uploads(photo), calibration)
         assert batch.counts == {"undecided": 1}
-        assert "<b>undecided</b>" in batch_table(batch.rows, calibration.threshold)
+        assert "<b>undecided</b>" in batch_table(batch.rows)
         assert "<strong>1</strong> undecided</label>" in batch_card(batch)
 
 
@@ -382,6 +382,16 @@ def test_a_product_is_what_its_card_and_its_folder_say(tried, tmp_path, checkpoi
         (tmp_path / "odd" / "README.md").write_text(card)
         (odd,) = products(Models(str(tmp_path)))
         assert odd.name == "odd" and "AUROC" not in odd.facts
+
+
+def test_a_hub_that_does_not_answer_keeps_no_one_waiting(checkpoints, monkeypatch):
+    answered = threading.Event()
+    monkeypatch.setattr(models, "_HUB_SECONDS", 0.2)
+    monkeypatch.setattr(models, "hf_hub_download", lambda *_: answered.wait(60))
+    monkeypatch.setattr(models, "snapshot_download", lambda *_, **__: answered.wait(60))
+    here, there = products(Models(f"{checkpoints},no-one/no-such-model"))
+    answered.set()
+    assert here.title == "Flange" and there.facts == "the Hub did not answer"
 
 
 def test_a_photo_of_another_shape_is_not_squeezed_and_it_is_said_what_was_seen(results, model, parts, tmp_path):

@@ -267,6 +267,15 @@ def test_a_blank_photo_is_undecided_and_without_examples_nothing_is_open(page, w
     expect(page, "#verdict .undecided h2", "Undecided: unlike any normal image")
 
 
+def test_no_camera_and_no_image_are_said_on_the_page(page, notes):
+    page.click("#photo [aria-label='Capture from camera']")
+    expect(page, "#camera .error", "no camera")
+    page.click("#photo [aria-label='Upload file']")
+    page.wait_for_selector("#camera .error", state="hidden")
+    upload(page, notes)
+    page.get_by_text("Invalid file type: notes.txt").first.wait_for()
+
+
 def test_a_tiff_is_shown_and_inspected_as_it_was_sent(page, server, parts, tmp_path):
     first, second = Image.open(parts[0]).convert("L").convert("I;16"), Image.open(parts[1]).convert("I;16")
     first = first.point(lambda value: value * 256)
@@ -321,7 +330,7 @@ def test_a_batch_with_a_bad_file_and_its_downloads(page, parts, notes, tmp_path)
     page.locator("#batch-summary .tile.all").click()
     for name in (parts[1].name, "zip.png"):
         page.locator("#batch-table tr").filter(has_text=name).click()
-        expect(page, "#batch-detail h3", name)
+        expect(page, "#batch-detail h2", name)
         page.wait_for_function("document.querySelector('#batch-detail .over img')?.naturalWidth > 0")
         assert page.locator("#batch-table tr[aria-selected=true]").inner_text().startswith(name)
     expect(page, "#batch-detail", "Score 0.")
@@ -484,7 +493,9 @@ def test_nothing_stands_in_the_way_of_anyone(visit, shop, parts, notes, width):
     assert box["y"] + box["height"] <= 844, "the verdict is on the first screen"
     page.wait_for_function("document.querySelector('#pictures .over img')?.naturalWidth > 0")
     check("example")
-    page.locator("#regions button").first.click()
+    moved = page.locator("#regions button")
+    until(lambda: moved.count() or move(page, "threshold", 0.01), "no regions")  # the page may still be loading
+    moved.first.click()
     page.click("#advanced button")
     check("region framed, settings open")
     upload(page, parts[0])

@@ -49,7 +49,7 @@ def test_its_card_is_told_under_about(organisation, monkeypatch, tmp_path):
     organisation.adopt_client(monkeypatch, tmp_path / "home", token=None)
     text = about(Models("org"), "org/flange")
     assert "| image AUROC | 0.875 | flanges |" in text and "Calibrated on 12 normal images" in text
-    assert text.endswith("#### Limits\n\n- One light only.\n- Steel only.")
+    assert text.endswith("### Limits\n\n- One light only.\n- Steel only.")
     assert about(Models("org/gone"), "org/gone").endswith("could not be loaded. Choose another category.")
 
 

@@ -55,6 +55,26 @@ def test_uploads_are_swept_whatever_they_are_called_and_one_that_resists_stops_n
     assert precious.exists() and not any(folder.exists() for folder in folders)
 
 
+def test_a_visitor_s_copy_of_what_lies_on_the_shelf_is_theirs_and_the_shelf_stays(results):
+    example = results.shelf / "example"
+    example.mkdir()
+    for name in ("map.npy", "photo.jpg"):
+        (example / name).write_text(name)
+    shown = results.show(example, example / "photo.jpg")
+    results.keep_what_is_there()
+    key, folder = results.copy(example, ["map.npy", "photo.jpg"], "anna")
+    assert results.open(key, "anna") == folder and (folder / "map.npy").read_text() == "map.npy"
+    with pytest.raises(Refusal):
+        results.open(key, "ben")
+    results.show(folder, folder / "photo.jpg")
+    results.forget("anna")
+    hour_ago = time.time() - 3700
+    for entry in (results.shelf, example, Path(shown).parent):
+        os.utime(entry, (hour_ago, hour_ago))
+    results.sweep()
+    assert not folder.exists() and (example / "map.npy").exists() and Path(shown).exists()
+
+
 def test_leaving_removes_one_visitor_s_results_and_what_was_shown_of_them(results):
     (_, mine), (_, theirs) = results.new("anna"), results.new("ben")
     shown = {}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.calibration import calibrate
 from diffusionad_hf.cli.main import main
+from diffusionad_hf.images_diffusionad import load_image, resize_image
 from diffusionad_hf.training.arguments import parse_arguments
 from diffusionad_hf.training.dataset import split_holdout
 from diffusionad_hf.training.loop import build_networks
@@ -110,6 +111,15 @@ def test_it_is_calibrated_on_images_that_it_was_not_trained_on(trained, data):
     _, held_out = split_holdout(12, 0.25, 0)
     scores = sorted(pipe([files[i] for i in held_out]).anomaly_score)
     np.testing.assert_allclose(pipe.config.calibration_scores, scores, atol=1e-5)
+
+
+def test_photos_to_try_it_on_are_kept_that_it_was_not_trained_on(trained):
+    names = sorted(file.name for file in (trained / "examples").iterdir())
+    assert names == ["good-2.png", "good.png", "synthetic-defect-2.png", "synthetic-defect.png"]
+    pipe, half = DiffusionADPipeline.from_pretrained(trained), len(names) // 2
+    photos = [load_image(trained / "examples" / name) for name in names]
+    assert not any(pipe.trained_on(resize_image(photo, pipe.config.image_size)) for photo in photos)
+    assert not any(torch.equal(good, bad) for good, bad in zip(photos[:half], photos[half:], strict=True))
 
 
 def test_curve_checkpoints_logs_and_arguments_are_kept(trained):
