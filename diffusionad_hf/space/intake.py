@@ -60,6 +60,8 @@ class Limits:
     preview_seconds: int = 120
     lessons: int = 8  # that wait or run
     lessons_per_address: int = 2
+    kept_per_address: int = 6  # lessons that are over
+    taught_bytes: int = 8 * 1024 * MB  # photos of all lessons
     # of images fetched from an address
     fetch_seconds: int = 10
     redirects: int = 3

@@ -24,7 +24,7 @@ from .views import promise_words
 _PRIVATE = {"api_visibility": "private", "preprocess": False}
 _SHORT = {"concurrency_limit": 2, "concurrency_id": QUICK}
 _QUICK = {**_PRIVATE, **_SHORT, "show_progress": "hidden"}
-_BATCHES = {"concurrency_limit": 2, "concurrency_id": "batch"}
+_LOOKING = {"concurrency_limit": 2, "concurrency_id": "look"}
 _MOST_THUMBNAILS = 24
 _PHASES = {
     "looking": "Looking at the photos",
@@ -105,7 +105,7 @@ class Lessons:
             yield {"state": message(LIMITS_WORDS, "note"), "seen": hidden, **empty}
             return
         try:
-            for step in self.teacher.prepare(owner, uploads_of(sent)):
+            for step in self.teacher.prepare(owner, _address(request), uploads_of(sent)):
                 if isinstance(step, tuple):
                     yield {"state": progress_card(*step), **empty}
         except Refusal as error:
@@ -242,7 +242,9 @@ def teach_tab(teacher: Teacher, page: gr.Blocks, category: gr.Radio, taught: gr.
                     label="Camera", type="filepath", sources=["webcam"], height=280, buttons=[], elem_id="teach-camera"
                 )
                 count = gr.HTML(elem_id="teach-count")
-                use = gr.Button("Use these photos", size="sm", elem_id="teach-use")
+                with gr.Row():
+                    use = gr.Button("Use these photos", size="sm", elem_id="teach-use")
+                    anew = gr.Button("Take them anew", size="sm", elem_id="teach-anew")
             name = gr.Textbox(label="Name of the product", placeholder="My product", max_lines=1, elem_id="teach-name")
             with_marks = gr.Checkbox(label="Learn from my marks in Inspect and Batch too", elem_id="teach-marks")
             with gr.Row():
@@ -285,10 +287,11 @@ def teach_tab(teacher: Teacher, page: gr.Blocks, category: gr.Radio, taught: gr.
         **{"download": download, "done": done, "category": category, "taught": taught, "key": key, "seen": seen},
     }
     outputs = list(parts.values())
-    look = dict(fn=_named(on.prepare, parts), inputs=[files, taken, key], outputs=outputs, **_BATCHES, **_PRIVATE)
+    look = dict(fn=_named(on.prepare, parts), inputs=[files, taken, key], outputs=outputs, **_LOOKING, **_PRIVATE)
     files.change(trigger_mode="always_last", show_progress="hidden", **look)
     camera.change(on.take, [camera, taken], [camera, taken, count], **_QUICK)
     use.click(show_progress="hidden", **look)
+    anew.click(lambda: ([], ""), None, [taken, count], **_QUICK)
     start.click(_named(on.start, parts), [key, name, with_marks], outputs, **_QUICK)
     stop.click(on.stop, key, None, **_QUICK)
     timer.tick(_named(on.tick, parts), [key, shown], outputs, trigger_mode="once", **_QUICK)
@@ -329,9 +332,10 @@ class TeachEndpoints:
             The training's id, which is a secret: whoever has it can use the product. And as /training_status answers.
         """
         with one_line_errors():
-            *_, lesson = self.teacher.prepare(owner_of(request), uploads_of(files))
+            address = _address(request)
+            *_, lesson = self.teacher.prepare(owner_of(request), address, uploads_of(files))
             try:
-                self.teacher.start(lesson, str(name or ""), _address(request))
+                self.teacher.start(lesson, str(name or ""), address)
             except Refusal:
                 self.teacher.discard(lesson.key, lesson.owner)
                 raise
@@ -388,8 +392,8 @@ def teach_endpoints(teacher: Teacher) -> None:
         stop = gr.Checkbox(label="stop", value=False)
         status, product, caller = gr.JSON(label="status"), gr.File(label="product"), gr.Button()
     for function, inputs, outputs, queue in (
-        (endpoints.train, [files, name], status, _BATCHES),
+        (endpoints.train, [files, name], status, _LOOKING),
         (endpoints.training_status, [id, stop], status, _SHORT),
-        (endpoints.training_result, [id], [status, product], _BATCHES),
+        (endpoints.training_result, [id], [status, product], _SHORT),
     ):
         caller.click(function, inputs, outputs, api_name=function.__name__, preprocess=False, **queue)

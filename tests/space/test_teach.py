@@ -262,7 +262,7 @@ def test_a_product_goes_to_the_hub_with_the_visitor_s_token_and_no_other(lesson,
 
 def test_leaving_while_photos_are_taken_in_leaves_nothing(results, checkpoints, photos):
     teacher = Teacher(results, Models(str(checkpoints)))
-    steps = teacher.prepare("anna", [Upload(file.name, file) for file in photos])
+    steps = teacher.prepare("anna", "203.0.113.9", [Upload(file.name, file) for file in photos])
     next(steps), next(steps)
     steps.close()
     assert not results.owned("anna") and not [*results.folder.glob("tmp*")]
