@@ -135,6 +135,11 @@ class Lesson:
         except (OSError, ValueError):
             return {}
 
+    def notes(self, progress: dict[str, Any]) -> list[str]:
+        """What the training saw and says, but for the picture that the page has anyway."""
+        notes = [self.plain(note) for note in progress.get("notes") or []]
+        return [note for note in notes if not note.startswith("Preview:")]
+
     def plain(self, text: object) -> str:
         """A line of the training's without the server's paths."""
         return one_line(text).replace(f"{self.folder}/photos/", "").replace(f"{self.folder}/", "")[:500]
@@ -265,7 +270,7 @@ class Teacher:
             "false_alarm_rate_at_best": lesson.promise,
             "unusable": lesson.unusable,
             "progress": {name: progress.get(name) for name in names},
-            "notes": [lesson.plain(note) for note in progress.get("notes") or []],
+            "notes": lesson.notes(progress),
         }
 
     def publish(self, lesson: Lesson, repo_id: str, token: str) -> str:

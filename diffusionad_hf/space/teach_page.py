@@ -3,6 +3,7 @@
 import html
 import inspect
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import wraps
@@ -65,9 +66,10 @@ def running_card(lesson: Lesson, progress: dict[str, Any]) -> str:
     if phase == "Learning" and steps:
         told += f", step {step} of {steps}"
     if left is not None and not lesson.stopping:
-        told += f"; {minutes(left)} left"
+        most = LIMITS.teaching_seconds - (time.monotonic() - lesson.began)
+        told += f"; {minutes(min(left, most))} left"
     bar = f' max="{steps}" value="{step}"' if steps else ""
-    notes = "".join(f"<li>{html.escape(lesson.plain(note))}</li>" for note in (progress.get("notes") or [])[:8])
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in lesson.notes(progress)[:8])
     return (
         f'<div class="card note"><div class="wide"><p>{html.escape(told)}.</p><progress{bar} aria-label="Progress">'
         f"</progress>{f'<ul>{notes}</ul>' if notes else ''}</div></div>"
@@ -196,7 +198,7 @@ class Lessons:
         title = f"{lesson.name} is ready in Inspect and Batch"
         if calibration.has_learnt is False:
             title = f"{lesson.name} has not learnt to tell defects"
-        said = [lesson.reason, *(lesson.plain(note) for note in (progress.get("notes") or [])[:8])]
+        said = [lesson.reason, *lesson.notes(progress)[:8]]
         body = f"<h2>{html.escape(title)}</h2><p>{html.escape(promise_words(calibration))}</p>"
         if calibration.has_learnt is False:
             body += "<p>All its verdicts are undecided. Take more photos, or photos that are more alike.</p>"
