@@ -14,7 +14,6 @@ from ..calibration import promised_rate
 from ..familiarity_diffusionad import Familiarity
 from ..files import write_json
 from ..visualization import anomaly_map_16bit
-from .feedback import keep_photo
 from .intake import LIMITS, Refusal, Settings, Upload, collect
 from .models import Calibration, Model, ModelError, Raw
 from .reports import (
@@ -112,7 +111,6 @@ def inspect_many(
                 pictures.mkdir()
                 result = Result.of(upload.name, model, image, raw, Settings(), note)
                 rows.append(_drawn(pictures, result, image, raw, calibration))
-                keep_photo(pictures, image)
             yield len(rows), len(uploads)
     rows = sort_rows(rows)
     table, report, archive = (folder / name for name in ("report.csv", "report.html", "inspection.zip"))

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..files import write_json
 from .intake import Refusal
 from .results import Results
-from .views import kept_photo
 
 FINE, DEFECT = "fine", "defect"
-_MARK, _PHOTO = "mark.json", "kept.png"
+_MARK = "mark.json"
 
 
 @dataclass(frozen=True)
@@ -23,11 +20,6 @@ class Mark:
 
     photo: Path
     record: dict
-
-
-def keep_photo(folder: Path, image: torch.Tensor) -> None:
-    """Keeps a photo of a batch, (3, H, W), so that it can be learnt from once it is marked."""
-    kept_photo(image).save(folder / _PHOTO, compress_level=1)
 
 
 def mark(folder: Path, kind: str, record: dict) -> None:
@@ -42,7 +34,9 @@ def marks_of(results: Results, owner: str) -> list[Mark]:
     found = []
     for folder in results.owned(owner):
         for file in sorted([*folder.glob(_MARK), *folder.glob(f"*/{_MARK}")]):
-            photo = next((path for name in ("original", _PHOTO) if (path := file.with_name(name)).is_file()), None)
+            photo = next(
+                (path for name in ("original", "photo.jpg") if (path := file.with_name(name)).is_file()), None
+            )
             if photo:
                 found.append(Mark(photo, json.loads(file.read_text(encoding="utf-8"))))
     return found

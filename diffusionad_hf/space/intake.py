@@ -57,9 +57,11 @@ class Limits:
     kept_pixels: int = 1_000_000  # of each photo
     teaching_seconds: int = 1800
     teaching_bytes: int = 4 * 1024 * MB  # of memory
-    preview_seconds: int = 120
+    preview_seconds: int = 300
     lessons: int = 8  # that wait or run
     lessons_per_address: int = 2
+    kept_per_address: int = 6  # lessons that are over
+    taught_bytes: int = 8 * 1024 * MB  # photos of all lessons
     # of images fetched from an address
     fetch_seconds: int = 10
     redirects: int = 3

@@ -164,6 +164,7 @@ def inspect_tab(
         mark_result(on, key, [threshold, rate, own])
     drawn = [threshold, opacity, rate, own]
     run = dict(inputs=[photo, category, key, *drawn, *advanced], show_progress_on=[verdict], **INSPECTING, **RUN)
+    run["api_name"] = "photo"  # the name of `on.inspect` is that of the endpoint
     run["outputs"] = [verdict, key, result, details, pictures, scale, regions, normal, photo]
     photo.change(on.photo, **run)
     again.click(on.inspect, **run)

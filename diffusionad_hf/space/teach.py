@@ -79,6 +79,7 @@ class Lesson:
         address: From which it was started.
         name: Of the product.
         photos: How many there are to learn from.
+        bytes: That they take.
         unusable: Those left out, and why.
         state: `"prepared"`, `"waiting"`, `"running"`, `"done"`, `"stopped"` (by the visitor, or for the time it took;
             the best so far is kept) or `"failed"`.
@@ -91,6 +92,7 @@ class Lesson:
     address: str = ""
     name: str = ""
     photos: int = 0
+    bytes: int = 0
     unusable: list[str] = field(default_factory=list)
     state: str = PREPARED
     reason: str = ""
@@ -133,6 +135,11 @@ class Lesson:
         except (OSError, ValueError):
             return {}
 
+    def notes(self, progress: dict[str, Any]) -> list[str]:
+        """What the training saw and says, but for the picture that the page has anyway."""
+        notes = [self.plain(note) for note in progress.get("notes") or []]
+        return [note for note in notes if not note.startswith("Preview:")]
+
     def plain(self, text: object) -> str:
         """A line of the training's without the server's paths."""
         return one_line(text).replace(f"{self.folder}/photos/", "").replace(f"{self.folder}/", "")[:500]
@@ -153,7 +160,7 @@ class Teacher:
 
     # ---- what visitors do ----
 
-    def prepare(self, owner: str, files: Sequence[Upload]) -> Iterator[tuple[int, int] | Lesson]:
+    def prepare(self, owner: str, address: str, files: Sequence[Upload]) -> Iterator[tuple[int, int] | Lesson]:
         """
         Takes in photos: yields (done, total) and, last, the lesson.
 
@@ -162,8 +169,9 @@ class Teacher:
         Raises:
             Refusal: If too few are of use.
         """
+        self._make_room(address)
         key, folder = self.results.new(owner)
-        lesson = Lesson(key, folder, owner)
+        lesson = Lesson(key, folder, owner, address)
         (folder / "photos").mkdir()
         try:
             seen: dict[str, str] = {}
@@ -171,15 +179,16 @@ class Teacher:
                 uploads = collect(files, Path(unpacked))
                 for number, upload in enumerate(uploads):
                     try:
-                        _keep(
-                            upload, folder / "photos" / f"{number:04d}-{slug(Path(upload.name).stem)[:40]}.png", seen
-                        )
+                        name = f"{number:04d}-{slug(Path(upload.name).stem)[:40]}.png"
+                        lesson.bytes += _keep(upload, folder / "photos" / name, seen)
                         lesson.photos += 1
                     except Refusal as error:
                         lesson.unusable.append(str(error))
                     yield number + 1, len(uploads)
             if lesson.photos < LIMITS.fewest_photos:
                 raise Refusal(_too_few(lesson))
+            if not folder.is_dir():
+                raise Refusal("The page was closed.")
             self._lessons[key] = lesson
         finally:
             if key not in self._lessons:  # refused, or the page was closed
@@ -261,7 +270,7 @@ class Teacher:
             "false_alarm_rate_at_best": lesson.promise,
             "unusable": lesson.unusable,
             "progress": {name: progress.get(name) for name in names},
-            "notes": [lesson.plain(note) for note in progress.get("notes") or []],
+            "notes": lesson.notes(progress),
         }
 
     def publish(self, lesson: Lesson, repo_id: str, token: str) -> str:
@@ -308,6 +317,14 @@ class Teacher:
 
     # ---- what the server does ----
 
+    def _make_room(self, address: str) -> None:
+        """Forgets the oldest lessons of an address that are over; a Refusal if all together take too much disk."""
+        idle = [other for other in list(self._lessons.values()) if other.address == address and not other.is_under_way]
+        for other in idle[: max(0, len(idle) + 1 - LIMITS.kept_per_address)]:
+            self._remove(other)
+        if sum(other.bytes for other in list(self._lessons.values())) > LIMITS.taught_bytes:
+            raise Refusal("The server's disk is full for the moment. Try again in an hour.")
+
     def _remove(self, lesson: Lesson) -> None:
         with self._changed:
             lesson.gone = True
@@ -326,7 +343,7 @@ class Teacher:
         (folder / "photos").mkdir()
         for photo in (lesson.folder / "photos").iterdir():
             link_or_copy(photo, folder / "photos" / photo.name)
-        again = Lesson(key, folder, lesson.owner, photos=lesson.photos, unusable=lesson.unusable)
+        again = Lesson(key, folder, lesson.owner, lesson.address, photos=lesson.photos, unusable=lesson.unusable)
         self._lessons[key] = again
         return again
 
@@ -421,13 +438,14 @@ def _end(process: "subprocess.Popen") -> None:
     process.wait()
 
 
-def _keep(upload: Upload, path: Path, seen: dict[str, str]) -> None:
-    """Saves a photo's pixels, unless they were `seen`; a Refusal if it cannot be used."""
+def _keep(upload: Upload, path: Path, seen: dict[str, str]) -> int:
+    """Saves a photo's pixels, unless they were `seen`; returns its bytes. A Refusal if it cannot be used."""
     photo = kept_photo(upload.image()[0])
     digest = hashlib.sha256(photo.tobytes() + repr(photo.size).encode()).hexdigest()
     if seen.setdefault(digest, upload.name) != upload.name:
         raise Refusal(f"{upload.name}: the same as {seen[digest]}.")
     photo.save(path, compress_level=1)
+    return path.stat().st_size
 
 
 def _too_few(lesson: Lesson) -> str:

@@ -3,6 +3,7 @@
 import html
 import inspect
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import wraps
@@ -24,7 +25,7 @@ from .views import promise_words
 _PRIVATE = {"api_visibility": "private", "preprocess": False}
 _SHORT = {"concurrency_limit": 2, "concurrency_id": QUICK}
 _QUICK = {**_PRIVATE, **_SHORT, "show_progress": "hidden"}
-_BATCHES = {"concurrency_limit": 2, "concurrency_id": "batch"}
+_LOOKING = {"concurrency_limit": 2, "concurrency_id": "look"}
 _MOST_THUMBNAILS = 24
 _PHASES = {
     "looking": "Looking at the photos",
@@ -65,9 +66,10 @@ def running_card(lesson: Lesson, progress: dict[str, Any]) -> str:
     if phase == "Learning" and steps:
         told += f", step {step} of {steps}"
     if left is not None and not lesson.stopping:
-        told += f"; {minutes(left)} left"
+        most = LIMITS.teaching_seconds - (time.monotonic() - lesson.began)
+        told += f"; {minutes(min(left, most))} left"
     bar = f' max="{steps}" value="{step}"' if steps else ""
-    notes = "".join(f"<li>{html.escape(lesson.plain(note))}</li>" for note in (progress.get("notes") or [])[:8])
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in lesson.notes(progress)[:8])
     return (
         f'<div class="card note"><div class="wide"><p>{html.escape(told)}.</p><progress{bar} aria-label="Progress">'
         f"</progress>{f'<ul>{notes}</ul>' if notes else ''}</div></div>"
@@ -105,7 +107,7 @@ class Lessons:
             yield {"state": message(LIMITS_WORDS, "note"), "seen": hidden, **empty}
             return
         try:
-            for step in self.teacher.prepare(owner, uploads_of(sent)):
+            for step in self.teacher.prepare(owner, _address(request), uploads_of(sent)):
                 if isinstance(step, tuple):
                     yield {"state": progress_card(*step), **empty}
         except Refusal as error:
@@ -196,7 +198,7 @@ class Lessons:
         title = f"{lesson.name} is ready in Inspect and Batch"
         if calibration.has_learnt is False:
             title = f"{lesson.name} has not learnt to tell defects"
-        said = [lesson.reason, *(lesson.plain(note) for note in (progress.get("notes") or [])[:8])]
+        said = [lesson.reason, *lesson.notes(progress)[:8]]
         body = f"<h2>{html.escape(title)}</h2><p>{html.escape(promise_words(calibration))}</p>"
         if calibration.has_learnt is False:
             body += "<p>All its verdicts are undecided. Take more photos, or photos that are more alike.</p>"
@@ -242,7 +244,9 @@ def teach_tab(teacher: Teacher, page: gr.Blocks, category: gr.Radio, taught: gr.
                     label="Camera", type="filepath", sources=["webcam"], height=280, buttons=[], elem_id="teach-camera"
                 )
                 count = gr.HTML(elem_id="teach-count")
-                use = gr.Button("Use these photos", size="sm", elem_id="teach-use")
+                with gr.Row():
+                    use = gr.Button("Use these photos", size="sm", elem_id="teach-use")
+                    anew = gr.Button("Take them anew", size="sm", elem_id="teach-anew")
             name = gr.Textbox(label="Name of the product", placeholder="My product", max_lines=1, elem_id="teach-name")
             with_marks = gr.Checkbox(label="Learn from my marks in Inspect and Batch too", elem_id="teach-marks")
             with gr.Row():
@@ -285,10 +289,11 @@ def teach_tab(teacher: Teacher, page: gr.Blocks, category: gr.Radio, taught: gr.
         **{"download": download, "done": done, "category": category, "taught": taught, "key": key, "seen": seen},
     }
     outputs = list(parts.values())
-    look = dict(fn=_named(on.prepare, parts), inputs=[files, taken, key], outputs=outputs, **_BATCHES, **_PRIVATE)
+    look = dict(fn=_named(on.prepare, parts), inputs=[files, taken, key], outputs=outputs, **_LOOKING, **_PRIVATE)
     files.change(trigger_mode="always_last", show_progress="hidden", **look)
     camera.change(on.take, [camera, taken], [camera, taken, count], **_QUICK)
     use.click(show_progress="hidden", **look)
+    anew.click(lambda: ([], ""), None, [taken, count], **_QUICK)
     start.click(_named(on.start, parts), [key, name, with_marks], outputs, **_QUICK)
     stop.click(on.stop, key, None, **_QUICK)
     timer.tick(_named(on.tick, parts), [key, shown], outputs, trigger_mode="once", **_QUICK)
@@ -329,9 +334,10 @@ class TeachEndpoints:
             The training's id, which is a secret: whoever has it can use the product. And as /training_status answers.
         """
         with one_line_errors():
-            *_, lesson = self.teacher.prepare(owner_of(request), uploads_of(files))
+            address = _address(request)
+            *_, lesson = self.teacher.prepare(owner_of(request), address, uploads_of(files))
             try:
-                self.teacher.start(lesson, str(name or ""), _address(request))
+                self.teacher.start(lesson, str(name or ""), address)
             except Refusal:
                 self.teacher.discard(lesson.key, lesson.owner)
                 raise
@@ -388,8 +394,8 @@ def teach_endpoints(teacher: Teacher) -> None:
         stop = gr.Checkbox(label="stop", value=False)
         status, product, caller = gr.JSON(label="status"), gr.File(label="product"), gr.Button()
     for function, inputs, outputs, queue in (
-        (endpoints.train, [files, name], status, _BATCHES),
+        (endpoints.train, [files, name], status, _LOOKING),
         (endpoints.training_status, [id, stop], status, _SHORT),
-        (endpoints.training_result, [id], [status, product], _BATCHES),
+        (endpoints.training_result, [id], [status, product], _SHORT),
     ):
         caller.click(function, inputs, outputs, api_name=function.__name__, preprocess=False, **queue)

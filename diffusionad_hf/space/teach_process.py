@@ -18,11 +18,8 @@ _SHOWN_FROM = 8  # photos that the preview learns the foreground from: quick, an
 
 
 def _step_back() -> None:
-    """Runs only when nothing else wants to, and is the first to go if memory runs out."""
-    os.nice(19)
-    if hasattr(os, "SCHED_IDLE"):
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    """Lets everything else go first, and is the first to go if memory runs out."""
+    os.nice(int(os.environ.get("DIFFUSIONAD_TEACH_NICE") or 19))
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
