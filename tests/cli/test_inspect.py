@@ -108,7 +108,7 @@ def test_a_long_name_is_inspected_as_any_other(photos, model_dir, tmp_path):
     (photos / "b.png").rename(photos / f"{'b' * 240}.png")
     out = tmp_path / "out"
     assert run("inspect", photos, "--model", model_dir, "--output-dir", out, "--json", out / "r.json") in (0, 1)
-    assert len(json.loads((out / "r.json").read_text())["images"]) == 4 and len(list(out.rglob("*_overlay.png"))) == 4
+    assert len(json.loads((out / "r.json").read_text())["images"]) == 4 and len(list(out.rglob("*_figure.png"))) == 4
 
 
 def test_results_are_kept_when_a_picture_cannot_be_written(photos, model_dir, tmp_path, capsys):

@@ -155,7 +155,7 @@ def test_pictures_among_the_photos_do_not_make_it_another_run(photos, model_dir,
     arguments = (folder, "--model", model_dir, "--parquet", target, "--output-dir", folder / "report")
     assert run(*arguments) == 0
     table = target.read_bytes()
-    (folder / "report/00_mask.png").unlink()
+    (folder / "report/00_figure.png").unlink()
     assert run(*arguments) == 0 and target.read_bytes() == table
 
 
