@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ def promised_rate(count: int, asked: float) -> float:
 
 def calibrate(
     pipe: DiffusionADPipeline,
-    images: Sequence[ImageInput],
+    images: Iterable[ImageInput],
     *,
     false_alarm_rate: float | None = None,
     batch_size: int | None = None,
@@ -56,7 +56,7 @@ def calibrate(
 
     Args:
         pipe: Its configuration is changed; `save_pretrained` keeps it.
-        images: Normal images.
+        images: Normal images; a sequence such as a dataset's column is decoded as it is used.
         false_alarm_rate: What the threshold promises, in (0, 1); what the pipeline is configured for when `None`.
         batch_size: As for the pipeline.
 
@@ -67,6 +67,7 @@ def calibrate(
         ValueError: If the rate is out of range, there is no image, or the pipeline was trained on one of them.
         InvalidImageError: If an image cannot be read; the message names it.
     """
+    images = images if isinstance(images, Sequence) else list(images)
     rate = promised_rate(len(images), pipe.config.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)
     size = pipe.default_batch_size if batch_size is None else batch_size
     scores: list[float] = []
@@ -75,8 +76,8 @@ def calibrate(
     with pipe.progress_bar(total=len(images)) as progress:
         for start in range(0, len(images), size):
             batch: list[torch.Tensor] = []
-            for i, image in enumerate(images[start : start + size], start):
-                batch.append(resize_image(load_image(image, f"image {i}"), pipe.config.image_size))
+            for i in range(start, min(start + size, len(images))):
+                batch.append(resize_image(load_image(images[i], f"image {i}"), pipe.config.image_size))
                 if pipe.trained_on(batch[-1]):
                     raise ValueError(
                         f"image {i}: the model was trained on it, so its score says nothing of other normal images; "

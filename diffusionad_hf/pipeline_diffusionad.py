@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -242,7 +242,7 @@ class DiffusionADPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: ImageInput | Sequence[ImageInput],
+        image: ImageInput | Iterable[ImageInput],
         *,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
@@ -260,8 +260,8 @@ class DiffusionADPipeline(DiffusionPipeline):
 
         Args:
             image: A PIL image, a path, a numpy array `(H, W)`, `(H, W, C)` or a batch `(N, H, W, C)`, a tensor `(C, H,
-                W)` or a batch `(N, C, H, W)`, or a list of them, sizes mixed. Integers are scaled by their type's
-                range, floats lie in [0, 1].
+                W)` or a batch `(N, C, H, W)`, or a list or any other iterable of them, such as a column of a dataset,
+                sizes mixed. Integers are scaled by their type's range, floats lie in [0, 1].
             batch_size (`int`, *optional*): Images per pass, by default [`default_batch_size`]; does not change the
                 result. Halved, with a warning, if that many do not fit into memory.
             generator (`torch.Generator`, *optional*): Draws separate noise for each image, instead of the seed.
@@ -391,9 +391,10 @@ class DiffusionADPipeline(DiffusionPipeline):
             raise ValueError("image: the list is empty; give at least one image.")
         for item in images:
             if not isinstance(item, ImageInput):
+                column = ', as dataset["image"] does' if isinstance(item, Mapping) else ""
                 raise InvalidImageError(
                     f"image: cannot inspect a {type(item).__name__}; give PIL images, paths, numpy arrays "
-                    "or torch tensors."
+                    f"or torch tensors{column}."
                 )
             if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
                 raise FileNotFoundError(f"{item}: no such image file.")
@@ -516,9 +517,16 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     @staticmethod
     def _as_list(image: Any) -> list:
-        if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4:
-            return list(image)
-        return list(image) if isinstance(image, (list, tuple)) else [image]
+        """The images of anything iterable; what may be read as a whole, or has a name for each part, is one image."""
+        if isinstance(image, (np.ndarray, torch.Tensor)):
+            return list(image) if image.ndim == 4 or image.dtype == object else [image]
+        if isinstance(image, (ImageInput, bytes, bytearray, memoryview, Mapping)) or hasattr(image, "read"):
+            return [image]
+        try:
+            images = iter(image)
+        except TypeError:
+            return [image]
+        return list(images)
 
     @staticmethod
     def _postprocess(tensor: torch.Tensor, size: tuple[int, int], output_type: str) -> Any:
@@ -594,6 +602,21 @@ class DiffusionADPipeline(DiffusionPipeline):
                     "not loaded: it is neither from this package nor from diffusers."
                 )
         return loaded
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "DiffusionADPipeline":
+        """
+        A pipeline that shares the networks and the number type of another one, and begins with its configuration.
+
+        Args:
+            pipeline: Another pipeline of this class, or of one derived from it, which the new one is then of as well.
+            kwargs: As for [`DiffusionPipeline.from_pipe`]: components and configuration values that differ.
+        """
+        if isinstance(pipeline, cls) and type(pipeline) is not cls:
+            return type(pipeline).from_pipe(pipeline, **kwargs)
+        # Diffusers takes over no network whose class is derived from that in `__init__`.
+        shared = {name: pipeline.components[name] for name in ("unet", "segmenter") if name in pipeline.components}
+        return super().from_pipe(pipeline, **{"dtype": pipeline.dtype, **shared, **kwargs})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DiffusionADPipeline":

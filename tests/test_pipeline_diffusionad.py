@@ -1,14 +1,18 @@
 """The pipeline's promises: repeatable scores, calibrated verdicts, maps at each image's own size."""
 
 import inspect
+from collections import deque
 
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from diffusionad_hf import DiffusionADPipeline, DiffusionADPipelineOutput
-from diffusionad_hf.pipeline_diffusionad import conformal_p_value, conformal_threshold
+from diffusionad_hf.calibration import calibrate
+from diffusionad_hf.pipeline_diffusionad import InvalidImageError, conformal_p_value, conformal_threshold
 from tests.conftest import make_pipeline
 
 
@@ -36,6 +40,70 @@ def test_scores_do_not_depend_on_batching_order_or_company(pipe):
     assert alone.anomaly_score[0] == pytest.approx(together.anomaly_score[3], abs=1e-6)
     np.testing.assert_allclose(alone.anomaly_map[0], together.anomaly_map[3], atol=1e-5)
     assert len(set(together.anomaly_score)) == 5
+
+
+def collections_of(photos):
+    """The same photos in everything that people keep several in."""
+    column = datasets.Dataset.from_dict({"image": photos}, features=datasets.Features(image=datasets.Image()))["image"]
+    streamed = datasets.Dataset.from_dict({"image": photos}).to_iterable_dataset()["image"]
+    objects = np.empty(len(photos), object)
+    objects[:] = photos
+    named = dict(enumerate(photos))
+    by_index = type("Photos", (), {"__getitem__": lambda self, i: photos[i], "__len__": lambda self: len(photos)})()
+    return {
+        "column": column,
+        "column of a stream": streamed,
+        "tuple": tuple(photos),
+        "generator": (photo for photo in photos),
+        "map": map(np.asarray, photos),
+        "values": named.values(),
+        "deque": deque(photos),
+        "array of objects": objects,
+        "torch dataset": torch.utils.data.Subset(photos, range(len(photos))),
+        "by index": by_index,
+        "table": pd.Series(photos),
+    }
+
+
+def test_a_column_of_a_dataset_or_any_other_iterable_is_a_list_of_images(pipe):
+    photos = images(3)
+    expected = pipe(photos).anomaly_score
+    for name, collection in collections_of(photos).items():
+        np.testing.assert_array_equal(pipe(collection).anomaly_score, expected, err_msg=name)
+        known = make_pipeline()
+        scores = calibrate(known, collections_of(photos)[name], false_alarm_rate=0.4, batch_size=3)
+        np.testing.assert_array_equal(scores, sorted(expected), err_msg=name)
+
+
+def test_what_is_neither_an_image_nor_a_collection_of_some_is_named(pipe):
+    photos = images(2)
+    rows = datasets.Dataset.from_dict({"image": photos}, features=datasets.Features(image=datasets.Image()))
+    for wrong, kind in (({"image": photos[0]}, "dict"), (rows, "dict"), (None, "NoneType"), (5, "int")):
+        with pytest.raises(InvalidImageError, match=f"cannot inspect a {kind}"):
+            pipe(wrong)
+    with pytest.raises(InvalidImageError, match=r'dataset\["image"\]'):
+        pipe(rows)
+
+    def failing():
+        yield photos[0]
+        raise TypeError("of the generator's own")
+
+    with pytest.raises(TypeError, match="of the generator's own"):
+        pipe(failing())
+
+
+def test_a_pipeline_made_from_another_shares_its_networks_type_and_configuration():
+    pipe = make_pipeline()
+    pipe.register_to_config(calibration_scores=[0.1, 0.2], false_alarm_rate=0.5, top_k=7)
+    image = images(1)
+    expected = pipe(image)
+    other = DiffusionADPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert other.unet is pipe.unet and other.config.top_k == 7 and type(other.scheduler) is type(pipe.scheduler)
+    assert other(image).anomaly_score == expected.anomaly_score and other(image).p_value == expected.p_value
+    assert DiffusionADPipeline.from_pipe(pipe, threshold=0.3).threshold == 0.3 != pipe.threshold
+    pipe.to(dtype=torch.bfloat16)
+    assert DiffusionADPipeline.from_pipe(pipe).unet.dtype == pipe.unet.dtype == torch.bfloat16
 
 
 def test_scores_do_not_depend_on_the_global_random_state(pipe):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -102,6 +103,13 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
         self.save_config(target)
 
     @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> "ExportedDiffusionADPipeline":
+        """As [`DiffusionADPipeline.from_pipe`]."""
+        pipe: Any = super().from_pipe(pipeline, **kwargs)
+        pipe.record, pipe.folder = pipeline.record, pipeline.folder
+        return pipe
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> "ExportedDiffusionADPipeline":
@@ -175,8 +183,12 @@ def _load_openvino(file: Path, precision: str) -> tuple[Run, str]:
     except RuntimeError as error:
         raise _unreadable(file, error) from error
 
+    # A model has one request, which computes on all threads that there are: others wait for it.
+    free = threading.Lock()
+
     def run(pixels: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs = compiled({"pixels": pixels.numpy(), "noise": noise.contiguous().numpy()}, share_inputs=True)
+        with free:
+            outputs = compiled({"pixels": pixels.numpy(), "noise": noise.contiguous().numpy()}, share_inputs=True)
         return {port.any_name: torch.from_numpy(value) for port, value in outputs.items()}
 
     return run, compiled.get_property("INFERENCE_PRECISION_HINT").to_string()

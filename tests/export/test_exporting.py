@@ -7,6 +7,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +93,31 @@ def exports(calibrated, tmp_path_factory):
     for kind in ("openvino", "onnx"):
         export_pipeline(calibrated, root / kind, format=kind)
     return root
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnx", "torch"])
+def test_threads_that_share_a_model_get_the_answers_of_one(runtime, exports, model_dir, images):
+    pipe = quiet(load_model(model_dir if runtime == "torch" else exports / runtime))
+    expected = [pipe(image).anomaly_map[0] for image in images]
+    started = threading.Barrier(4)
+
+    def inspect(first):
+        started.wait()
+        order = [(first + i) % len(images) for i in range(4 * len(images))]
+        return [(i, pipe(images[i]).anomaly_map[0]) for i in order]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(inspect, range(4)):
+            for i, anomaly_map in found:
+                np.testing.assert_array_equal(anomaly_map, expected[i])
+
+
+def test_an_exported_pipeline_made_from_another_is_exported_too(exports, images):
+    pipe = quiet(load_model(exports / "openvino"))
+    for cls in (DiffusionADPipeline, ExportedDiffusionADPipeline):
+        other = quiet(cls.from_pipe(pipe, threshold=0.3))
+        assert type(other) is ExportedDiffusionADPipeline and other.threshold == 0.3 != pipe.threshold
+        np.testing.assert_array_equal(other(images[0]).anomaly_map[0], pipe(images[0]).anomaly_map[0])
 
 
 @pytest.fixture
