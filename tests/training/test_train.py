@@ -257,7 +257,7 @@ def _more_textures(folder):
         (
             None,
             {"false_alarm_rate": 0.15},
-            "6 images would be held out, and that training held out 3; give its --false-",
+            "that training held out 3 images, this one would hold out 6; give its --false-",
         ),
         (None, {"false_alarm_rate": 0.3}, None),
     ],
