@@ -59,9 +59,11 @@ def test_our_class_finds_in_a_clean_cache_what_it_finds_here(published, expected
     assert output.is_anomalous.tolist() == [not path.name.startswith("good") for path in EXAMPLES]
 
 
-def test_plain_diffusers_finds_the_same_where_the_package_is_not_there(published, expected, tmp_path):
+@pytest.mark.parametrize("model", [REPO, MODEL], ids=["published", "bundled"])
+@pytest.mark.parametrize("program", [STRANGER, STRANGER.removeprefix(BLOCKER)], ids=["without", "with the package"])
+def test_plain_diffusers_finds_the_same(model, program, published, expected, tmp_path):
     environment = published.environment(tmp_path / "home", token=None)
-    command = [sys.executable, "-c", STRANGER, REPO, *map(str, EXAMPLES)]
+    command = [sys.executable, "-c", f"import sys\n{program}", str(model), *map(str, EXAMPLES)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("found")]

@@ -61,7 +61,9 @@ def check_own_file(file: Path, folder: Path) -> None:
     Checks a file that is to be published: a link in the folder could lead to any file of the machine.
 
     Raises:
-        ValueError: If it is a link, lies behind one, or is no regular file.
+        ValueError: If it is a link, other than to a module of this package, lies behind one, or is no regular file.
     """
+    if file.suffix == ".py" and file.resolve().parent == Path(__file__).resolve().parents[1]:
+        return
     if file.resolve() != folder.resolve() / file.relative_to(folder) or not file.is_file():
         raise ValueError(f"{file}: a link, or no regular file; only files of the folder itself are published.")

@@ -2,15 +2,20 @@
 from."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from ..data import _shorten as shorten
+from .dataset import NormalImages, TableImages
 from .optimization import STEADY_SCHEDULES
 from .plan import Plan
 from .processes import together
+
+logger = logging.getLogger("training")
 
 _STATE_FILE = "training_state.json"
 # What may differ between a run and its continuation, as it does not change the weights. So may the number of steps if
@@ -111,6 +116,52 @@ def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -
                 f"{where}: that training had `{name}` {then[name]}, this one has {value}; give the same, or start "
                 "afresh in another `output_dir`."
             )
+
+
+def describe_data(held_out: NormalImages, textures: str | None, given_masks: bool) -> dict[str, Any]:
+    """What a training learns from: name and digest of every image, in order; which are held out; digests of the
+    textures and of masks that were given."""
+    subset: Any = held_out.images
+    images: TableImages = subset.dataset
+    masks: Any = held_out.foregrounds
+    names = ("/".join(Path(str(name)).parts[-2:]) for name in images.names)
+    return {
+        "images": [[name, digest] for name, digest in zip(names, images.digests(), strict=True)],
+        "held_out": list(subset.indices),
+        "textures": textures,
+        "foregrounds": masks.dataset.digest() if given_masks else None,
+    }
+
+
+def check_same_data(folder: Path, now: dict[str, Any]) -> None:
+    """
+    Raises `ValueError` if the training that a checkpoint is of had other data: images that it was trained on could be
+    among those that it would be calibrated on, whose scores promise nothing.
+    """
+    then = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8")).get("data")
+    if then is None:
+        logger.warning(f"{folder}: an earlier version did not note its images; go on with the same ones only.")
+        return
+    before, after = ({digest: name for name, digest in data["images"]} for data in (then, now))
+    new, missing = ([named[d] for d in named if d not in other] for named, other in ((after, before), (before, after)))
+    differences = [
+        f"{len(names)} {what} ({shorten(names)})" for what, names in (("new", new), ("missing", missing)) if names
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder}: that training had other images: {' and '.join(differences)}; give the same, or start afresh "
+            "in another `output_dir`."
+        )
+    if [digest for _, digest in then["images"]] != [digest for _, digest in now["images"]]:
+        raise ValueError(f"{folder}: the images have other names, and so another order; give those of that training.")
+    if then["held_out"] != now["held_out"]:
+        raise ValueError(
+            f"{folder}: that training held out {len(then['held_out'])} images, this one would hold out "
+            f"{len(now['held_out'])}; give its `false_alarm_rate`."
+        )
+    for name in ("textures", "foregrounds"):
+        if then[name] != now[name]:
+            raise ValueError(f"{folder}: that training had other {name}; give the same, or start afresh.")
 
 
 def _hidden(checkpoint: Path) -> Path:

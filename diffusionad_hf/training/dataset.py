@@ -1,7 +1,9 @@
 """The normal images of one category, which need not fit in memory, and the order in which they are trained on."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,16 @@ _CACHE_BYTES = 2**30
 _MOST_HELD_OUT = 500
 
 
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 class TableImages(Sequence):
     """The images of a `datasets` table: file paths, or images decoded on access if the table contains them."""
 
     def __init__(self, table: Any):
         encoded = table.cast_column("image", type(table.features["image"])(decode=False)).select_columns("image")
-        self._table = table
+        self._table, self._encoded = table, encoded
         self.names: list[str | None] = []
         self._paths: list[str | None] = []
         for row in encoded:
@@ -34,6 +40,11 @@ class TableImages(Sequence):
         path = self._paths[index]
         return self._table[int(index)]["image"] if path is None else path
 
+    def digests(self) -> list[str]:
+        """Of each image's file, and so the same on every machine."""
+        contents = (row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes() for row in self._encoded)
+        return [digest_of(content) for content in contents]
+
 
 class PackedMasks(Sequence):
     """`(H, W)` bool masks of one size, packed to one bit per pixel."""
@@ -46,6 +57,9 @@ class PackedMasks(Sequence):
 
     def __len__(self) -> int:
         return len(self._packed)
+
+    def digest(self) -> str:
+        return digest_of(b"".join(mask.tobytes() for mask in self._packed))
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """`(1, H, W)` float32 of 0 and 1."""

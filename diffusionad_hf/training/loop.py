@@ -32,7 +32,7 @@ from ..pipeline_diffusionad import DiffusionADPipeline
 from ..verdicts_diffusionad import images_needed
 from .arguments import TrainingConfig, parse_arguments
 from .categories import ALL, check_publishing, train_all, train_and_publish
-from .checkpoints import find_checkpoint, former_plan, load_checkpoint, save_checkpoint
+from .checkpoints import check_same_data, describe_data, find_checkpoint, former_plan, load_checkpoint, save_checkpoint
 from .dataset import NormalImages, StepSampler, split_holdout
 from .look import Photos, look, save_kinds
 from .losses import DiffusionADObjective
@@ -165,6 +165,9 @@ def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
     # 1. Data: images to train on, held-out ones to choose and calibrate the model with, and synthetic anomalies.
     photos = together(lambda: look(args))
     train_set, held_out, synthesizer, validation = together(lambda: prepare_data(args, photos))
+    data = together(lambda: describe_data(held_out, synthesizer.texture_digest, args.foreground_dir is not None))
+    if found is not None:
+        together(lambda: check_same_data(found, data))
     together(lambda: show_photos(args, photos, output_dir, progress), main_only=True)
     for note in progress.notes:
         say(note, flush=True)
@@ -194,6 +197,7 @@ def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
 
     # 3. Networks, optimiser, averaged weights.
     pipe = together(lambda: build_networks(args, train_set.size))
+    together(lambda: refuse_held_out(args, pipe, held_out))
     if found is None and pipe.segmenter.config.get("memory_size"):
         progress.update(phase="remembering")
         pipe.segmenter.to(accelerator.device).remember(train_set.pixels(i) for i in range(len(train_set)))
@@ -221,7 +225,7 @@ def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
         state = together(lambda: load_checkpoint(accelerator, found, arguments | launched))
         logger.info(f"Resumed from {found}.")
     state["arguments"] = arguments | launched
-    state["plan"] = asdict(plan)
+    state |= {"plan": asdict(plan), "data": data}
     if trackers is not None:
         accelerator.init_trackers("diffusionad", config={k: v for k, v in arguments.items() if v is not None})
 
@@ -315,7 +319,7 @@ def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
             return INTERRUPTED
         logger.info("Writing a model of what was learnt so far; press again to do without.")
     progress.update(phase="calibrating", seconds_left=counts.seconds_left(plan, args.max_train_steps))
-    ending = partial(finish, args, arguments, train_set, held_out, validation, accelerator.device)
+    ending = partial(finish, args, arguments, train_set, held_out, validation, pipe)
 
     def end() -> None:
         if stopped:
@@ -353,6 +357,16 @@ def prepare_data(
     )
     validation = Validation(held_out, build_synthesizer(args, textures, photos.kind, anomaly_probability=1.0))
     return train_set, held_out, build_synthesizer(args, textures, photos.kind), validation
+
+
+def refuse_held_out(args: TrainingConfig, pipe: DiffusionADPipeline, held_out: NormalImages) -> None:
+    """Raises `ValueError` if the weights to begin with have seen images that are held out to calibrate on."""
+    seen = sum(pipe.trained_on(held_out.pixels(i)) for i in range(len(held_out))) if args.init_from is not None else 0
+    if seen:
+        raise ValueError(
+            f"`init_from` {args.init_from}: was trained on {seen} of the {len(held_out)} images that are held out "
+            "here to calibrate on; give the `seed` and `false_alarm_rate` of that training, or other images."
+        )
 
 
 def show_photos(args: TrainingConfig, photos: Photos, output_dir: Path, progress: Progress) -> None:

@@ -152,7 +152,7 @@ def finish(
     train_set: NormalImages,
     held_out: NormalImages,
     validation: Validation,
-    device: torch.device,
+    trained: DiffusionADPipeline,
     weights: Path,
     complete: bool,
 ) -> DiffusionADPipeline:
@@ -161,6 +161,7 @@ def finish(
     what it was trained on, what normal images look like, and whether it has learnt to tell defects.
 
     Args:
+        trained: The pipeline that was trained, for where it computes and what it had been trained on before.
         weights: The pipeline folder that they are in.
         complete: Whether nothing is left to train.
     """
@@ -168,7 +169,7 @@ def finish(
     dtype = getattr(torch, args.save_dtype)
     DiffusionADPipeline.from_pretrained(weights, dtype=dtype).save_pretrained(output_dir)
     # Calibrated as it will be used: with the weights as they were saved, computing in float32.
-    pipe = DiffusionADPipeline.from_pretrained(output_dir, dtype=torch.float32).to(device)
+    pipe = DiffusionADPipeline.from_pretrained(output_dir, dtype=torch.float32).to(trained.device)
     pipe.set_progress_bar_config(desc="calibrating")
     # At the model's size, as maps and reconstructions of large photos would fill the memory.
     images = [held_out.read(i) for i in range(len(held_out))]
@@ -179,7 +180,8 @@ def finish(
     familiarity = Familiarity.of(some)
     pipe.register_to_config(
         familiarity=None if familiarity is None else familiarity.to_json(),
-        training_digests="".join(pixel_digest(train_set.pixels(i)) for i in range(len(train_set))),
+        training_digests=(trained.config.training_digests or "")
+        + "".join(pixel_digest(train_set.pixels(i)) for i in range(len(train_set))),
         has_learnt=validation.is_passed_by(pipe),
     )
     pipe.save_config(output_dir)

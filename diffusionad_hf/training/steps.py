@@ -34,6 +34,7 @@ def start_from(model: str, pipe: DiffusionADPipeline) -> None:
         raise ValueError(
             f"`init_from` {model}: its UNet predicts {theirs}, not {ours}; give `prediction_type` {theirs}."
         )
+    pipe.register_to_config(training_digests=source.config.training_digests)
     for name in ("unet", "segmenter"):
         try:
             getattr(pipe, name).load_state_dict(getattr(source, name).state_dict())

@@ -109,6 +109,7 @@ class AnomalySynthesizer:
         self.displaced_probability = displaced_probability
         self.erased_probability = erased_probability
         self._bank = textures.bank
+        self.texture_digest: str | None = getattr(textures, "digest", None)
 
     @torch.no_grad()
     def __call__(

@@ -14,6 +14,7 @@ from scipy.spatial import KDTree
 
 from ..files import files_below
 from ..images_diffusionad import IMAGE_SUFFIXES, to_uint8
+from .dataset import digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class FolderTextures:
 
     Attributes:
         bank: `(K, 3, H, W)` uint8.
+        digest: of the files' names and sizes.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
@@ -59,6 +61,9 @@ class FolderTextures:
                 "name a folder of images, or use ProceduralTextures"
             )
         self.bank = torch.stack(bank)
+        self.digest = digest_of(
+            "".join(f"{path.relative_to(folder)} {path.stat().st_size}\n" for path in paths).encode()
+        )
 
 
 class ProceduralTextures:

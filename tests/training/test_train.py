@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -228,6 +229,86 @@ def test_what_a_checkpoint_recorded_decides_whether_it_can_be_resumed(
         assert reason in capsys.readouterr().err.splitlines()[-1]
     else:
         assert same(weights(tmp_path), weights(two_steps))
+
+
+def _moved(folder):
+    folder.rename(folder.with_name("elsewhere"))
+
+
+def _other(folder):
+    Image.new("RGB", (64, 64), "red").save(folder / "train/good/003.png")
+
+
+def _one_more(folder):
+    shutil.copy(folder / "test/good/000.png", folder / "train/good/0.png")
+
+
+def _one_less(folder):
+    (folder / "train/good/011.png").unlink()
+
+
+def _renamed(folder):
+    (folder / "train/good/000.png").rename(folder / "train/good/zzz.png")
+
+
+def _more_textures(folder):
+    Image.new("RGB", (64, 64), "red").save(folder.with_name("textures") / "red.png")
+
+
+@pytest.mark.parametrize(
+    "change, options, reason",
+    [
+        (_moved, {}, None),
+        (_other, {}, "had other images: 1 new (good/003.png) and 1 missing (good/003.png); give the same"),
+        (_one_more, {}, "had other images: 1 new (good/0.png); give the same"),
+        (_one_less, {}, "had other images: 1 missing (good/011.png); give the same"),
+        (_renamed, {}, "the images have other names"),
+        (_more_textures, {}, "had other textures"),
+        (
+            None,
+            {"false_alarm_rate": 0.15},
+            "that training held out 3 images, this one would hold out 6; give its --false-",
+        ),
+        (None, {"false_alarm_rate": 0.3}, None),
+    ],
+)
+def test_a_training_goes_on_with_its_own_images_only(change, options, reason, data, tmp_path, two_steps, capsys):
+    """Otherwise images that it was trained on would come to be those that it is calibrated on."""
+    for name in ("checkpoint-2", "best"):
+        shutil.copytree(two_steps / name, tmp_path / "model" / name)
+    shutil.copytree(data / "demo-part", tmp_path / "demo-part")
+    shutil.copytree(data.parent / "textures", tmp_path / "textures")
+    if change is not None:
+        change(tmp_path / "demo-part")
+    folder = tmp_path / ("elsewhere" if change is _moved else "demo-part")
+    options = {"max_train_steps": 2, "resume_from_checkpoint": "latest", **options}
+    assert run(folder, tmp_path / "model", **options) == (2 if reason else 0)
+    if reason:
+        assert reason in capsys.readouterr().err.splitlines()[-1]
+    else:
+        assert same(weights(tmp_path / "model"), weights(two_steps))
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_it_cannot_know(data, tmp_path, two_steps, capsys):
+    for name in ("checkpoint-2", "best"):
+        shutil.copytree(two_steps / name, tmp_path / name)
+    file = tmp_path / "checkpoint-2/training_state.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in state.items() if name != "data"}))
+    assert run(data, tmp_path, max_train_steps=2, resume_from_checkpoint="latest") == 0
+    assert "did not note its images; go on with the same ones only" in capsys.readouterr().err
+
+
+def test_what_the_weights_to_begin_with_have_seen_is_not_calibrated_on(data, tmp_path, two_steps, capsys):
+    assert run(data, tmp_path / "other", init_from=two_steps, seed=1, max_train_steps=1) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"--init-from .*: was trained on [123] of the 3 images that are held out here", error)
+    assert run(data, tmp_path / "same", init_from=two_steps, max_train_steps=1) == 0
+    before, after = (
+        DiffusionADPipeline.from_pretrained(folder).config.training_digests
+        for folder in (two_steps, tmp_path / "same")
+    )
+    assert after.startswith(before) and len(after) > len(before)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_checkpoint(data, tmp_path, capsys):

@@ -1,0 +1,1 @@
+../../../../diffusionad_hf/modeling_anomaly_segmenter.py
