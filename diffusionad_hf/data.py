@@ -35,6 +35,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -48,8 +49,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .files import require
+from .files import escaped, files_below, is_litter, require
 from .images_diffusionad import IMAGE_SUFFIXES, load_image
+from .visualization import is_own_picture
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +89,9 @@ def binary_mask(mask: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _images(folder: Path) -> list[Path]:
-    """Image files directly in `folder`, sorted."""
-    return [file for file in _visible(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
+    """Image files directly in `folder`, sorted, without pictures of inspections and evaluations."""
+    files = [file for file in _visible(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
+    return [file for file in files if not is_own_picture(file)]
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -96,8 +99,8 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """What is in a folder, if it exists, apart from hidden files (macOS leaves `._x.png` beside images)."""
-    return sorted(f for f in folder.iterdir() if not f.name.startswith(".")) if folder.is_dir() else []
+    """What is in a folder, if it exists, apart from litter."""
+    return sorted(f for f in folder.iterdir() if not is_litter(f.name)) if folder.is_dir() else []
 
 
 def _is_normal(name: str) -> bool:
@@ -155,8 +158,9 @@ def _refuse_left_over(samples: list[_Sample], folders: Iterable[Path]) -> None:
     used = {path for sample in samples for path in (sample.image, sample.mask)}
     left = [
         file
-        for file in sorted(file for folder in folders for file in folder.rglob("[!.]*"))
+        for file in sorted(file for folder in folders if folder.is_dir() for file in files_below(folder))
         if file not in used
+        and not is_own_picture(file)
         and (guess_type(file.name, strict=False)[0] or "").startswith("image/")
         and not (_is_normal(file.parent.name) and file.parent.parent.name in _MASK_FOLDERS)
     ]
@@ -234,7 +238,7 @@ def _read_folder(folder: Path, hold_out: bool) -> list[_Sample]:
         _refuse_left_over([_Sample(image, None, NORMAL, "test") for image in normal] + defects, [folder])
     else:
         # By a hash of the name: independent of the order in which photos were taken, and of the machine.
-        by_hash = sorted(normal, key=lambda image: zlib.crc32(image.name.encode()))
+        by_hash = sorted(normal, key=lambda image: zlib.crc32(os.fsencode(image.name)))
         held_out = set(by_hash[: round(_TEST_SHARE * len(normal))] if defects else [])
     return [_Sample(image, None, NORMAL, "test" if image in held_out else "train") for image in normal] + defects
 
@@ -269,9 +273,9 @@ def _recognise(source: str | Path, hold_out: bool = True) -> dict[str, Callable[
     ]
     for matches, read in layouts:
         if folders := [root] if matches(root) else [folder for folder in _subfolders(root) if matches(folder)]:
-            return {folder.name: partial(read, folder) for folder in folders}
+            return {escaped(folder.name): partial(read, folder) for folder in folders}
     if _images(root):
-        return {root.name: partial(read_folder, root)}
+        return {escaped(root.name): partial(read_folder, root)}
     found = _shorten(sorted(f.name for f in root.iterdir())) or "nothing"
     raise ValueError(
         f"the layout of {root} is not recognised (it holds {found}). Expected split_csv/1cls.csv (VisA), "
@@ -317,7 +321,7 @@ def load_category(source: str | Path, category: str | None = None, *, hold_out: 
     if _is_hub_id(source):
         return _load_hub(str(source), category, hold_out)
     categories = _recognise(source, hold_out)
-    category = _choose(category, list(categories), source)
+    category = _choose(category and escaped(category), list(categories), source)
     samples = categories[category]()
     needed = "train" if hold_out else "test"
     if not any(sample.split == needed for sample in samples):
@@ -327,10 +331,10 @@ def load_category(source: str | Path, category: str | None = None, *, hold_out: 
     for split in ("train", "test"):
         rows = [sample for sample in samples if sample.split == split]
         columns = {
-            "image": [str(row.image) for row in rows],
-            "mask": [None if row.mask is None else str(row.mask) for row in rows],
+            "image": [_stored(row.image) for row in rows],
+            "mask": [None if row.mask is None else _stored(row.mask) for row in rows],
             "label": [int(row.defect_type != NORMAL) for row in rows],
-            "defect_type": [row.defect_type for row in rows],
+            "defect_type": [escaped(row.defect_type) for row in rows],
             "split": [split] * len(rows),
         }
         splits[split] = datasets.Dataset.from_dict(columns, features=_features(datasets), split=split)
@@ -342,9 +346,15 @@ def add_normal(table: Any, files: Sequence[str]) -> Any:
     if not files:
         return table
     datasets, count = require("datasets", "train"), len(files)
-    columns = {"image": files, "mask": [None] * count, "label": [0] * count}
+    columns = {"image": [_stored(Path(file)) for file in files], "mask": [None] * count, "label": [0] * count}
     columns |= {"defect_type": [NORMAL] * count, "split": ["train"] * count}
     return datasets.concatenate_datasets([table, datasets.Dataset.from_dict(columns, features=table.features)])
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    """A file as `datasets.Image` keeps it: by its path or, if that is no text, with its content."""
+    name = escaped(file)
+    return {"path": name, "bytes": None if name == str(file) else file.read_bytes()}
 
 
 def _features(datasets: ModuleType) -> Any:

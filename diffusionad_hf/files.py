@@ -1,17 +1,29 @@
-"""Files and folders that are replaced whole: a killed process leaves the old one or the new one, nothing between."""
+"""Files and folders: found wherever people keep them, and replaced whole, so that a killed process leaves the old one
+or the new one, nothing between."""
 
+import hashlib
 import importlib
+import io
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+# Hidden files, such as macOS's `._x.png` and `.ipynb_checkpoints`, and what systems leave beside images.
+_LITTER = re.compile(
+    r"\.(?!\.?$)|(__macosx|thumbs\.db|desktop\.ini|@eadir|\$recycle\.bin|system volume information|lost\+found)$",
+    re.IGNORECASE,
+)
+_LONGEST_NAME = 255  # bytes, of all usual file systems
 
 
 def bundled(path: str) -> Path:
@@ -109,6 +121,61 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder, given without its path, is hidden or what systems and editors leave beside images."""
+    return _LITTER.match(name) is not None
+
+
+def files_below(folder: Path) -> list[Path]:
+    """
+    All files below a folder, sorted, without litter. Links are followed, and every folder is looked into once,
+    whatever leads to it; a link that leads nowhere counts as a file, which then cannot be read.
+
+    Raises:
+        OSError: If a folder cannot be read.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    folders, links = [str(folder)], deque[str]()
+    while folders or links:
+        # A folder goes by its own name rather than by that of a link to it.
+        here = folders.pop() if folders else links.popleft()
+        if (real := os.path.realpath(here)) in seen:
+            continue
+        seen.add(real)
+        for name in sorted(name for name in os.listdir(here) if not is_litter(name)):
+            path = os.path.join(here, name)
+            if os.path.isdir(path):
+                (links if os.path.islink(path) else folders).append(path)
+            elif os.path.isfile(path) or os.path.islink(path):
+                found.append(Path(path))
+    return sorted(found)
+
+
+def escaped(name: str | os.PathLike) -> str:
+    """A file name as text: bytes that are none become `\\udcc1` and the like, as in JSON."""
+    return os.fspath(name).encode("utf-8", "backslashreplace").decode()
+
+
+def short_name(name: str, room: int) -> str:
+    """A name without folders that a file system takes with `room` more bytes behind it: the middle of a longer one is
+    a digest of all of it."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONGEST_NAME - room:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:16]
+    part = (_LONGEST_NAME - room - len(digest)) // 2 - 1
+    start, end = (piece.decode("utf-8", "ignore") for piece in (encoded[:part], encoded[-part:]))
+    return f"{start}-{digest}-{end}"
+
+
+def escape_output() -> None:
+    """Lets this program print any file name: what its output's encoding lacks is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def slug(name: str) -> str:

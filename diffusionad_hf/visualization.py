@@ -8,6 +8,7 @@ threshold, form regions: the same ones in `overlay`, `mask_image` and `find_regi
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 from .files import replacing
@@ -22,6 +24,13 @@ from .images_diffusionad import to_uint8
 
 DEFAULT_THRESHOLD = 0.5
 """Pixel threshold without calibration: the segmenter calls the pixel "more likely anomalous than not"."""
+
+WRITER = "diffusionad-hf"
+"""The `Software` that PNG files of this package name."""
+
+_OWN_NAME = re.compile(
+    r"(_(figure|overlay|mask|reconstruction)|^(roc_curve|score_histogram|worst_cases|preview|kinds|progress))\.png$"
+)
 
 # Sixteen equidistant colours of matplotlib's "inferno" (S. van der Walt and N. Smith, CC0, github.com/BIDS/colormap).
 # Linear interpolation stays within 7 of 255 of the published table. Its lightness rises steadily, so it reads in grey
@@ -193,7 +202,7 @@ def side_by_side(images: Sequence[Image.Image], height: int = 256, gap: int = 8)
 
 
 def save_image(image: Image.Image, path: str | os.PathLike) -> Path:
-    """Saves an image atomically; safe with concurrent writers.
+    """Saves an image atomically, a PNG with a note of who wrote it; safe with concurrent writers.
 
     Args:
         image: Any PIL image; "I;16" keeps its 16 bits as PNG or TIFF.
@@ -210,13 +219,30 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> Path:
     # Encoded first: an OSError of the encoder is the picture's fault, not the folder's.
     encoded = io.BytesIO()
     try:
-        image.save(encoded, format=image_format)
+        image.save(encoded, format=image_format, **({"pnginfo": _png_info()} if image_format == "PNG" else {}))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"cannot write {path}: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_bytes(encoded.getbuffer())
     return path
+
+
+def _png_info() -> PngInfo:
+    info = PngInfo()
+    info.add_text("Software", WRITER)
+    return info
+
+
+def is_own_picture(path: Path) -> bool:
+    """Whether an inspection or evaluation wrote this file; another picture with such a name is none of its own."""
+    if not _OWN_NAME.search(path.name):
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == WRITER
+    except Exception:  # decoders raise whatever they stumble over
+        return False
 
 
 def checked_map(anomaly_map: np.ndarray) -> np.ndarray:

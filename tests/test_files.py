@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusionad_hf.files import replace_file, replace_folder, replacing, restore_folder
+from diffusionad_hf.files import files_below, replace_file, replace_folder, replacing, restore_folder, short_name
 
 
 def write(text):
@@ -77,3 +77,44 @@ def test_two_writers_at_once_do_not_meet(tmp_path):
         first.write_text("1")
         second.write_text("2")
     assert file.read_text() == "1" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_s_files_are_found_through_links_once_and_without_litter(tmp_path):
+    root = tmp_path / ".hidden/data"
+    kept = ["a.png", "day1/b.png", "day1/deep/c.png", "z.png"]
+    litter = [
+        "._a.png",
+        ".ipynb_checkpoints/a-checkpoint.png",
+        "day1/__MACOSX/b.png",
+        "day1/@eaDir/b.png",
+        "Thumbs.db",
+    ]
+    for name in (*kept, *litter, "../elsewhere/d.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    links = {"again": "day1", "day1/deep/up": "../..", "day2": "../elsewhere", "gone.png": "nothing", "loop": "loop"}
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    found = [file.relative_to(root).as_posix() for file in files_below(root)]
+    assert found == sorted([*kept, "day2/d.png", "gone.png", "loop"])
+
+
+def test_a_folder_that_cannot_be_read_is_no_folder_without_files(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    listdir = os.listdir
+
+    def refuse(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", folder)
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(OSError, match="closed"):
+        files_below(tmp_path)
+
+
+@pytest.mark.parametrize("sign", ["x", "件"])
+def test_names_are_shortened_only_if_they_are_too_long_and_stay_apart(sign):
+    assert short_name("a" * 240, 15) == "a" * 240
+    names = [short_name(f"{sign * 240}{end}", 19) for end in ("1", "2")]
+    assert names[0] != names[1] and all(len(name.encode()) <= 236 and name.isprintable() for name in names)

@@ -233,6 +233,10 @@ def _find_inputs(args: argparse.Namespace, target_dir: Path) -> Any:
     from ..inspection.inputs import DatasetInputs, FileInputs
     from ..inspection.inspection import find_images, read_list
 
+    if args.dataset is not None:
+        for flag, folder in (("--parquet", target_dir), ("--output-dir", args.output_dir)):
+            if folder is not None and Path(args.dataset).resolve() in (folder.resolve(), *folder.resolve().parents):
+                raise ValueError(f"{flag} {folder}: lies in the dataset and would change it; give another folder.")
     options.check_writable(target_dir, args.output_dir)
     if args.dataset is not None:
         return DatasetInputs(args.dataset, args.dataset_config, args.split, args.image_column, args.dataset_revision)
@@ -246,6 +250,7 @@ def _find_inputs(args: argparse.Namespace, target_dir: Path) -> Any:
 
 def _calibrate(args: argparse.Namespace) -> int:
     from ..calibration import calibrate
+    from ..familiarity_diffusionad import pixel_digest
 
     if args.output_dir is None and not Path(args.model).is_dir():
         raise ValueError(
@@ -259,9 +264,13 @@ def _calibrate(args: argparse.Namespace) -> int:
     new = [image for image in images if not pipe.trained_on(image)]
     if len(new) < len(images):
         failures.append(f"{len(images) - len(new)} image(s) that the model was trained on.")
+    # The promise holds for as many images as there are, and a copy is none.
+    distinct = list({pixel_digest(image): image for image in new}.values())
+    if len(distinct) < len(new):
+        failures.append(f"{len(new) - len(distinct)} image(s) that are copies of others.")
     if not new:
         raise ValueError("the model was trained on all of these images; calibrate it on others.")
-    scores = calibrate(pipe, new, false_alarm_rate=args.false_alarm_rate, batch_size=args.batch_size)
+    scores = calibrate(pipe, distinct, false_alarm_rate=args.false_alarm_rate, batch_size=args.batch_size)
     if args.output_dir is not None:
         pipe.save_pretrained(args.output_dir)
     else:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..files import one_line
+from ..files import escape_output, one_line
 from ..flags import DashedParser, as_flags
 from ..version import __version__
 from . import evaluate, export, hub, inspect, serve, train
@@ -14,6 +14,7 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 2 something was wrong with the input, 130 interrupted."""
+    escape_output()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         # The trainer parses its own options.

@@ -11,6 +11,7 @@ import numpy as np
 from ..data import NORMAL, binary_mask
 from ..files import require
 from ..images_diffusionad import load_image
+from ..visualization import WRITER
 from .evaluator import EvaluationResult
 from .intervals import show_parts
 from .metrics import roc_vertices
@@ -34,7 +35,7 @@ def save_plots(result: EvaluationResult, dataset: Any, folder: str | Path) -> li
     if "image_auroc" in result.metrics:
         figures["roc_curve.png"] = _plot_roc(result)
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=110)
+        figure.savefig(folder / name, dpi=110, metadata={"Software": WRITER})
     return [folder / name for name in sorted(figures)]
 
 

@@ -167,8 +167,6 @@ def inspect_blocks(
 def _row(result: Inspection | Failure) -> dict[str, Any]:
     # Times are left out: they say nothing of the image, and differ from run to run.
     row = {key: value for key, value in vars(result).items() if key not in ("seconds", "pictures", "sentence")}
-    # Names of files need not be text.
-    row["file"] = row["file"].encode("utf-8", "backslashreplace").decode()
     if isinstance(result, Inspection):
         row["regions"] = [{**region, "box": list(region["box"])} for region in result.regions]
     return row

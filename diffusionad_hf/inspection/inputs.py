@@ -11,7 +11,7 @@ import fsspec
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 
-from ..files import one_line, require
+from ..files import escaped, one_line, require
 from ..loading import explained
 from .inspection import Item, picture_names
 
@@ -35,7 +35,7 @@ class FileInputs:
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
         """Images `start` to `stop` (half open), not decoded."""
-        return (Item(str(file), file, self._names[file]) for file in self.files[start:stop])
+        return (Item(escaped(file), file, self._names[file]) for file in self.files[start:stop])
 
 
 class DatasetInputs:

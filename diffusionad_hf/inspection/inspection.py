@@ -1,7 +1,9 @@
 """Inspection of many files: one bad file never stops the others, and nothing already done is lost."""
 
+import codecs
 import glob
 import io
+import logging
 import math
 import os
 import time
@@ -19,12 +21,22 @@ import torch
 from PIL import Image
 
 from ..figure import figure
-from ..files import one_line
+from ..files import escaped, files_below, is_litter, one_line, short_name
 from ..images_diffusionad import IMAGE_SUFFIXES, InvalidImageError, load_image, resize_image, to_uint8
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..verdicts_diffusionad import NORMAL
-from ..visualization import find_regions, location_words, mask_image, overlay, region_threshold, save_image
+from ..visualization import (
+    find_regions,
+    is_own_picture,
+    location_words,
+    mask_image,
+    overlay,
+    region_threshold,
+    save_image,
+)
 from .records import Failure, Inspection
+
+logger = logging.getLogger(__name__)
 
 # Decoder threads, and the batches that may wait for the model: beyond this, disk I/O is the bottleneck.
 _READERS = 8
@@ -61,36 +73,50 @@ class Pictures:
 def find_images(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], list[Failure]]:
     """
     The image files that files, folders (with all below them) and glob patterns name, in order and each once; and the
-    inputs that name none.
+    inputs that name none. In folders, litter and pictures of inspections do not count.
     """
     files: dict[Path, None] = {}
-    failures = []
+    failures: list[Failure] = []
+    own: list[Path] = []
     for item in inputs:
         name = os.fspath(item)
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            found = [p for p in files_below(path) if p.suffix.lower() in IMAGE_SUFFIXES]
             reason = "no images in this folder"
         elif path.is_file():
             found, reason = [path], ""
         elif glob.has_magic(name):
             found = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())
+            # What the pattern itself names is meant.
+            found = [p for p in found if not any(map(is_litter, set(p.parts) - set(path.parts)))]
             reason = "no file matches this pattern"
         else:
             found, reason = [], "no such file or folder"
+        if not path.is_file():
+            written = [p for p in found if is_own_picture(p)]
+            own, found = own + written, sorted(set(found) - set(written))
         if not found:
-            failures.append(Failure(name, f"{name}: {reason}."))
+            failures.append(Failure(escaped(name), f"{escaped(name)}: {reason}."))
         files.update(dict.fromkeys(found))
+    if own:
+        logger.warning(f"{len(own)} picture(s) that an inspection wrote are left out, such as {escaped(own[0])}.")
     return list(files), failures
 
 
 def read_list(path: Path) -> list[Path]:
-    """The image files that a text file names, one a line, in order and each once."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text; give a file with the path of an image on each line.") from error
-    files = list(dict.fromkeys(Path(line.strip()) for line in lines if line.strip()))
+    """
+    The image files that a text file names, one a line, in order and each once. It may begin with a byte-order mark,
+    also that of UTF-16, and names that are no text are taken as they are.
+    """
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    text = content.decode(encoding, "surrogateescape")
+    if "\0" in text:
+        raise ValueError(f"{path}: not a text file; give one with the path of an image on each line.")
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    # Spaces around a name are part of it if there is such a file.
+    files = list(dict.fromkeys(Path(s if os.path.exists(s) else s.strip()) for s in lines if s.strip()))
     if not files:
         raise ValueError(f"{path}: names no file; give the path of an image on each line.")
     return files
@@ -98,7 +124,7 @@ def read_list(path: Path) -> list[Path]:
 
 def read_small(files: Iterable[Path], size: tuple[int, int]) -> Iterator[torch.Tensor | Failure]:
     """Images, 8-bit and at the model's resolution already, so that thousands of photos fit in memory."""
-    for _, (image,) in _read_ahead([Item(str(file), file)] for file in files):
+    for _, (image,) in _read_ahead([Item(escaped(file), file)] for file in files):
         yield image if isinstance(image, Failure) else to_uint8(resize_image(image, size))
 
 
@@ -119,7 +145,7 @@ def inspect_files(
         OSError: If a picture cannot be written.
     """
     names = picture_names(files)
-    items = (Item(str(file), file, names[file]) for file in files)
+    items = (Item(escaped(file), file, names[file]) for file in files)
     return inspect_batches(pipe, batched(items, batch_size or pipe.default_batch_size), pictures)
 
 
@@ -171,7 +197,7 @@ def _read(item: Item) -> torch.Tensor | Failure:
         with Image.open(io.BytesIO(source)) as image:
             return load_image(image, item.name)
     except (InvalidImageError, OSError) as error:
-        text = str(error)
+        text = escaped(str(error))
         return Failure(item.name, text if item.name in text else f"{item.name}: damaged, or no image ({text}).")
     # Decoders raise whatever they stumble over.
     except Exception as error:
@@ -219,7 +245,7 @@ def _inspect_batch(
         written = {}
         if pictures.folder is not None:
             for kind, drawing in drawings.items():
-                written[kind] = str(save_image(drawing, pictures.folder / f"{item.picture}_{kind}.png"))
+                written[kind] = escaped(save_image(drawing, pictures.folder / f"{item.picture}_{kind}.png"))
         inspection = Inspection(
             file=item.name,
             score=score,
@@ -242,15 +268,25 @@ def _inspect_batch(
 
 
 def picture_names(files: Sequence[Path]) -> dict[Path, str]:
-    """A name for each file's pictures: its own, with as much of its path as it takes to tell it from the others."""
+    """
+    A name for each file's pictures, which is text: its own, with as much of its path as it takes to tell it from the
+    others, and shortened if the pictures' names would be too long.
+    """
     paths = [os.path.abspath(file) for file in files]
     root = os.path.commonpath({os.path.dirname(path) for path in paths}) if paths else ""
     names: dict[Path, str] = {}
     taken = set()
+
+    def short(name: str) -> str:
+        folder, name = os.path.split(name)
+        return os.path.join(folder, short_name(name, len("_reconstruction.png")))
+
     for file, path in zip(files, paths, strict=True):
         name, suffix = os.path.splitext(os.path.relpath(path, root))
-        while name in taken:  # the same stem with another suffix
-            name = f"{name}_{suffix[1:]}"
-        taken.add(name)
+        name = short(escaped(name))
+        # The same stem with another suffix, or in capitals, which not all file systems tell apart.
+        while name.lower() in taken:
+            name = short(f"{name}_{escaped(suffix[1:])}")
+        taken.add(name.lower())
         names[file] = name
     return names

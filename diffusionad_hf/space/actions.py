@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..calibration import promised_rate
-from ..familiarity_diffusionad import Familiarity
+from ..familiarity_diffusionad import Familiarity, pixel_digest
 from ..files import write_json
 from ..visualization import anomaly_map_16bit
 from .feedback import keep_photo
@@ -33,6 +33,7 @@ from .views import OPACITY, Drawing, Result, full_size, headline, kept, load, st
 CHUNK = 8
 FEWEST_CALIBRATION_IMAGES = 10
 TRAINED_ON = "the model was trained on this photo, so its score says nothing of others."
+COPY = "a copy of another photo, which counts once."
 
 
 def inspect_one(results: Results, owner: str, model: Model, upload: Upload, settings: Settings) -> tuple[str, Path]:
@@ -178,13 +179,19 @@ def calibrate_on(
     results: Results, owner: str, model: Model, files: Sequence[Upload], false_alarm_rate: float
 ) -> Iterator[tuple[int, int] | Calibrated]:
     """Calibrates a model on a visitor's normal images; yields (done, total) and, last, the calibration."""
-    scores, grids, unusable = [], [], []
+    scores, grids, unusable, seen = [], [], [], set()
     with tempfile.TemporaryDirectory(dir=results.folder) as unpacked:
         uploads = collect(files, Path(unpacked))
         for images, refused in _read(uploads, time.monotonic() + LIMITS.batch_seconds):
-            refused += [(upload.name, TRAINED_ON) for upload, image, _ in images if model.trained_on(image)]
+            new = []
+            for upload, image, _ in images:
+                digest = pixel_digest(image)
+                if model.trained_on(image) or digest in seen:
+                    refused.append((upload.name, COPY if digest in seen else TRAINED_ON))
+                else:
+                    new.append(image)
+                seen.add(digest)
             unusable += [f"{name}: {reason}" for name, reason in refused]
-            new = [image for _, image, _ in images if not model.trained_on(image)]
             found = model.run(new) if new else []
             scores += [raw.score for raw in found]
             grids += [raw.grid for raw in found]

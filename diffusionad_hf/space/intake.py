@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..files import is_litter
 from ..images_diffusionad import InvalidImageError
 from .decoding import decode
 
@@ -78,8 +79,6 @@ class Limits:
 
 LIMITS = Limits()
 _TOO_LARGE = f"larger than {LIMITS.image_bytes // MB} MB. Shrink it first."
-# Litter of the systems that make archives, which no one wants a row for.
-_LITTER = re.compile(r"(^|/)(__MACOSX/|\.DS_Store$|Thumbs\.db$|desktop\.ini$|\._)", re.IGNORECASE)
 
 
 class Refusal(Exception):
@@ -266,7 +265,7 @@ def collect(files: Sequence[Upload], folder: Path) -> list[Upload]:
             uploads.append(Upload(file.name, error=str(error)))
         _check_count(len(uploads))
     if not uploads:
-        raise Refusal(f"{files[0].name}: the archive holds no files.")
+        raise Refusal(f"{files[0].name}: the archive holds no files, or only hidden ones.")
     return _told_apart(uploads)
 
 
@@ -308,7 +307,9 @@ def _unpack(archive: Upload, folder: Path, offset: int, budget: _Budget) -> list
     try:
         _check_list(archive.path)
         with zipfile.ZipFile(archive.path) as bundle:
-            members = [m for m in bundle.infolist() if not m.filename.endswith("/") and not _LITTER.search(m.filename)]
+            members = [m for m in bundle.infolist() if not m.filename.endswith("/")]
+            # No one wants a row for litter of the systems that make archives.
+            members = [m for m in members if not any(map(is_litter, re.split(r"[/\\]", m.filename)))]
             _check_count(offset + len(members))
             return [_extract(bundle, m, folder / f"{i:04d}", budget) for i, m in enumerate(members, offset)]
     # zipfile raises whatever it stumbles over in a damaged list of members

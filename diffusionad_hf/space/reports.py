@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..files import replacing
+from ..files import replacing, short_name
 from ..inspection.records import write_csv
 from ..report import NOT_INSPECTED, Entry, embedded, write_report
 from ..version import __version__ as VERSION
@@ -162,4 +162,5 @@ def write_archive(rows: Sequence[Row], files: Sequence[Path], path: Path) -> Non
             stem = row.record["name"] if stem.lower() in taken else stem
             taken.add(stem.lower())
             for kind, picture in row.pictures.items():
-                bundle.write(picture, f"{kind}s/{stem}-{kind}{picture.suffix}")
+                end = f"-{kind}{picture.suffix}"
+                bundle.write(picture, f"{kind}s/{short_name(stem, len(end))}{end}")

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from ..files import escaped, is_litter
 from ..images_diffusionad import IMAGE_SUFFIXES
 
 KINDS = ("auto", "object", "texture")
@@ -32,9 +33,11 @@ def find_foregrounds(folder: str | Path, names: Sequence[str]) -> list[Path]:
         raise FileNotFoundError(
             f"foreground folder {folder} does not exist; leave it out to have foregrounds estimated"
         )
-    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not is_litter(p.name)]
     # PNGs come last, so they win over files of the same stem.
-    masks = {path.stem: path for path in sorted(files, key=lambda path: (path.suffix.lower() == ".png", path))}
+    masks = {
+        escaped(path.stem): path for path in sorted(files, key=lambda path: (path.suffix.lower() == ".png", path))
+    }
     found = []
     for name in names:
         stem = Path(name).stem

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..files import one_line, restore_folder
+from ..files import escape_output, one_line, restore_folder
 from ..flags import as_flags
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..verdicts_diffusionad import images_needed
@@ -98,6 +98,7 @@ def train(
 
 def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     """Runs a training from the command line of `prog`; returns the exit code."""
+    escape_output()
     handler = logging.StreamHandler()
     handler.setFormatter(_FlagFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

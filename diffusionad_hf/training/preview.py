@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..files import escape_output
 from ..flags import DashedParser, as_flags
 from ..images_diffusionad import to_uint8
 from ..visualization import save_image
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     add_former_size(parser)
     parser.add_argument("--rows", type=int, default=8, help="images on the sheet (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the synthesis (default: %(default)s)")
+    escape_output()
     args = parser.parse_args(argv)
     if args.rows < 1 or args.seed < 0:
         parser.error("--rows must be at least 1, and --seed 0")

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 from scipy.spatial import KDTree
 
+from ..files import files_below
 from ..images_diffusionad import IMAGE_SUFFIXES, to_uint8
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class FolderTextures:
         height, width = np.broadcast_to(size, 2).tolist()
         if not folder.is_dir():
             raise FileNotFoundError(f"texture folder {folder} does not exist; without one, use ProceduralTextures")
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        paths = [path for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
         paths = [paths[i * len(paths) // limit] for i in range(limit)] if len(paths) > limit else paths
         bank = []
         for path in paths:

@@ -1,6 +1,7 @@
 """`diffusionad evaluate` on a small test set."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -39,6 +40,28 @@ def test_evaluate_prints_and_writes_the_metrics(model_dir, tmp_path, capsys):
     assert show(written, "image_auroc") in printed and show(written, "aupro_30") in printed
     assert "8 images: 4 normal, 4 anomalous (4 with a mask)" in printed and "4 normal images of the dataset" in printed
     assert written["num_images"] == 8 and {p.name for p in (tmp_path / "plots").iterdir()} >= {"roc_curve.png"}
+
+
+def test_names_that_are_no_text_and_pictures_of_former_runs(model_dir, tmp_path, capsys):
+    root = make_folder(tmp_path / "data", normal=2, defects={"dent": 2}, masks=True)
+    try:
+        for folder in ("good", "dent", "ground_truth/dent"):
+            (root / folder / "001.png").rename(os.fsdecode(os.fsencode(root / folder) + b"/\xc1\xe3.png"))
+        for folder in ("", "ground_truth"):
+            (root / folder / "dent").rename(os.fsdecode(os.fsencode(root / folder) + b"/\xe9"))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    (root / "good/.ipynb_checkpoints").mkdir()
+    shutil.copy(root / "good/000.png", root / "good/.ipynb_checkpoints/000-checkpoint.png")
+    data = ("--model", model_dir, "--data-dir", str(root))
+    for _ in range(2):
+        assert main(["evaluate", *data, "--json", str(tmp_path / "e.json"), "--plots", str(root / "plots")]) == 0
+        found = json.loads((tmp_path / "e.json").read_text())["predictions"]
+        assert [p["file"] for p in found[::2]] == ["good/000.png", "\\udce9/000.png"] and len(found) == 4
+        assert [p["file"] for p in found[1::2]] == ["good/\\udcc1\\udce3.png", "\\udce9/\\udcc1\\udce3.png"]
+        # Nor do an inspection's pictures count the next time.
+        main(["inspect", str(root / "good"), "--model", model_dir, "--output-dir", str(root / "report")])
+    assert "4 images: 2 normal, 2 anomalous (2 with a mask)" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -2,6 +2,11 @@
 
 import csv
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +72,43 @@ def test_one_bad_file_never_stops_the_others(kind, photos, photo, model_dir, tmp
     assert len(report["images"]) == 4 and [f["file"] for f in report["failures"]] == [str(bad)]
     assert str(bad) in capsys.readouterr().err and str(bad) in (out / "r.html").read_text()
     assert [row["error"] != "" for row in csv.DictReader((out / "r.csv").open())].count(True) == 1
+
+
+def test_a_name_that_is_no_text_is_escaped_everywhere(photos, model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        (photos / "a.png").rename(os.fsdecode(os.fsencode(photos) + b"/\xc1\xe3.png"))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    files = ("--output-dir", "out", "--json", "r.json", "--csv", "r.csv")
+    assert run("inspect", "photos", "--model", model_dir, *files) in (0, 1)
+    name = "photos/\\udcc1\\udce3.png"
+    (image,) = (image for image in json.loads(Path("r.json").read_text())["images"] if "udc" in image["file"])
+    (row,) = (row for row in csv.DictReader(open("r.csv")) if "udc" in row["file"])
+    assert image["file"] == row["file"] == name and name in capsys.readouterr().out
+    assert all(Path(picture).is_file() for picture in image["pictures"].values())
+    os.truncate(os.fsencode(photos) + b"/\xc1\xe3.png", 0)
+    assert run("inspect", "photos", "--model", model_dir, *files) == 2
+    assert json.loads(Path("r.json").read_text())["failures"] == [
+        {"file": name, "error": f"{name}: the file is empty (0 bytes)."}
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_any_name_is_printed_whatever_the_output_s_encoding(photos, model_dir, encoding):
+    (photos / "deep/a.png").rename(photos / "deep/零件-é.png")
+    command = [sys.executable, "-m", "diffusionad_hf", "inspect", photos / "deep", "--model", model_dir]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode in (0, 1), done.stderr
+    assert "零件-é.png".encode(encoding, "backslashreplace") in done.stdout
+
+
+def test_a_long_name_is_inspected_as_any_other(photos, model_dir, tmp_path):
+    (photos / "b.png").rename(photos / f"{'b' * 240}.png")
+    out = tmp_path / "out"
+    assert run("inspect", photos, "--model", model_dir, "--output-dir", out, "--json", out / "r.json") in (0, 1)
+    assert len(json.loads((out / "r.json").read_text())["images"]) == 4 and len(list(out.rglob("*_overlay.png"))) == 4
 
 
 def test_results_are_kept_when_a_picture_cannot_be_written(photos, model_dir, tmp_path, capsys):
@@ -147,6 +189,18 @@ def test_calibrate_sets_the_threshold_of_a_folder(photos, photo, pipe, uncalibra
     files = [photos / "a.jpg", photos / "a.png", photos / "b.png", photos / "deep" / "a.png"]
     np.testing.assert_allclose(calibrated.config.calibration_scores, sorted(pipe(files).anomaly_score), atol=1e-4)
     assert calibrated.threshold == calibrated.config.calibration_scores[-2]
+
+
+def test_copies_litter_and_pictures_of_inspections_do_not_count_in_a_calibration(photos, uncalibrated, capsys):
+    run("inspect", photos, "--model", uncalibrated, "--output-dir", photos / "report")
+    (photos / ".ipynb_checkpoints").mkdir()
+    shutil.copy(photos / "a.png", photos / ".ipynb_checkpoints/a-checkpoint.png")
+    (photos / "again").symlink_to("deep")
+    assert run("calibrate", photos, "--model", uncalibrated, "--false-alarm-rate", 0.4) == 0
+    shutil.copy(photos / "a.png", photos / "deep/copy.png")
+    assert run("calibrate", photos, "--model", uncalibrated, "--false-alarm-rate", 0.4) == 2
+    assert "left out: 1 image(s) that are copies of others" in capsys.readouterr().err
+    assert len(DiffusionADPipeline.from_pretrained(uncalibrated).config.calibration_scores) == 4
 
 
 def test_calibrate_into_another_folder_leaves_the_first_alone_and_says_if_images_are_too_few(

@@ -150,6 +150,15 @@ def test_a_name_that_is_no_text_is_escaped(photos, model_dir, tmp_path, target):
     assert pq.read_table(target)["file"].to_pylist() == [str(tmp_path / "odd-\\udce9.png")]
 
 
+def test_pictures_among_the_photos_do_not_make_it_another_run(photos, model_dir, tmp_path, target):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    arguments = (folder, "--model", model_dir, "--parquet", target, "--output-dir", folder / "report")
+    assert run(*arguments) == 0
+    table = target.read_bytes()
+    (folder / "report/00_mask.png").unlink()
+    assert run(*arguments) == 0 and target.read_bytes() == table
+
+
 def test_what_is_missing_is_done_and_what_is_there_is_not_done_again(
     whole, photos, model_dir, target, monkeypatch, capfd
 ):
@@ -461,12 +470,14 @@ REFUSED = {
     "two inputs": (["{photos}", "--dataset", "org/x"], "give either INPUTs, --file-list or --dataset"),
     "an input that is not there": (["{photos}", "nowhere.png"], "nowhere.png: no such file"),
     "a list that is not there": (["--file-list", "nowhere.txt"], "nowhere.txt"),
-    "a list that is none": (["--file-list", "{photos}/00.png"], "00.png: not UTF-8 text"),
+    "a list that is none": (["--file-list", "{photos}/00.png"], "00.png: not a text file"),
     "an empty list": (["--file-list", "empty.txt"], "empty.txt: names no file"),
     "no such dataset": (["--dataset", "./nowhere"], "./nowhere: no such dataset"),
     "no such split": (["--dataset", "{data}", "--split", "test"], "there is no test; {data} has the splits train"),
     "no such column": (["--dataset", "{data}", "--image-column", "x"], "{data} has the image columns image"),
     "a column of numbers": (["--dataset", "{data}", "--image-column", "number"], "number: holds no images"),
+    "pictures in the dataset": (["--dataset", "{data}", "--output-dir", "{data}/x"], "{data}/x: lies in the dataset"),
+    "a table in the dataset": (["--dataset", "{data}", "--parquet", "{data}/r.parquet"], "--parquet {data}: lies in"),
     "JSON too": (["{photos}", "--json", "r.json"], "--json and --csv hold all results in memory"),
     "a GPU that is not there": (["{photos}", "--device", "cuda:7"], "device cuda:7"),
     "one GPU for all of Ray": (["{photos}", "--device", "cuda:7", "--engine", "ray"], "device cuda:7"),

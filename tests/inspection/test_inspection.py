@@ -10,7 +10,15 @@ import pytest
 from PIL import Image
 
 from diffusionad_hf import DiffusionADPipeline
-from diffusionad_hf.inspection.inspection import Item, Pictures, _read_ahead, find_images, inspect_files, picture_names
+from diffusionad_hf.inspection.inspection import (
+    Item,
+    Pictures,
+    _read_ahead,
+    find_images,
+    inspect_files,
+    picture_names,
+    read_list,
+)
 from diffusionad_hf.inspection.records import Failure
 from tests.conftest import make_pipeline
 
@@ -43,6 +51,62 @@ def test_pictures_have_names_that_differ_and_stay_in_their_folder(tmp_path, monk
     }
     assert picture_names([Path(name) for name in names]) == {Path(k): os.path.normpath(v) for k, v in names.items()}
     assert list(picture_names([Path("p/a.b.png")]).values()) == ["a.b"] and picture_names([]) == {}
+
+
+def test_pictures_of_long_names_and_of_names_that_differ_in_capitals_alone_are_apart():
+    names = list(picture_names([Path(f"p/{stem}.png") for stem in ("x" * 250, "x" * 249 + "y", "A", "a")]).values())
+    assert len({name.lower() for name in names}) == 4 and max(map(len, names)) == 255 - len("_reconstruction.png")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_list_of_files_as_any_system_writes_it(tmp_path, encoding, end):
+    names = ["件.png", " a.png", "b\x85c\u2028.png", "d e.png"]
+    (tmp_path / " a.png").touch()
+    text = end.join(str(tmp_path / name) for name in names) + f"{end}{end}  {names[0]} {end}"
+    (tmp_path / "list").write_bytes(text.encode(encoding))
+    assert read_list(tmp_path / "list") == [*(tmp_path / name for name in names), Path(names[0])]
+
+
+def test_a_list_may_name_files_whose_names_are_no_text_and_a_picture_is_no_list(tmp_path, file):
+    (tmp_path / "list").write_bytes(b"\xc1\xe3.png\n")
+    assert os.fsencode(read_list(tmp_path / "list")[0]) == b"\xc1\xe3.png"
+    with pytest.raises(ValueError, match="a.png: not a text file"):
+        read_list(file)
+
+
+def test_litter_is_left_out_of_folders_and_patterns_but_not_if_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["p/a.png", "p/._a.png", "p/__MACOSX/a.png", "p/.ipynb_checkpoints/a-checkpoint.png", ".q/b.png"]
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+    def found(*inputs):
+        return [file.as_posix() for file in find_images(inputs)[0]]
+
+    assert found("p", "p/**/*.png") == ["p/a.png"]
+    assert found("p/__MACOSX", "p/._a.png", "p/__MACOSX/*.png", ".q", ".q/*.png") == [*names[2:3], names[1], names[4]]
+
+
+@pytest.mark.parametrize("where", ["p", "p/report", "p/report/deep"])
+def test_pictures_of_inspections_are_not_inspected_whatever_is_left_of_them(pipe, photo, tmp_path, where, caplog):
+    folder = tmp_path / "p"
+    folder.mkdir()
+    # A mask of the user's own is no picture of an inspection, whatever its name.
+    for name in ("a.png", "a_mask.png"):
+        Image.fromarray(photo).save(folder / name)
+    files, _ = find_images([folder])
+    assert len(files) == 2
+    (result,) = inspect_files(pipe, files[:1], tmp_path / "elsewhere")
+    assert len(list(inspect_files(pipe, files[1:], tmp_path / where))) == 1
+    (tmp_path / where / "a_mask_overlay.png").unlink()
+    assert find_images([folder]) == (files, [])
+    assert "2 picture(s) that an inspection wrote are left out, such as" in caplog.text
+    assert find_images([result.pictures["mask"]])[0] == [Path(result.pictures["mask"])]
+    assert [f.error for f in find_images([tmp_path / "elsewhere"])[1]] == [
+        f"{tmp_path}/elsewhere: no images in this folder."
+    ]
 
 
 def test_results_after_a_bad_file_are_those_of_their_own_images(pipe, photo, tmp_path):

@@ -20,7 +20,7 @@ from diffusionad_hf.familiarity_diffusionad import Familiarity, describe, pixel_
 from diffusionad_hf.images_diffusionad import load_image, resize_image
 from diffusionad_hf.pipeline_diffusionad import conformal_threshold
 from diffusionad_hf.space import models
-from diffusionad_hf.space.actions import TRAINED_ON, calibrate_on, download, inspect_many, inspect_one
+from diffusionad_hf.space.actions import COPY, TRAINED_ON, calibrate_on, download, inspect_many, inspect_one
 from diffusionad_hf.space.handlers import batch_card, verdict_card
 from diffusionad_hf.space.intake import LIMITS, Refusal, Settings, Upload
 from diffusionad_hf.space.models import Calibration, ModelError, Models, Product, about, products
@@ -329,6 +329,20 @@ def test_photos_the_model_was_trained_on_are_unusable_for_calibration(results, m
     pipe.register_to_config(training_digests=seen)
     *_, done = calibrate_on(results, "anna", model, uploads(*parts), 0.1)
     assert len(done.calibration.scores) == 11 and done.unusable == [f"{parts[0].name}: {TRAINED_ON}"]
+
+
+def test_a_copy_of_a_photo_counts_once_in_a_calibration(results, model, parts, tmp_path):
+    content = [(f"{folder}/{part.name}", part.read_bytes()) for folder in ("a", "b") for part in parts[:9]]
+    with pytest.raises(Refusal, match=f"9 usable images.*: {COPY}"):
+        list(calibrate_on(results, "anna", model, uploads(archive(tmp_path / "a.zip", content)), 0.1))
+
+
+def test_pictures_in_an_archive_have_names_that_every_file_system_takes(results, model, parts, tmp_path):
+    content = [(f"{sign * 119}{i}.png", parts[0].read_bytes()) for sign in "件" for i in (1, 2)]
+    *_, batch = batch_of(results, model, uploads(archive(tmp_path / "a.zip", content)))
+    with zipfile.ZipFile(batch.archive) as bundle:
+        bundle.extractall(tmp_path / "unpacked")
+    assert len([path for path in (tmp_path / "unpacked").rglob("*.*") if path.parent.name == "overlays"]) == 2
 
 
 def test_what_nothing_supports_is_undecided_in_the_record_the_report_and_a_batch(results, model, parts, white):

@@ -178,6 +178,13 @@ def test_batches_of_nothing_or_of_too_many_files_are_refused(tmp_path, folder):
             collected(folder, *sent)
 
 
+def test_litter_in_an_archive_is_no_row(tmp_path, folder):
+    litter = ["__MACOSX/a.png", ".ipynb_checkpoints/a-checkpoint.png", "day\\._a.png", "day/@eaDir/a.png", "Thumbs.db"]
+    kept = ["./a.png", "day/b.png", "../c.png", "d..png"]
+    path = archive(tmp_path / "in.zip", [(name, png()) for name in [*litter, *kept]])
+    assert [upload.name for upload in collected(folder, path)] == ["a.png", "b.png", "c.png", "d..png"]
+
+
 def test_a_picture_with_an_archive_at_its_end_is_a_picture(tmp_path, folder):
     path = tmp_path / "both.png"
     path.write_bytes(png() + archive(tmp_path / "a.zip", [("a.txt", "x")]).read_bytes())

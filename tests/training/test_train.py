@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from diffusionad_hf import DiffusionADPipeline
 from diffusionad_hf.calibration import calibrate
 from diffusionad_hf.cli.main import main
+from diffusionad_hf.training import preview
 from diffusionad_hf.training.arguments import parse_arguments
 from diffusionad_hf.training.dataset import split_holdout
 from diffusionad_hf.training.loop import build_networks
@@ -225,3 +227,26 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_checkpoint(da
     assert "loss is nan" in error and "lower the learning rates" in error
     (checkpoint, *_) = sorted(tmp_path.glob("checkpoint-*/model.safetensors"))
     assert all(torch.isfinite(tensor).all() for tensor in load_file(checkpoint).values())
+
+
+def test_images_foregrounds_and_categories_whose_names_are_no_text(data, tmp_path, capsys):
+    """And what lies beside them that is none of them."""
+    odd = tmp_path / os.fsdecode(b"\xe9")
+    try:
+        shutil.copytree(data / "demo-part/train", odd / "train")
+        photos = sorted((odd / "train/good").iterdir())
+        for i, photo in enumerate(photos):
+            photo.rename(photo.with_name(os.fsdecode(b"\xc1%d.png" % i)))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    (tmp_path / "masks").mkdir()
+    for i in range(len(photos)):
+        Image.new("L", (64, 64), 255).save(os.fsencode(tmp_path / "masks") + b"/\xc1%d.png" % i)
+    (tmp_path / "masks/._0.png").write_bytes(b"litter")
+    (tmp_path / "textures").mkdir()
+    (tmp_path / "textures/more").symlink_to(data.parent / "textures")
+    options = {"foreground_dir": tmp_path / "masks", "max_train_steps": 2, "texture_dir": tmp_path / "textures"}
+    assert run(odd, tmp_path / "model", category=odd.name, **options) == 0
+    assert DiffusionADPipeline.from_pretrained(tmp_path / "model").threshold is not None
+    sheet = ["--data-dir", str(odd), "--output", str(tmp_path / "sheet.png"), "--rows", "1"]
+    assert preview.main(sheet) == 0 and "\\udce9" in capsys.readouterr().out
