@@ -33,7 +33,6 @@ is held out for testing. `hold_out=False` makes all of it the test set instead.
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import os
 import re
@@ -47,10 +46,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from .files import escaped, files_below, is_litter, require
 from .images_diffusionad import IMAGE_SUFFIXES, load_image
+from .masks import binary_mask, read_mask
 from .visualization import is_own_picture
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,6 @@ NORMAL = "good"
 _MASK_FOLDERS = ("ground_truth", "masks")
 _TEST_SHARE = 0.2  # of the normal images, if a dataset has defects but no split of its own
 _MOST_UNUSABLE = 0.05  # share of broken images to go on with
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on broken files
 
 
 class _Sample(NamedTuple):
@@ -69,20 +67,6 @@ class _Sample(NamedTuple):
     mask: Path | None
     defect_type: str
     split: str
-
-
-def binary_mask(mask: Image.Image | np.ndarray) -> np.ndarray:
-    """Defect pixels of a mask as a boolean (H, W) array.
-
-    Masks come as 0 / 255 (MVTec AD), as small class numbers (VisA) and as JPEGs with noise around 0. If any pixel
-    exceeds 127, those above it are defects; otherwise all that are not 0. Palettes are read as class numbers.
-    """
-    if isinstance(mask, Image.Image) and mask.mode in ("RGBA", "LA"):
-        mask = mask.convert("RGB" if mask.mode == "RGBA" else "L")  # opaque everywhere: alpha would read as a defect
-    values = np.asarray(mask)
-    if values.ndim == 3:
-        values = values.max(axis=2)
-    return values > 127 if values.max(initial=0) > 127 else values > 0
 
 
 # -- Files ----------------------------------------------------------------------------------------------------------
@@ -472,8 +456,12 @@ def _hub_defect_types(table: Any) -> np.ndarray:
 # -- Checking -------------------------------------------------------------------------------------------------------
 
 
-def check_images(dataset: Any) -> tuple[Any, list[str]]:
+def check_images(dataset: Any, value_range: float | None = None) -> tuple[Any, list[str]]:
     """Read every image and mask of a `datasets.Dataset` once, and leave out the rows that the pipeline could not use.
+
+    Args:
+        dataset: With the columns `image` and `mask`.
+        value_range: As for [`load_image`].
 
     Returns:
         The dataset without them, and one line for each, `file: reason`, which is also logged as a warning.
@@ -492,15 +480,15 @@ def check_images(dataset: Any) -> tuple[Any, list[str]]:
             if file is None:
                 continue
             name = file["path"] or f"{column} of row {row}"
+            source: Any = name if file["bytes"] is None else file["bytes"]
             try:
-                if file["bytes"] is None:
-                    pixels = load_image(name)
+                if column == "image":
+                    width, height = load_image(source, name, value_range).shape[:0:-1]
                 else:
-                    with Image.open(io.BytesIO(file["bytes"])) as image:
-                        pixels = load_image(image, name)
-            except _UNREADABLE as error:
+                    height, width = read_mask(source, name).shape
+            except (ValueError, OSError) as error:
                 return str(error) if name in str(error) else f"{name}: {error}"
-            sizes.append("{2} x {1}".format(*pixels.shape))
+            sizes.append(f"{width} x {height}")
         return f"{name}: is {sizes[1]} pixels, but its image is {sizes[0]}" if len(set(sizes)) > 1 else None
 
     with ThreadPoolExecutor() as pool:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusionad_hf.data import binary_mask, check_images, list_categories, load_category
+from diffusionad_hf.data import check_images, list_categories, load_category
+from diffusionad_hf.masks import binary_mask
 from tests.dataset_factory import (
     SIZE,
     make_dagm,
@@ -263,31 +264,6 @@ def test_unusable_masks_are_named_and_left_out_as_well(tmp_path):
     usable, problems = check_images(load_category(root)["test"])
     assert len(usable) == 43 and len(problems) == 2 and "001_mask.png" in problems[0]
     assert problems[1].endswith("002_mask.png: is 32 x 48 pixels, but its image is 48 x 32")
-
-
-def palette_mask():
-    """Class numbers; the background's colour is the brighter one."""
-    mask = Image.fromarray(np.array([[0, 1]], np.uint8))
-    mask.putpalette([200, 200, 200, 0, 0, 0])
-    return mask
-
-
-@pytest.mark.parametrize(
-    ("mask", "expected"),
-    [
-        (Image.fromarray(np.array([[0, 255], [128, 100]], np.uint8)), [[0, 1], [1, 0]]),  # blurred edges: half counts
-        (Image.fromarray(np.array([[0, 1], [3, 0]], np.uint8)), [[0, 1], [1, 0]]),  # VisA's class numbers
-        (Image.fromarray(np.array([[False, True]])), [[0, 1]]),
-        (Image.new("RGBA", (2, 1), (0, 0, 0, 255)), [[0, 0]]),  # opaque black is no defect
-        (Image.new("RGB", (2, 1), (255, 0, 0)), [[1, 1]]),  # painted in red
-        (np.array([[0.0, 1.0]]), [[0, 1]]),
-        (np.zeros((1, 2)), [[0, 0]]),
-        (palette_mask(), [[0, 1]]),
-    ],
-)
-def test_binary_mask(mask, expected):
-    found = binary_mask(mask)
-    assert found.dtype == bool and found.tolist() == np.array(expected, bool).tolist()
 
 
 def test_without_datasets_it_says_what_to_install(tmp_path, monkeypatch):

@@ -259,7 +259,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     target = args.output_dir or Path(args.model)
     options.check_writable(target)
     pipe = options.load_pipeline(args, args.device)
-    images, failures = options.read_normal_images(args.input, pipe.size)
+    images, failures = options.read_normal_images(args.input, pipe)
     pipe.set_progress_bar_config(disable=False, desc="calibrating", file=sys.stderr)
     new = [image for image in images if not pipe.trained_on(image)]
     if len(new) < len(images):

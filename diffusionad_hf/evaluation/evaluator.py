@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data import NORMAL, binary_mask
+from ..data import NORMAL
 from ..files import require, write_json
+from ..masks import binary_mask
 from ..version import __version__
 from .intervals import bootstrap_interval, exact_interval, image_intervals
 from .metrics import METRIC_NAMES, ImagePixels, image_metrics, pixel_curve, read_pixel_metrics

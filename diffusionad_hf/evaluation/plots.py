@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..data import NORMAL, binary_mask
+from ..data import NORMAL
 from ..files import require
 from ..images_diffusionad import load_image
+from ..masks import binary_mask
 from ..visualization import WRITER
 from .evaluator import EvaluationResult
 from .intervals import show_parts
