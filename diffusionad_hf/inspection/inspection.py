@@ -19,9 +19,10 @@ import fsspec
 import torch
 from PIL import Image
 
+from ..data import looks_like_image
 from ..figure import figure
 from ..files import escaped, files_below, is_litter, one_line, short_name
-from ..images_diffusionad import IMAGE_SUFFIXES, InvalidImageError, load_image, resize_image, to_uint8
+from ..images_diffusionad import InvalidImageError, load_image, resize_image, to_uint8
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..verdicts_diffusionad import NORMAL
 from ..visualization import (
@@ -78,10 +79,10 @@ def find_images(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], list[F
     failures: list[Failure] = []
     own: list[Path] = []
     for item in inputs:
-        name = os.fspath(item)
+        name = os.path.expanduser(item)
         path = Path(name)
         if path.is_dir():
-            found = [p for p in files_below(path) if p.suffix.lower() in IMAGE_SUFFIXES]
+            found = [p for p in files_below(path) if looks_like_image(p)]
             reason = "no images in this folder"
         elif path.is_file():
             found, reason = [path], ""
@@ -91,7 +92,7 @@ def find_images(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], list[F
             found = [p for p in found if not any(map(is_litter, set(p.parts) - set(path.parts)))]
             reason = "no file matches this pattern"
         else:
-            found, reason = [], "no such file or folder"
+            found, reason = [], "an address; download it first" if "://" in name else "no such file or folder"
         if not path.is_file():
             written = [p for p in found if is_own_picture(p)]
             own, found = own + written, sorted(set(found) - set(written))
