@@ -65,6 +65,7 @@ NORMAL = "good"
 _MASK_FOLDERS = ("ground_truth", "masks", "mask", "gt")
 _TEST_FOLDERS = ("test", "test_public")
 _TEST_SHARE = 0.2  # of the normal images, if a dataset has defects but no split of its own
+_READERS = 4  # threads that decode, each of which may hold a large photo
 _MOST_UNUSABLE = 0.05  # share of broken images to go on with
 
 
@@ -145,8 +146,8 @@ def _pair(images: dict[Path, str], masks: dict[Path, str], defective: Iterable[P
             pairs.setdefault(found[0], []).append(mask)
     if orphans:
         raise ValueError(
-            f"{len(orphans)} mask(s) without an image: {_shorten(orphans)}. A mask has the name of one image, also with "
-            f"_mask, _gt, _label or _seg, and lies in {_MASK_FOLDERS[0]}/<defect> as the image does in <defect>; "
+            f"{len(orphans)} mask(s) without an image: {_shorten(orphans)}. A mask has the name of one image, also "
+            f"with _mask, _gt, _label or _seg, and lies in {_MASK_FOLDERS[0]}/<defect> as the image does in <defect>; "
             "several of one image lie in a folder of its name. Rename, add or remove files."
         )
     _refuse_unmasked([image for image in defective if image not in pairs])
@@ -186,7 +187,7 @@ def _place(file: Path, root: Path) -> str:
 
 
 def _defect_samples(root: Path, test: Path) -> list[_Sample]:
-    """Test samples from `test`, which has a folder per type of defect, with masks from the folders of masks in either."""
+    """Test samples from `test`, with a folder per type of defect, and masks from the folders of masks in either."""
     images: dict[Path, str] = {}
     masks: dict[Path, str] = {}
     for sub in _subfolders(test):
@@ -586,7 +587,7 @@ def check_images(dataset: Any, value_range: float | None = None) -> tuple[Any, l
             sizes.append(f"{width} x {height}")
         return f"{name}: is {sizes[1]} pixels, but its image is {sizes[0]}" if len(set(sizes)) > 1 else None
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(_READERS) as pool:
         found = list(pool.map(problem, range(len(encoded))))
     problems = [line for line in found if line is not None]
     if len(problems) > max(1, _MOST_UNUSABLE * len(found)) or len(problems) == len(found) > 0:

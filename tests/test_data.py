@@ -168,8 +168,7 @@ def test_several_masks_of_an_image_in_a_folder_of_its_name_count_together(tmp_pa
     with pytest.raises(ValueError, match="masks of one image differ in size: .*001.png"):
         load_category(root)
     (root / "widget/ground_truth/logical/001/001.png").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="unusable.*001/001.png"):
-        check_images(load_category(root)["test"])
+    assert "001/001.png" in check_images(load_category(root)["test"])[1][0]
 
 
 @pytest.mark.parametrize("flat_masks", [False, True])
