@@ -77,7 +77,9 @@ def calibrate(
         for start in range(0, len(images), size):
             batch: list[torch.Tensor] = []
             for i in range(start, min(start + size, len(images))):
-                batch.append(resize_image(load_image(images[i], f"image {i}"), pipe.config.image_size))
+                batch.append(
+                    resize_image(load_image(images[i], f"image {i}", pipe.config.value_range), pipe.config.image_size)
+                )
                 if pipe.trained_on(batch[-1]):
                     raise ValueError(
                         f"image {i}: the model was trained on it, so its score says nothing of other normal images; "

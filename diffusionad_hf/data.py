@@ -10,9 +10,12 @@ The splits are "train" (normal images only, all that training may see) and "test
 
 The layout is recognised:
 
-    mvtec    <category>/train/good, test/<good or defect>, ground_truth/<defect>. MVTec AD, MPDD, BTAD (`ok`, `ko`)
-             and VisA converted to it. Masks carry the image's name, with or without `_mask`, in any image format. To
-             evaluate, test (and ground_truth) are enough
+    mvtec    <category>/train/good, test/<good or defect>, ground_truth/<defect>. MVTec AD, AD 2 (test_public; its
+             test_private has no labels and is left out) and LOCO, MPDD, BTAD (`ok`, `ko`) and VisA converted to it.
+             Images may lie in folders below these, or alone in train; normal ones in validation are for training.
+             Masks have the image's name, also with `_mask`, `-gt`, `_label` or `_seg` behind or before it, in any
+             image format; several of one image, in a folder of its name, count together. To evaluate, test (and
+             ground_truth) are enough
     visa     split_csv/1cls.csv and the files that it lists: VisA as downloaded
     dagm     Class<N>/Train and Test, each with a Label folder: DAGM 2007. Defective training images are left out
     folder   good/ and one folder per defect, if any (ground_truth/<defect> for masks), or normal images alone
@@ -51,6 +54,7 @@ from PIL import Image
 
 from .files import escaped, files_below, is_litter, require
 from .images_diffusionad import IMAGE_SUFFIXES, load_image
+from .masks import binary_mask, read_mask, undecorated
 from .visualization import is_own_picture
 
 logger = logging.getLogger(__name__)
@@ -58,40 +62,32 @@ logger = logging.getLogger(__name__)
 NORMAL = "good"
 """`defect_type` of normal images in every dataset, whatever the dataset itself calls them."""
 
-_MASK_FOLDERS = ("ground_truth", "masks")
+_MASK_FOLDERS = ("ground_truth", "masks", "mask", "gt")
+_TEST_FOLDERS = ("test", "test_public")
 _TEST_SHARE = 0.2  # of the normal images, if a dataset has defects but no split of its own
+_READERS = 4  # threads that decode, each of which may hold a large photo
 _MOST_UNUSABLE = 0.05  # share of broken images to go on with
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on broken files
 
 
 class _Sample(NamedTuple):
     image: Path
-    mask: Path | None
+    masks: tuple[Path, ...]
     defect_type: str
     split: str
-
-
-def binary_mask(mask: Image.Image | np.ndarray) -> np.ndarray:
-    """Defect pixels of a mask as a boolean (H, W) array.
-
-    Masks come as 0 / 255 (MVTec AD), as small class numbers (VisA) and as JPEGs with noise around 0. If any pixel
-    exceeds 127, those above it are defects; otherwise all that are not 0. Palettes are read as class numbers.
-    """
-    if isinstance(mask, Image.Image) and mask.mode in ("RGBA", "LA"):
-        mask = mask.convert("RGB" if mask.mode == "RGBA" else "L")  # opaque everywhere: alpha would read as a defect
-    values = np.asarray(mask)
-    if values.ndim == 3:
-        values = values.max(axis=2)
-    return values > 127 if values.max(initial=0) > 127 else values > 0
 
 
 # -- Files ----------------------------------------------------------------------------------------------------------
 
 
-def _images(folder: Path) -> list[Path]:
-    """Image files directly in `folder`, sorted, without pictures of inspections and evaluations."""
-    files = [file for file in _visible(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
-    return [file for file in files if not is_own_picture(file)]
+def looks_like_image(file: Path) -> bool:
+    """Whether a file's name is that of a picture; also of those that are not read, which are then named."""
+    return file.suffix.lower() in IMAGE_SUFFIXES or (guess_type(file.name, strict=False)[0] or "").startswith("image/")
+
+
+def _images(folder: Path, below: bool = False) -> list[Path]:
+    """Image files directly in `folder`, or also below it, sorted, without pictures of inspections and evaluations."""
+    files = files_below(folder) if below and folder.is_dir() else _visible(folder)
+    return [file for file in files if looks_like_image(file) and file.is_file() and not is_own_picture(file)]
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -107,8 +103,14 @@ def _is_normal(name: str) -> bool:
     return name.lower() in (NORMAL, "ok", "normal")
 
 
+def _is_mask_folder(name: str) -> bool:
+    return name.lower() in _MASK_FOLDERS
+
+
 def _normal_images(folder: Path) -> list[Path]:
-    return [image for sub in _subfolders(folder) if _is_normal(sub.name) for image in _images(sub)]
+    """Images in and below good; what lies in a folder of masks there says nothing."""
+    good = [(sub, image) for sub in _subfolders(folder) if _is_normal(sub.name) for image in _images(sub, below=True)]
+    return [image for sub, image in good if not any(map(_is_mask_folder, image.relative_to(sub).parts[:-1]))]
 
 
 def _shorten(names: Iterable[Any], most: int = 5) -> str:
@@ -116,20 +118,58 @@ def _shorten(names: Iterable[Any], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _pair(images: list[Path], masks: list[Path], defective: list[Path]) -> dict[Path, Path]:
-    """Masks by image. Any of `images` may have a mask, the `defective` ones must."""
-    by_stem = {image.stem: image for image in images}
-    pairs, orphans = {}, []
-    for mask in masks:
-        image = by_stem.get(mask.stem) or by_stem.get(re.sub(r"_(mask|label)$", "", mask.stem, flags=re.IGNORECASE))
-        if image is None:
+def _pair(images: dict[Path, str], masks: dict[Path, str], defective: Iterable[Path]) -> dict[Path, list[Path]]:
+    """
+    Masks by image. Any of `images` may have masks, the `defective` ones must.
+
+    Both come with their places, such as `crack/day1/000`: a mask belongs to the image in its place, or whose place its
+    folder is; else to the only one of its name in its type's folder, or anywhere if it lies in none. Its name may be
+    decorated, such as `000_mask` or `gt-000`.
+    """
+    places: dict[str, list[Path]] = {}
+    for image, place in images.items():
+        kind, _, rest = place.rpartition("/")
+        for name in {image.stem, image.name}:
+            for key in (f"{kind}/{name}", f"{place.partition('/')[0]}//{name}" if kind else "", f"//{name}"):
+                places.setdefault(key, []).append(image)
+    pairs: dict[Path, list[Path]] = {}
+    orphans = []
+    for mask, place in masks.items():
+        folder, _, stem = place.rpartition("/")
+        kind, name = folder.partition("/")[0], undecorated(stem)
+        above, _, last = folder.rpartition("/")
+        keys = [f"{folder}/{stem}", f"{folder}/{name}", f"{above}/{last}", f"{kind}//{stem}", f"{kind}//{name}"]
+        found = next((places[key] for key in keys if len(set(places.get(key, []))) == 1), None)
+        if found is None:
             orphans.append(mask)
         else:
-            pairs[image] = mask
+            pairs.setdefault(found[0], []).append(mask)
     if orphans:
-        raise ValueError(f"{len(orphans)} mask(s) without an image: {_shorten(orphans)}. Add or remove files.")
+        raise ValueError(
+            f"{len(orphans)} mask(s) without an image: {_shorten(orphans)}. A mask has the name of one image, also "
+            f"with _mask, _gt, _label or _seg, and lies in {_MASK_FOLDERS[0]}/<defect> as the image does in <defect>; "
+            "several of one image lie in a folder of its name. Rename, add or remove files."
+        )
     _refuse_unmasked([image for image in defective if image not in pairs])
     return pairs
+
+
+def _refuse_masks_among(images: Iterable[Path], also_twins: bool) -> None:
+    """Refuses masks beside their images; of equal names that differ in their suffix one may be the other's mask."""
+    seen: dict[Path, Path] = {}
+    for image in images:
+        seen.setdefault(image.with_suffix(""), image)
+    masks = [
+        image
+        for image in images
+        if (image.with_name(name) in seen if (name := undecorated(image.stem)) != image.stem else False)
+        or (also_twins and seen[image.with_suffix("")] != image)
+    ]
+    if masks:
+        raise ValueError(
+            f"{len(masks)} file(s) beside images of the same name, which would count as images: {_shorten(masks)}. If "
+            f"they are masks, move them to {_MASK_FOLDERS[0]}/<defect>; if they are copies, remove them."
+        )
 
 
 def _refuse_unmasked(images: list[Path]) -> None:
@@ -140,48 +180,71 @@ def _refuse_unmasked(images: list[Path]) -> None:
         )
 
 
-def _defect_samples(folders: Sequence[Path], root: Path) -> list[_Sample]:
-    """Test samples from one folder per defect type, with masks from `root`/ground_truth/<type> if there are any."""
-    defects = {folder.name: _images(folder) for folder in folders}
-    mask_root = next((root / name for name in _MASK_FOLDERS if (root / name).is_dir()), root / _MASK_FOLDERS[0])
-    masks = {folder.name: _images(folder) for folder in _subfolders(mask_root) if not _is_normal(folder.name)}
-    samples = []
-    for name in sorted(defects.keys() | masks.keys()):
-        images = defects.get(name, [])
-        pairs = _pair(images, masks.get(name, []), images if any(masks.values()) else [])
-        samples += [_Sample(image, pairs.get(image), name, "test") for image in images]
-    return samples
+def _place(file: Path, root: Path) -> str:
+    """Where a file lies, without its suffix and without folders of masks."""
+    inside = file.relative_to(root)
+    return "/".join([*(part for part in inside.parts[:-1] if not _is_mask_folder(part)), inside.stem])
 
 
-def _refuse_left_over(samples: list[_Sample], folders: Iterable[Path]) -> None:
-    """Refuses a test set if a picture anywhere below its folders does not count; masks of normal images need not."""
-    used = {path for sample in samples for path in (sample.image, sample.mask)}
+def _defect_samples(root: Path, test: Path) -> list[_Sample]:
+    """Test samples from `test`, with a folder per type of defect, and masks from the folders of masks in either."""
+    images: dict[Path, str] = {}
+    masks: dict[Path, str] = {}
+    for sub in _subfolders(test):
+        if not _is_normal(sub.name) and not _is_mask_folder(sub.name):
+            for file in _images(sub, below=True):
+                is_mask = any(map(_is_mask_folder, file.relative_to(sub).parts[:-1]))
+                (masks if is_mask else images)[file] = _place(file, test)
+    for folder in dict.fromkeys((*_subfolders(root), *_subfolders(test))):
+        if _is_mask_folder(folder.name):
+            found = {file: _place(file, folder) for file in _images(folder, below=True)}
+            masks |= {file: place for file, place in found.items() if not _is_normal(place.partition("/")[0])}
+    _refuse_masks_among(images, also_twins=True)
+    pairs = _pair(images, masks, images if masks else ())
+    return [_Sample(image, tuple(pairs.get(image, ())), images[image].partition("/")[0], "test") for image in images]
+
+
+def _refuse_left_over(samples: list[_Sample], folder: Path) -> None:
+    """Refuses a dataset if a picture anywhere below a folder does not count; masks of normal images need not."""
+    used = {path for sample in samples for path in (sample.image, *sample.masks)}
     left = [
         file
-        for file in sorted(file for folder in folders if folder.is_dir() for file in files_below(folder))
+        for file in _images(folder, below=True)
         if file not in used
-        and not is_own_picture(file)
-        and (guess_type(file.name, strict=False)[0] or "").startswith("image/")
-        and not (_is_normal(file.parent.name) and file.parent.parent.name in _MASK_FOLDERS)
+        and not any(map(_is_mask_folder, file.relative_to(folder).parts[:-1]))  # of a normal image, or paired
     ]
     if left:
         raise ValueError(
-            f"{len(left)} picture(s) would not count in the test set: {_shorten(left)}. Images belong directly into "
-            f"good or the folder of a defect, as {_shorten(sorted(IMAGE_SUFFIXES), most=9)}, and masks into "
-            f"{_MASK_FOLDERS[0]}/<defect>: move, convert or remove these."
+            f"{len(left)} picture(s) would not count: {_shorten(left)}. Images belong into good or the folder of a "
+            f"defect, and masks into {_MASK_FOLDERS[0]}/<defect>: move or remove these."
         )
 
 
 # -- The images of a category, by layout ----------------------------------------------------------------------------
 
 
-def _read_mvtec(folder: Path, hold_out: bool) -> list[_Sample]:
-    train = [_Sample(image, None, NORMAL, "train") for image in _normal_images(folder / "train")]
-    normal = [_Sample(image, None, NORMAL, "test") for image in _normal_images(folder / "test")]
-    defects = [sub for sub in _subfolders(folder / "test") if not _is_normal(sub.name)]
-    samples = train + normal + _defect_samples(defects, folder)
-    if not hold_out:
-        _refuse_left_over(samples, [folder / name for name in ("test", *_MASK_FOLDERS)])
+def _test_folder(folder: Path) -> Path:
+    return next((folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()), folder / _TEST_FOLDERS[0])
+
+
+def _read_mvtec(folder: Path) -> list[_Sample]:
+    train = []
+    for part in (folder / "train", folder / "validation"):
+        flat, good = _images(part), _normal_images(part)
+        defective = [sub for sub in _subfolders(part) if not _is_normal(sub.name) and _images(sub, below=True)]
+        if flat and (good or defective):
+            raise ValueError(
+                f"{part} holds images next to folders of images: move the normal ones to {part / NORMAL}."
+            )
+        if defective:
+            logger.warning("%s: training takes normal images alone, not these: %s", part, _shorten(defective))
+        train += flat or good
+    test = _test_folder(folder)
+    normal = _normal_images(test)
+    _refuse_masks_among([*train, *normal], also_twins=False)
+    samples = [_Sample(image, (), NORMAL, "train") for image in train]
+    samples += [_Sample(image, (), NORMAL, "test") for image in normal] + _defect_samples(folder, test)
+    _refuse_left_over(samples, test)
     return samples
 
 
@@ -201,9 +264,9 @@ def _read_visa(root: Path, category: str) -> list[_Sample]:
     for row in _visa_rows(root):
         normal = _is_normal(row["label"])
         if row["object"] == category and (normal or row["split"] == "test"):
-            mask = None if normal else root / row["mask"]
-            samples.append(_Sample(root / row["image"], mask, NORMAL if normal else row["label"], row["split"]))
-    _refuse_unmasked([sample.image for sample in samples if sample.mask is not None and not sample.mask.is_file()])
+            masks = () if normal else (root / row["mask"],)
+            samples.append(_Sample(root / row["image"], masks, NORMAL if normal else row["label"], row["split"]))
+    _refuse_unmasked([sample.image for sample in samples if not all(mask.is_file() for mask in sample.masks)])
     missing = [sample.image for sample in samples if not sample.image.is_file()]
     if missing:
         raise ValueError(f"{len(missing)} image(s) listed in split_csv/1cls.csv do not exist: {_shorten(missing)}.")
@@ -217,9 +280,11 @@ def _read_dagm(folder: Path) -> list[_Sample]:
         # Labels.txt names the label file of each defective image, so an image that lost it cannot pass for normal.
         table = labels / "Labels.txt"
         named = re.findall(r"(\S+)_label\.\w+", table.read_text(), re.IGNORECASE) if table.is_file() else []
-        pairs = _pair(images, _images(labels), [image for image in images if image.stem in set(named)])
+        masks = {mask: mask.stem for mask in _images(labels)}
+        defective = [image for image in images if image.stem in set(named)]
+        pairs = _pair({image: image.stem for image in images}, masks, defective)
         samples += [
-            _Sample(image, pairs.get(image), "defect" if image in pairs else NORMAL, split.lower())
+            _Sample(image, tuple(pairs.get(image, ())), "defect" if image in pairs else NORMAL, split.lower())
             for image in images
             if split == "Test" or image not in pairs
         ]
@@ -227,20 +292,19 @@ def _read_dagm(folder: Path) -> list[_Sample]:
 
 
 def _read_folder(folder: Path, hold_out: bool) -> list[_Sample]:
-    flat, subfolders = _images(folder), _subfolders(folder)
-    if flat and any(_images(sub) for sub in subfolders):
+    flat = _images(folder)
+    if flat and any(_images(sub, below=True) for sub in _subfolders(folder)):
         raise ValueError(f"{folder} holds images next to folders of images: move the normal ones to a folder good.")
     normal = flat or _normal_images(folder)
-    kinds = [sub for sub in subfolders if not _is_normal(sub.name) and sub.name not in _MASK_FOLDERS]
-    defects = _defect_samples(kinds, folder)
+    _refuse_masks_among(normal, also_twins=False)
+    defects = [] if flat else _defect_samples(folder, folder)
+    _refuse_left_over([_Sample(image, (), NORMAL, "test") for image in normal] + defects, folder)
     held_out = set(normal)
-    if not hold_out:
-        _refuse_left_over([_Sample(image, None, NORMAL, "test") for image in normal] + defects, [folder])
-    else:
+    if hold_out:
         # By a hash of the name: independent of the order in which photos were taken, and of the machine.
         by_hash = sorted(normal, key=lambda image: zlib.crc32(os.fsencode(image.name)))
         held_out = set(by_hash[: round(_TEST_SHARE * len(normal))] if defects else [])
-    return [_Sample(image, None, NORMAL, "test" if image in held_out else "train") for image in normal] + defects
+    return [_Sample(image, (), NORMAL, "test" if image in held_out else "train") for image in normal] + defects
 
 
 # -- Loading --------------------------------------------------------------------------------------------------------
@@ -251,7 +315,7 @@ def _is_hub_id(source: str | Path) -> bool:
 
 
 def _is_mvtec(folder: Path) -> bool:
-    return (folder / "train").is_dir() or any(_images(sub) for sub in _subfolders(folder / "test"))
+    return (folder / "train").is_dir() or any(_images(sub, below=True) for sub in _subfolders(_test_folder(folder)))
 
 
 def _recognise(source: str | Path, hold_out: bool = True) -> dict[str, Callable[[], list[_Sample]]]:
@@ -260,15 +324,15 @@ def _recognise(source: str | Path, hold_out: bool = True) -> dict[str, Callable[
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {source}: give a dataset's folder, or owner/name on the Hub.")
     root = root.resolve()  # so that "." has a name
-    if root.name == "test" and any((root.parent / name).is_dir() for name in _MASK_FOLDERS):
+    if root.name in _TEST_FOLDERS and any((root.parent / name).is_dir() for name in _MASK_FOLDERS):
         root = root.parent  # where its masks are
-    read_mvtec, read_folder = (partial(read, hold_out=hold_out) for read in (_read_mvtec, _read_folder))
+    read_folder = partial(_read_folder, hold_out=hold_out)
     if rows := _visa_rows(root):
         return {name: partial(_read_visa, root, name) for name in sorted({row["object"] for row in rows})}
     # Those that others would match as well come last.
     layouts: list[tuple[Callable[[Path], bool], Callable[[Path], list[_Sample]]]] = [
         (lambda folder: any((folder / split / "Label").is_dir() for split in ("Train", "Test")), _read_dagm),
-        (_is_mvtec, read_mvtec),
+        (_is_mvtec, _read_mvtec),
         (lambda folder: any(_is_normal(sub.name) for sub in _subfolders(folder)), read_folder),
     ]
     for matches, read in layouts:
@@ -325,14 +389,15 @@ def load_category(source: str | Path, category: str | None = None, *, hold_out: 
     samples = categories[category]()
     needed = "train" if hold_out else "test"
     if not any(sample.split == needed for sample in samples):
-        missing = "normal images to train on" if hold_out else "test images"
+        missing = "normal images to train on: they belong into train/good, good, or alone into train or the folder"
+        missing = missing if hold_out else "test images: they belong into test/good and test/<defect>"
         raise ValueError(f"category {category!r} in {source} has no {missing}.")
     splits = {}
     for split in ("train", "test"):
         rows = [sample for sample in samples if sample.split == split]
         columns = {
             "image": [_stored(row.image) for row in rows],
-            "mask": [None if row.mask is None else _stored(row.mask) for row in rows],
+            "mask": [_stored_mask(row.masks) for row in rows],
             "label": [int(row.defect_type != NORMAL) for row in rows],
             "defect_type": [escaped(row.defect_type) for row in rows],
             "split": [split] * len(rows),
@@ -355,6 +420,21 @@ def _stored(file: Path) -> dict[str, Any]:
     """A file as `datasets.Image` keeps it: by its path or, if that is no text, with its content."""
     name = escaped(file)
     return {"path": name, "bytes": None if name == str(file) else file.read_bytes()}
+
+
+def _stored_mask(masks: Sequence[Path]) -> dict[str, Any] | None:
+    """One mask as it is, several as one."""
+    if len(masks) < 2:
+        return _stored(masks[0]) if masks else None
+    try:
+        found = [read_mask(mask, str(mask)) for mask in masks]
+    except ValueError:
+        return _stored(masks[-1])  # damaged, or beside one that is: reading it again says so
+    if len({mask.shape for mask in found}) > 1:
+        raise ValueError(f"the masks of one image differ in size: {_shorten(masks)}.")
+    content = io.BytesIO()
+    Image.fromarray(np.logical_or.reduce(found)).save(content, "PNG")
+    return {"path": escaped(masks[0].parent), "bytes": content.getvalue()}
 
 
 def _features(datasets: ModuleType) -> Any:
@@ -472,8 +552,12 @@ def _hub_defect_types(table: Any) -> np.ndarray:
 # -- Checking -------------------------------------------------------------------------------------------------------
 
 
-def check_images(dataset: Any) -> tuple[Any, list[str]]:
+def check_images(dataset: Any, value_range: float | None = None) -> tuple[Any, list[str]]:
     """Read every image and mask of a `datasets.Dataset` once, and leave out the rows that the pipeline could not use.
+
+    Args:
+        dataset: With the columns `image` and `mask`.
+        value_range: As for [`load_image`].
 
     Returns:
         The dataset without them, and one line for each, `file: reason`, which is also logged as a warning.
@@ -492,18 +576,18 @@ def check_images(dataset: Any) -> tuple[Any, list[str]]:
             if file is None:
                 continue
             name = file["path"] or f"{column} of row {row}"
+            source: Any = name if file["bytes"] is None else file["bytes"]
             try:
-                if file["bytes"] is None:
-                    pixels = load_image(name)
+                if column == "image":
+                    width, height = load_image(source, name, value_range).shape[:0:-1]
                 else:
-                    with Image.open(io.BytesIO(file["bytes"])) as image:
-                        pixels = load_image(image, name)
-            except _UNREADABLE as error:
+                    height, width = read_mask(source, name).shape
+            except (ValueError, OSError) as error:
                 return str(error) if name in str(error) else f"{name}: {error}"
-            sizes.append("{2} x {1}".format(*pixels.shape))
+            sizes.append(f"{width} x {height}")
         return f"{name}: is {sizes[1]} pixels, but its image is {sizes[0]}" if len(set(sizes)) > 1 else None
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(_READERS) as pool:
         found = list(pool.map(problem, range(len(encoded))))
     problems = [line for line in found if line is not None]
     if len(problems) > max(1, _MOST_UNUSABLE * len(found)) or len(problems) == len(found) > 0:

@@ -80,6 +80,12 @@ def load_model(
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def check_may_be_on_hub(name: str) -> None:
+    """Raises `OSError` if a model that is no folder here cannot be on the Hub either."""
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise OSError(f"{name}: no such folder; give an existing one, or a Hub id such as org/name.")
+
+
 def load_pretrained(load: Callable[..., Pipeline], name: str, **kwargs: Any) -> Pipeline:
     """
     Loads a pipeline; tries again if the Hub is overloaded, and falls back on the cache if it cannot be reached.
@@ -95,8 +101,8 @@ def load_pretrained(load: Callable[..., Pipeline], name: str, **kwargs: Any) -> 
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "model_index.json")):
             raise OSError(f"{name}: no model_index.json in this folder; give a folder written by save_pretrained.")
-    elif name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise OSError(f"{name}: no such folder; give an existing one, or a Hub id such as org/name.")
+    else:
+        check_may_be_on_hub(name)
     failure, attempts, revision = None, _ATTEMPTS, kwargs.get("revision")
     while True:
         try:

@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,8 @@ class DiffusionADPipeline(DiffusionPipeline):
         training_digests (`str`, *optional*): [`pixel_digest`] of every training image, one after another, so that
             none of them is calibrated on.
         has_learnt (`bool`, *optional*): Whether the trained model told synthetic defects from normal images.
+        value_range (`float`, *optional*): The value that is white in images of more than 8 bits, as for
+            [`load_image`], such as 4095 for a camera of 12 bits; the same in training, calibration and inspection.
     """
 
     model_cpu_offload_seq = "unet->segmenter"
@@ -150,6 +152,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         calibrated_settings: dict | None = None,
         training_digests: str | None = None,
         has_learnt: bool | None = None,
+        value_range: float | None = None,
     ):
         super().__init__()
         image_size = image_size if image_size is not None else unet.config.sample_size
@@ -169,6 +172,8 @@ class DiffusionADPipeline(DiffusionPipeline):
             raise ValueError(f"training_digests: must be a text of {DIGEST_LENGTH} letters per image.")
         if has_learnt not in (None, True, False):
             raise ValueError(f"has_learnt={has_learnt!r:.80}: must be true, false or null.")
+        if value_range is not None and (not isinstance(value_range, Real) or not 0 < value_range < math.inf):
+            raise ValueError(f"value_range={value_range!r:.80}: must be the value that is white, such as 4095.")
         if not hasattr(scheduler, "reconstruct"):
             raise ValueError(f"scheduler={type(scheduler).__name__}: must be a NormGuidedScheduler.")
         self.register_modules(unet=unet.eval(), segmenter=segmenter.eval(), scheduler=scheduler)
@@ -184,6 +189,7 @@ class DiffusionADPipeline(DiffusionPipeline):
             calibrated_settings=calibrated_settings,
             training_digests=training_digests,
             has_learnt=has_learnt,
+            value_range=value_range,
         )
 
     def __repr__(self) -> str:
@@ -222,8 +228,8 @@ class DiffusionADPipeline(DiffusionPipeline):
     def settings(self) -> dict[str, Any]:
         """The settings that scores depend on."""
         scheduler = {k: self.scheduler.config[k] for k in ("small_timestep", "big_timestep", "guidance_weight")}
-        sizes = ("image_size", *(["tile_size"] if self.config.tile_size else []))
-        return scheduler | {name: self.config[name] for name in (*sizes, "top_k", "seed")}
+        given = [name for name in ("tile_size", "value_range") if self.config[name]]
+        return scheduler | {name: self.config[name] for name in ("image_size", *given, "top_k", "seed")}
 
     def trained_on(self, image: torch.Tensor) -> bool:
         """Whether an image, `(3, S, S)` at the model's size, is known to be one of those it was trained on."""
@@ -306,7 +312,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:
             # 1. Decode and resize: (B, 3, H, W) in [0, 1], and each image's own size.
             batch = enumerate(images[start : start + batch_size], start)
-            decoded = [load_image(item, name=f"image {i}") for i, item in batch]
+            decoded = [load_image(item, f"image {i}", self.config.value_range) for i, item in batch]
             sizes = [(item.shape[-2], item.shape[-1]) for item in decoded]
             for i, size in enumerate(sizes, start):
                 self._warn_of_shape(i, *size)
@@ -396,8 +402,8 @@ class DiffusionADPipeline(DiffusionPipeline):
                     f"image: cannot inspect a {type(item).__name__}; give PIL images, paths, numpy arrays "
                     f"or torch tensors{column}."
                 )
-            if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
-                raise FileNotFoundError(f"{item}: no such image file.")
+            if isinstance(item, (str, os.PathLike)) and not Path(item).expanduser().is_file():
+                load_image(item)  # says what is wrong with it, before anything is computed
         for name, value in {"batch_size": batch_size, "num_noises": num_noises}.items():
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1.")

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusionad_hf.data import binary_mask, check_images, list_categories, load_category
+from diffusionad_hf.data import check_images, list_categories, load_category
+from diffusionad_hf.inspection.inspection import find_images
+from diffusionad_hf.masks import binary_mask
 from tests.dataset_factory import (
     SIZE,
     make_dagm,
@@ -128,6 +130,156 @@ def test_without_any_masks_the_images_still_load(tmp_path):
     shutil.rmtree(root / "widget" / "ground_truth")
     data = load_category(root)
     assert set(data["test"]["mask"]) == {None} and sum(data["test"]["label"]) == 5
+
+
+def masks_of(root, *category):
+    """{image's name: share of defect pixels} of the defective test images."""
+    data = load_category(root, *category)["test"]
+    files = data.cast_column("image", datasets.Image(decode=False))
+    kept = [(files[i]["image"]["path"], row) for i, row in enumerate(data) if row["label"]]
+    assert check_images(data)[1] == []
+    return {
+        Path(path).relative_to(Path(root).resolve()).as_posix(): row["mask"] and binary_mask(row["mask"]).mean()
+        for path, row in kept
+    }
+
+
+def rectangle(left, value=255):
+    """A mask with a tenth of the image marked."""
+    mask = np.zeros(SIZE[::-1], np.uint8)
+    mask[:, left : left + SIZE[0] // 10] = value
+    return Image.fromarray(mask)
+
+
+def test_several_masks_of_an_image_in_a_folder_of_its_name_count_together(tmp_path):
+    """MVTec LOCO."""
+    root = make_mvtec(tmp_path, defects={})
+    one = rectangle(0)
+    for i in range(2):
+        write_image(root, f"widget/test/logical/{i:03}.png", True)
+        folder = root / f"widget/ground_truth/logical/{i:03}"
+        folder.mkdir(parents=True)
+        one.save(folder / "000.png")
+    rectangle(20, 85).save(root / "widget/ground_truth/logical/001/001.png")  # of another class
+    share = binary_mask(one).mean()
+    found = masks_of(root)
+    assert found["widget/test/logical/000.png"] == share and found["widget/test/logical/001.png"] == 2 * share
+    Image.new("L", (9, 9)).save(root / "widget/ground_truth/logical/001/001.png")
+    with pytest.raises(ValueError, match="masks of one image differ in size: .*001.png"):
+        load_category(root)
+    (root / "widget/ground_truth/logical/001/001.png").write_bytes(b"broken")
+    assert "001/001.png" in check_images(load_category(root)["test"])[1][0]
+
+
+@pytest.mark.parametrize("flat_masks", [False, True])
+def test_images_in_folders_below_the_defect_s_and_below_good_count(flat_masks, tmp_path):
+    root = make_mvtec(tmp_path, defects={"hole": 1})
+    for i, day in enumerate(("day1", "day2/late")):
+        name = f"{i}" if flat_masks else "0"
+        mask = f"widget/ground_truth/crack/{'' if flat_masks else day + '/'}{name}_mask.png"
+        write_image(root, f"widget/test/crack/{day}/{name}.png", True, mask=mask)
+        for split in ("train", "test"):
+            write_image(root, f"widget/{split}/good/{day}/0.png")
+    assert counts(load_category(root)) == {"train": {"good": 8}, "test": {"crack": 2, "good": 5, "hole": 1}}
+    assert all(masks_of(root).values())
+    write_image(root, "widget/ground_truth/crack/0.png")  # of which image?
+    if not flat_masks:
+        with pytest.raises(ValueError, match="1 mask.* without an image: .*crack/0.png"):
+            load_category(root)
+
+
+@pytest.mark.parametrize(
+    "name", ["x_gt.png", "x-mask.png", "mask_x.png", "x_seg.bmp", "x.png", "x.jpg.png", "GT-x.tif"]
+)
+@pytest.mark.parametrize("folder", ["ground_truth/hole", "masks/hole", "test/ground_truth/hole", "ground_truth"])
+def test_masks_are_found_by_any_usual_name_and_folder(name, folder, tmp_path):
+    root = make_mvtec(tmp_path, defects={})
+    write_image(root, "widget/test/hole/x.jpg", True, mask=f"widget/{folder}/{name}")
+    assert masks_of(root)["widget/test/hole/x.jpg"] > 0
+
+
+def test_mvtec_ad_2(tmp_path):
+    root = make_mvtec(tmp_path, train=3, good=0, defects={})
+    for i in range(2):
+        write_image(root, f"widget/validation/good/{i}.png")
+        write_image(root, f"widget/test_public/good/{i}.png")
+        write_image(root, f"widget/test_private/{i}.png")
+        mask = f"widget/test_public/ground_truth/bad/{i}_regular_mask.png"
+        write_image(root, f"widget/test_public/bad/{i}_regular.png", True, mask=mask)
+    expected = {"train": {"good": 5}, "test": {"good": 2, "bad": 2}}
+    assert counts(load_category(root)) == expected and all(masks_of(root).values())
+    assert counts(load_category(root / "widget" / "test_public", hold_out=False))["test"] == expected["test"]
+
+
+def test_normal_images_directly_in_train(tmp_path):
+    root = make_mvtec(tmp_path, train=0)
+    for i in range(4):
+        write_image(root, f"widget/train/{i}.png")
+    assert counts(load_category(root))["train"] == {"good": 4}
+    write_image(root, "widget/train/good/9.png")
+    with pytest.raises(ValueError, match="next to folders of images: move the normal ones to .*train.good"):
+        load_category(root)
+
+
+def test_defective_images_of_a_train_folder_are_said(tmp_path, caplog):
+    root = make_mvtec(tmp_path)
+    write_image(root, "widget/train/scratch/0.png", True)
+    assert counts(load_category(root))["train"] == {"good": 6}
+    assert "train/scratch" in caplog.text and "normal images alone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (make_mvtec, "widget/test/loose.png"),
+        (make_folder, "hole/000.jpg"),  # beside 000.png: its mask, or a copy?
+        (make_folder, "hole/000_mask.png"),
+        (make_folder, "good/000_GT.png"),
+        (make_mvtec, "widget/train/good/000_label.png"),
+        (make_mvtec, "widget/test/hole/xyz/000.tiff"),  # MVTec 3D-AD: depths beside colours
+    ],
+)
+def test_what_would_silently_be_left_out_or_trained_on_is_refused_by_name(make, name, tmp_path):
+    root = make(tmp_path)
+    write_image(root, name)
+    with pytest.raises(ValueError, match=Path(name).stem):
+        load_category(root)
+
+
+def test_masks_beside_the_colours_of_mvtec_3d(tmp_path):
+    root = make_mvtec(tmp_path, defects={}, train=0)
+    write_image(root, "widget/train/good/rgb/000.png")
+    write_image(root, "widget/train/good/gt/000.png")
+    write_image(root, "widget/test/hole/rgb/000.png", True, mask="widget/test/hole/gt/000.png")
+    assert counts(load_category(root)) == {"train": {"good": 1}, "test": {"good": 3, "hole": 1}}
+    assert all(masks_of(root).values())
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".ppm", ".pgm", ".jp2", ".avif", ".tga", ".gif", ".mpo"])
+def test_every_format_that_is_read_counts_everywhere(suffix, tmp_path):
+    for i in range(3):
+        (tmp_path / "part/good").mkdir(parents=True, exist_ok=True)
+        picture().save(tmp_path / f"part/good/{i}{suffix}")
+    data = load_category(tmp_path / "part")["train"]
+    assert len(data) == len(check_images(data)[0]) == len(find_images([tmp_path])[0]) == 3
+
+
+def test_pictures_that_are_not_read_are_named(tmp_path):
+    for i in range(40):
+        write_image(tmp_path, f"good/{i:02}.png")
+    (tmp_path / "good" / "40.heic").write_bytes(b"x")
+    assert "40.heic" in str(find_images([tmp_path])[0])
+    usable, problems = check_images(load_category(tmp_path)["train"])
+    assert len(usable) == 40 and "40.heic: not an image, or not one of PNG" in problems[0]
+
+
+def test_litter_counts_nowhere_and_a_hidden_folder_can_be_given(tmp_path):
+    root = make_folder(tmp_path / ".cache" / "part", defects={})
+    for folder in (".ipynb_checkpoints", "__MACOSX", "@eaDir/0.png"):
+        write_image(root, f"good/{folder}/0-checkpoint.png")
+    (root / "good" / "._000.png").write_bytes(b"x")
+    assert counts(load_category(root))["train"] == {"good": 10}
+    assert len(find_images([root])[0]) == len(find_images([str(root / "**" / "*.png")])[0]) == 10
 
 
 # -- Bad input ------------------------------------------------------------------------------------------------------
@@ -263,31 +415,6 @@ def test_unusable_masks_are_named_and_left_out_as_well(tmp_path):
     usable, problems = check_images(load_category(root)["test"])
     assert len(usable) == 43 and len(problems) == 2 and "001_mask.png" in problems[0]
     assert problems[1].endswith("002_mask.png: is 32 x 48 pixels, but its image is 48 x 32")
-
-
-def palette_mask():
-    """Class numbers; the background's colour is the brighter one."""
-    mask = Image.fromarray(np.array([[0, 1]], np.uint8))
-    mask.putpalette([200, 200, 200, 0, 0, 0])
-    return mask
-
-
-@pytest.mark.parametrize(
-    ("mask", "expected"),
-    [
-        (Image.fromarray(np.array([[0, 255], [128, 100]], np.uint8)), [[0, 1], [1, 0]]),  # blurred edges: half counts
-        (Image.fromarray(np.array([[0, 1], [3, 0]], np.uint8)), [[0, 1], [1, 0]]),  # VisA's class numbers
-        (Image.fromarray(np.array([[False, True]])), [[0, 1]]),
-        (Image.new("RGBA", (2, 1), (0, 0, 0, 255)), [[0, 0]]),  # opaque black is no defect
-        (Image.new("RGB", (2, 1), (255, 0, 0)), [[1, 1]]),  # painted in red
-        (np.array([[0.0, 1.0]]), [[0, 1]]),
-        (np.zeros((1, 2)), [[0, 0]]),
-        (palette_mask(), [[0, 1]]),
-    ],
-)
-def test_binary_mask(mask, expected):
-    found = binary_mask(mask)
-    assert found.dtype == bool and found.tolist() == np.array(expected, bool).tolist()
 
 
 def test_without_datasets_it_says_what_to_install(tmp_path, monkeypatch):

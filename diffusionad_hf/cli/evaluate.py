@@ -60,8 +60,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     check_writable(args.json and args.json.parent, args.plots)
     data = load_category(args.data_dir, args.category, hold_out=args.split)
-    test, problems = check_images(data["test"])
+    # First what takes no time to be wrong.
     pipe = load_pipeline(args, args.device)
+    test, problems = check_images(data["test"], pipe.config.value_range)
     result = evaluate_pipeline(pipe, test, batch_size=args.batch_size)
     num_train = len(data["train"])
     print(_format_metrics(result.metrics))

@@ -44,7 +44,7 @@ def _export(args: argparse.Namespace) -> int:
     images: list = []
     failures: list[str] = []
     if args.calibration_images:
-        images, failures = read_normal_images(args.calibration_images, pipe.size)
+        images, failures = read_normal_images(args.calibration_images, pipe)
     exported = export_pipeline(
         pipe, args.output_dir, format=args.format, precision=args.precision, calibration_images=images
     )

@@ -251,15 +251,23 @@ def _find_inputs(args: argparse.Namespace, target_dir: Path) -> Any:
 def _calibrate(args: argparse.Namespace) -> int:
     from ..calibration import calibrate
     from ..familiarity_diffusionad import pixel_digest
+    from ..inspection.inspection import find_images
+    from ..loading import check_may_be_on_hub
 
-    if args.output_dir is None and not Path(args.model).is_dir():
-        raise ValueError(
-            f"--model {args.model}: comes from the Hub; give --output-dir to say where to save it calibrated."
-        )
+    if not Path(args.model).is_dir():
+        check_may_be_on_hub(args.model)
+        if args.output_dir is None:
+            raise ValueError(
+                f"--model {args.model}: no folder here; if it is on the Hub, give --output-dir to say where to save "
+                "it calibrated."
+            )
+    files, missing = find_images(args.input)
+    if not files:
+        raise ValueError(" ".join(failure.error for failure in missing))
     target = args.output_dir or Path(args.model)
     options.check_writable(target)
     pipe = options.load_pipeline(args, args.device)
-    images, failures = options.read_normal_images(args.input, pipe.size)
+    images, failures = options.read_normal_images(args.input, pipe)
     pipe.set_progress_bar_config(disable=False, desc="calibrating", file=sys.stderr)
     new = [image for image in images if not pipe.trained_on(image)]
     if len(new) < len(images):

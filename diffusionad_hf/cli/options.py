@@ -37,6 +37,13 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images per pass (default: 16; on a CPU as many as fill 256 px squared, so 1 of that size)",
     )
+    parser.add_argument(
+        "--value-range",
+        type=positive_integer,
+        metavar="N",
+        help="the value that is white in images of more than 8 bits, such as 4095 for a camera of 12 bits (default: "
+        "as the model was trained, or that of the file's type)",
+    )
 
 
 def positive_integer(text: str) -> int:
@@ -63,7 +70,7 @@ def load_pipeline(args: argparse.Namespace, device: str | None = None, **kwargs:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: not available on this machine; leave it out, or give cpu.") from error
-    for name in ("revision", "variant"):
+    for name in ("revision", "variant", "value_range"):
         if getattr(args, name, None) is not None:
             kwargs[name] = getattr(args, name)
     pipe = load_model(args.model, device=device, **kwargs)
@@ -83,14 +90,14 @@ def check_writable(*folders: Path | None) -> None:
             raise OSError(f"{folder}: cannot write there ({error.strerror}); choose another folder.") from error
 
 
-def read_normal_images(inputs: Sequence[str], size: tuple[int, int]) -> tuple[list, list[str]]:
+def read_normal_images(inputs: Sequence[str], pipe: Any) -> tuple[list, list[str]]:
     """Reads images at the model's resolution; also returns why others were left out."""
     from ..inspection.inspection import find_images, read_small
     from ..inspection.records import Failure
 
     files, failures = find_images(inputs)
     images: list = []
-    for image in tqdm(read_small(files, size), total=len(files), desc="reading", unit="image", file=sys.stderr):
+    for image in tqdm(read_small(files, pipe), total=len(files), desc="reading", unit="image", file=sys.stderr):
         (failures if isinstance(image, Failure) else images).append(image)
     reasons = [failure.error for failure in failures]
     if not images:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..data import NORMAL, binary_mask
+from ..data import NORMAL
 from ..files import require
 from ..images_diffusionad import load_image
+from ..masks import binary_mask
 from ..visualization import WRITER
 from .evaluator import EvaluationResult
 from .intervals import show_parts
@@ -94,6 +95,12 @@ def plot_histogram(by_type: Mapping[str, Sequence[float]], threshold: float | No
     return figure
 
 
+def _shrunk(picture: np.ndarray) -> np.ndarray:
+    """Every n-th pixel of a picture, as many as are shown."""
+    step = max(1, max(picture.shape[:2]) // 512)
+    return picture[::step, ::step].copy()
+
+
 def plot_worst(result: EvaluationResult, dataset: Any) -> Any:
     """Lowest-scoring anomalous images, then highest-scoring normal ones, each above its anomaly map."""
     kept = [p for p in result.predictions if p["index"] in result.worst]
@@ -113,10 +120,10 @@ def plot_worst(result: EvaluationResult, dataset: Any) -> Any:
             axes.set_axis_off()
         for (top, bottom), case in zip(grid.T, cases, strict=False):
             row = dataset[case["index"]]
-            top.imshow(load_image(row["image"]).permute(1, 2, 0).numpy())
-            if row["mask"] is not None and (mask := binary_mask(row["mask"])).any():
+            top.imshow(_shrunk(load_image(row["image"]).permute(1, 2, 0).numpy()))
+            if row["mask"] is not None and (mask := _shrunk(binary_mask(row["mask"]))).any():
                 top.contour(mask, levels=[0.5], colors="lime", linewidths=1)
             top.set_title(f"{case['file']}\nscore {case['anomaly_score']:.3f}", fontsize=8)
-            shown = bottom.imshow(result.worst[case["index"]], cmap="inferno", vmin=0, vmax=1)
+            shown = bottom.imshow(_shrunk(result.worst[case["index"]]), cmap="inferno", vmin=0, vmax=1)
         panel.colorbar(shown, ax=grid[1].tolist(), shrink=0.8)
     return figure

@@ -30,7 +30,7 @@ GRAPH_FILES = {"openvino": ("model.xml", "model.bin"), "onnx": ("model.onnx",)}
 _FORMER_SETTINGS = ("image_size", "top_k", "seed", "calibration_scores", "false_alarm_rate", "threshold")
 SETTINGS = (
     *(*_FORMER_SETTINGS, "tile_size", "familiarity"),
-    *("calibrated_settings", "training_digests", "has_learnt"),
+    *("calibrated_settings", "training_digests", "has_learnt", "value_range"),
 )
 # Those of them that are fixed in the graph.
 _SIZES = ("image_size", "tile_size")

@@ -100,7 +100,10 @@ def export_pipeline(
     # Absolute: the staging folder goes beside the target, and the parent of `.` is `.` itself.
     target = Path(output_dir).resolve()
     with _staging(target) as staging:
-        images = [resize_image(load_image(image), pipe.size) for image in calibration_images]
+        images = [
+            resize_image(load_image(image, value_range=pipe.config.value_range), pipe.size)
+            for image in calibration_images
+        ]
         quantised_on, rest = _split(images, precision, images_needed(pipe.config.false_alarm_rate))
         noise = pipe._seeded_noise(1)[0].unsqueeze(1)  # (2, 1, 3, H, W)
         height, width = pipe.tile

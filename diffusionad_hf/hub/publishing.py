@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCardData, ModelInfo
+from huggingface_hub import HfApi, ModelCardData, ModelInfo, constants
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.utils import get_session
 from PIL import Image
 
 from ..figure import figure_of
@@ -93,9 +94,13 @@ def publish_model(
     check_repo_id(repo_id)
     if create_pr and revision not in (None, "main"):
         raise ValueError("`create_pr`: pull requests go to the main branch; leave out `revision`.")
-    api = hub_client(token)
     if not model_dir.is_dir():
         raise FileNotFoundError(f"{model_dir}: no such folder; give one that the trainer or save_pretrained wrote.")
+    if evaluation is not None and not Path(evaluation).is_file():
+        raise FileNotFoundError(f"{evaluation}: no such file; `diffusionad evaluate --json FILE` writes one.")
+    if missing := [example for example in examples if not Path(example).is_file()]:
+        raise FileNotFoundError(f"{missing[0]}: no such image file.")
+    api = hub_client(token)
     for pattern in (*PUBLISHED, "*.json"):
         for file in model_dir.glob(pattern):
             check_own_file(file, model_dir)
@@ -152,9 +157,7 @@ def _stage_evaluation(
     """Writes the evaluation and returns it; `None` if the model was not evaluated."""
     file = Path(evaluation) if evaluation is not None else model_dir / "evaluation.json"
     if not file.is_file():
-        if evaluation is None:
-            return None
-        raise FileNotFoundError(f"{file}: no such file; `diffusionad evaluate --json FILE` writes one.")
+        return None
     results = read_evaluation(file, pipe)
     # The file names the model's folder on the machine that evaluated it.
     results.setdefault("provenance", {})["model"] = repo_id
@@ -221,6 +224,8 @@ def list_models(org: str | None = None, *, token: str | None = None) -> list[dic
         OSError: If the Hub cannot be reached or refuses.
     """
     with explained(org or "the list of models"):
+        # Fails at once where the client would try for 20 s.
+        get_session().get(f"{constants.ENDPOINT}/api/models", params={"limit": 1}, timeout=10)
         found = list(
             HfApi(token=token).list_models(
                 filter="diffusionad",

@@ -2,7 +2,6 @@
 
 import codecs
 import glob
-import io
 import logging
 import math
 import os
@@ -20,9 +19,10 @@ import fsspec
 import torch
 from PIL import Image
 
+from ..data import looks_like_image
 from ..figure import figure
 from ..files import escaped, files_below, is_litter, one_line, short_name
-from ..images_diffusionad import IMAGE_SUFFIXES, InvalidImageError, load_image, resize_image, to_uint8
+from ..images_diffusionad import InvalidImageError, load_image, resize_image, to_uint8
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..verdicts_diffusionad import NORMAL
 from ..visualization import (
@@ -79,10 +79,10 @@ def find_images(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], list[F
     failures: list[Failure] = []
     own: list[Path] = []
     for item in inputs:
-        name = os.fspath(item)
+        name = os.path.expanduser(item)
         path = Path(name)
         if path.is_dir():
-            found = [p for p in files_below(path) if p.suffix.lower() in IMAGE_SUFFIXES]
+            found = [p for p in files_below(path) if looks_like_image(p)]
             reason = "no images in this folder"
         elif path.is_file():
             found, reason = [path], ""
@@ -92,7 +92,7 @@ def find_images(inputs: Sequence[str | os.PathLike]) -> tuple[list[Path], list[F
             found = [p for p in found if not any(map(is_litter, set(p.parts) - set(path.parts)))]
             reason = "no file matches this pattern"
         else:
-            found, reason = [], "no such file or folder"
+            found, reason = [], "an address; download it first" if "://" in name else "no such file or folder"
         if not path.is_file():
             written = [p for p in found if is_own_picture(p)]
             own, found = own + written, sorted(set(found) - set(written))
@@ -122,10 +122,10 @@ def read_list(path: Path) -> list[Path]:
     return files
 
 
-def read_small(files: Iterable[Path], size: tuple[int, int]) -> Iterator[torch.Tensor | Failure]:
+def read_small(files: Iterable[Path], pipe: DiffusionADPipeline) -> Iterator[torch.Tensor | Failure]:
     """Images, 8-bit and at the model's resolution already, so that thousands of photos fit in memory."""
-    for _, (image,) in _read_ahead([Item(escaped(file), file)] for file in files):
-        yield image if isinstance(image, Failure) else to_uint8(resize_image(image, size))
+    for _, (image,) in _read_ahead(([Item(escaped(file), file)] for file in files), pipe.config.value_range):
+        yield image if isinstance(image, Failure) else to_uint8(resize_image(image, pipe.size))
 
 
 def inspect_files(
@@ -159,13 +159,13 @@ def inspect_batches(
     pipe: DiffusionADPipeline, batches: Iterable[Sequence[Item]], pictures: Pictures | None = None
 ) -> Iterator[Inspection | Failure]:
     """Inspects batches as [`inspect_files`] does; they are iterated in another thread."""
-    with closing(_read_ahead(batches)) as batches_with_images:
+    with closing(_read_ahead(batches, pipe.config.value_range)) as batches_with_images:
         for batch, images in batches_with_images:
             yield from _inspect_batch(pipe, batch, images, pictures or Pictures())
 
 
 def _read_ahead(
-    batches: Iterable[Sequence[Item]],
+    batches: Iterable[Sequence[Item]], value_range: float | None = None
 ) -> Generator[tuple[Sequence[Item], list[torch.Tensor | Failure]], None, None]:
     """Batches with their images. Threads run ahead by a bounded number of batches: one takes them, others decode."""
     batches = iter(batches)
@@ -173,7 +173,7 @@ def _read_ahead(
 
     def take() -> tuple[Sequence[Item], list[Future]]:
         batch = next(batches, ())
-        return batch, [readers.submit(_read, item) for item in batch]
+        return batch, [readers.submit(_read, item, value_range) for item in batch]
 
     ahead = deque(source.submit(take) for _ in range(_BATCHES_AHEAD))
     try:
@@ -185,23 +185,17 @@ def _read_ahead(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(item: Item) -> torch.Tensor | Failure:
+def _read(item: Item, value_range: float | None) -> torch.Tensor | Failure:
     """Decodes an image. An address that cannot be reached is no fault of the image, and raises."""
     source = item.source
     if isinstance(source, str):
         with fsspec.open(source, "rb") as file:
             source = file.read()
     try:
-        if isinstance(source, Path):
-            return load_image(source)
-        with Image.open(io.BytesIO(source)) as image:
-            return load_image(image, item.name)
-    except (InvalidImageError, OSError) as error:
-        text = escaped(str(error))
-        return Failure(item.name, text if item.name in text else f"{item.name}: damaged, or no image ({text}).")
-    # Decoders raise whatever they stumble over.
-    except Exception as error:
-        return Failure(item.name, f"{item.name}: damaged, or no image ({one_line(error)}).")
+        return load_image(source, item.name, value_range)
+    except (InvalidImageError, OSError, MemoryError) as error:
+        text = escaped(one_line(error)) or "out of memory"
+        return Failure(item.name, text if item.name in text else f"{item.name}: {text}.")
 
 
 def _inspect_batch(

@@ -37,7 +37,7 @@ COPY = "a copy of another photo, which counts once."
 
 def inspect_one(results: Results, owner: str, model: Model, upload: Upload, settings: Settings) -> tuple[str, Path]:
     """Runs the model on one image and keeps the result; returns its key and folder."""
-    image, note = upload.image()
+    image, note = upload.image(model.value_range)
     raw = model.run([image], settings)[0]
     key, folder = results.new(owner)
     store(folder, Result.of(upload.name, model, image, raw, settings, note), image, raw, upload.path)
@@ -47,7 +47,7 @@ def inspect_one(results: Results, owner: str, model: Model, upload: Upload, sett
 def inspect_example(results: Results, model: Model, photo: Path) -> Path:
     """Runs the model on one of its examples; returns the folder of the result, which stays."""
     upload = Upload(photo.name, photo)
-    image, note = upload.image()
+    image, note = upload.image(model.value_range)
     raw = model.run([image])[0]
     folder = Path(tempfile.mkdtemp(dir=results.shelf))
     result = Result.of(upload.name, model, image, raw, Settings(), note)
@@ -101,7 +101,7 @@ def inspect_many(
         uploads = collect(files, Path(unpacked))
         _, folder = results.new(owner)
         yield 0, len(uploads)
-        for images, refused in _read(uploads, end):
+        for images, refused in _read(uploads, end, model.value_range):
             rows += [Row.refused(*item) for item in refused]
             answers = _run_all(model, [image for _, image, _ in images])
             for (upload, image, note), raw in zip(images, answers, strict=True):
@@ -122,7 +122,7 @@ def inspect_many(
 
 
 def _read(
-    uploads: Sequence[Upload], end: float
+    uploads: Sequence[Upload], end: float, value_range: float | None
 ) -> Iterator[tuple[list[tuple[Upload, torch.Tensor, str]], list[tuple[str, str]]]]:
     """Decodes a few at a time until `end`: images with notes on them, and names and reasons of what cannot be used."""
     images: list[tuple[Upload, torch.Tensor, str]] = []
@@ -132,7 +132,7 @@ def _read(
             if time.monotonic() > end:
                 minutes = LIMITS.batch_seconds // 60
                 raise Refusal(f"{upload.name}: not reached in {minutes} minutes. Send it in another batch.")
-            images.append((upload, *upload.image()))
+            images.append((upload, *upload.image(value_range)))
         except Refusal as error:
             refused.append((upload.name, str(error).removeprefix(f"{upload.name}: ")))
         if (
@@ -180,7 +180,7 @@ def calibrate_on(
     scores, grids, unusable, seen = [], [], [], set()
     with tempfile.TemporaryDirectory(dir=results.folder) as unpacked:
         uploads = collect(files, Path(unpacked))
-        for images, refused in _read(uploads, time.monotonic() + LIMITS.batch_seconds):
+        for images, refused in _read(uploads, time.monotonic() + LIMITS.batch_seconds, model.value_range):
             new = []
             for upload, image, _ in images:
                 digest = pixel_digest(image)

@@ -3,6 +3,7 @@
 What comes back from such a process is a shape, a number type and bytes: nothing that a decoder under attack could use.
 """
 
+import io
 import json
 import multiprocessing
 import threading
@@ -11,22 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from ..images_diffusionad import FORMATS, InvalidImageError, has_more_frames, load_image
+from ..images_diffusionad import InvalidImageError, has_more_frames, load_image, open_image
 
 _SECONDS = 20  # 50 million pixels take a slow processor 8
 _BYTES = 3 * 2**30  # beside what a new process has; 50 million pixels of 16 bits take 2
 _TYPES = {"uint8": np.uint8, "float32": np.float32}
 
 
-def decode(path: Path, most_pixels: int) -> tuple[torch.Tensor, bool]:
+def decode(
+    path: Path, most_pixels: int, suffix: str = "", value_range: float | None = None
+) -> tuple[torch.Tensor, bool]:
     """
     Reads an image file as [`load_image`] does.
 
     Args:
         path: The file.
         most_pixels: Larger images are refused before they are decoded.
+        suffix: Of the name that the file was sent with.
+        value_range: As for [`load_image`].
 
     Returns:
         `(3, H, W)`, uint8 or float32; and whether the file holds more frames than this first one.
@@ -35,12 +39,14 @@ def decode(path: Path, most_pixels: int) -> tuple[torch.Tensor, bool]:
         InvalidImageError: If it cannot be used; the message does not name the file.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
-        return _load(path, most_pixels)
+        return _load(path, most_pixels, suffix, value_range)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
     with receiver:
-        process = context.Process(target=_work, args=(sender, str(path), most_pixels), daemon=True)
+        process = context.Process(
+            target=_work, args=(sender, str(path), most_pixels, suffix, value_range), daemon=True
+        )
         process.start()
         sender.close()
         end = threading.Timer(_SECONDS, process.kill)
@@ -66,7 +72,7 @@ def decode(path: Path, most_pixels: int) -> tuple[torch.Tensor, bool]:
             process.close()
 
 
-def _work(sender: Connection, path: str, most_pixels: int) -> None:
+def _work(sender: Connection, path: str, most_pixels: int, suffix: str, value_range: float | None) -> None:
     import resource
 
     torch.set_num_threads(1)
@@ -76,7 +82,7 @@ def _work(sender: Connection, path: str, most_pixels: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     try:
-        found, more = _load(Path(path), most_pixels)
+        found, more = _load(Path(path), most_pixels, suffix, value_range)
         image = found.contiguous().numpy()
     except (InvalidImageError, OSError, MemoryError, RuntimeError) as error:  # the last one is torch's for no memory
         out = isinstance(error, (MemoryError, RuntimeError))
@@ -105,24 +111,26 @@ def _has_proc() -> bool:
     return Path("/proc/self/statm").is_file()
 
 
-def _load(path: Path, most_pixels: int) -> tuple[torch.Tensor, bool]:
-    size = stated_size(path) or (0, 0)  # load_image says what is wrong with it
+def _load(path: Path, most_pixels: int, suffix: str, value_range: float | None) -> tuple[torch.Tensor, bool]:
+    name = f"image{suffix}"
+    size = stated_size(path, suffix) or (0, 0)  # load_image says what is wrong with it
     if size[0] * size[1] > most_pixels:
         raise InvalidImageError(
             f"{size[0]} x {size[1]} pixels, more than {most_pixels // 1_000_000} million. Shrink it first."
         )
     try:
-        image = load_image(path)
-        with Image.open(path, formats=FORMATS) as file:
+        content = path.read_bytes()
+        image = load_image(content, name, value_range)
+        with open_image(io.BytesIO(content), name) as file:
             return image, has_more_frames(file)
-    except (InvalidImageError, FileNotFoundError) as error:
-        raise InvalidImageError(str(error).removeprefix(f"{path}: ")) from error
+    except InvalidImageError as error:
+        raise InvalidImageError(str(error).removeprefix(f"{name}: ")) from error
 
 
-def stated_size(path: Path) -> tuple[int, int] | None:
+def stated_size(path: Path, suffix: str = "") -> tuple[int, int] | None:
     """Width and height as the file states them; None if it is no image of an accepted format."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_image(path, f"image{suffix}") as image:
             return image.size
     except Exception:  # decoders raise whatever they stumble over
         return None

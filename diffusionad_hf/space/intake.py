@@ -211,14 +211,15 @@ class Upload:
     path: Path | None = None
     error: str = ""
 
-    def image(self) -> tuple[torch.Tensor, str]:
-        """Decodes it, unless it is too large: the pixels, and a note on them; a refusal begins with its name."""
+    def image(self, value_range: float | None = None) -> tuple[torch.Tensor, str]:
+        """Decodes it as [`load_image`] does, unless it is too large: the pixels, and a note on them; a refusal begins
+        with its name."""
         if self.error:
             raise Refusal(f"{self.name}: {self.error}")
         try:
             if self.path.stat().st_size > LIMITS.image_bytes:
                 raise Refusal(f"{self.name}: {_TOO_LARGE}")
-            image, has_more_frames = decode(self.path, LIMITS.image_pixels)
+            image, has_more_frames = decode(self.path, LIMITS.image_pixels, Path(self.name).suffix, value_range)
             return image, "It holds several frames: only the first one was inspected." if has_more_frames else ""
         except InvalidImageError as error:
             raise Refusal(f"{self.name}: {error}") from error

@@ -165,6 +165,11 @@ class Model:
             self.pipe = pipe
             return pipe
 
+    @property
+    def value_range(self) -> float | None:
+        """What is white in images of more than 8 bits; None if their type says it."""
+        return self.load().config.value_range
+
     def trained_on(self, image: torch.Tensor) -> bool:
         """Whether an image, (3, H, W), is known to be one of those the model was trained on."""
         pipe = self.load()

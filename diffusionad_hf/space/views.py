@@ -53,13 +53,15 @@ class Result:
     settings_changed: bool
     note: str = ""
     is_example: bool = False
+    value_range: float | None = None  # as the model reads images
 
     @classmethod
     def of(
         cls, name: str, model: Model, image: torch.Tensor, raw: Raw, settings: Settings, note: str = ""
     ) -> "Result":
         size, note = (image.shape[2], image.shape[1]), " ".join(filter(None, (note, raw.note)))
-        return cls(name, model.name, model.key, raw.score, size, raw.grid.tolist(), settings != Settings(), note)
+        grid, changed, white = raw.grid.tolist(), settings != Settings(), model.value_range
+        return cls(name, model.name, model.key, raw.score, size, grid, changed, note, value_range=white)
 
     def p_value(self, calibration: Calibration) -> float | None:
         return None if self.settings_changed else calibration.p_value(self.score)
@@ -271,7 +273,8 @@ def full_size(folder: Path, kind: str, calibration: Calibration, opacity: float)
     elif kind == "mask":
         picture = drawing.mask()
     else:
-        picture = drawing.overlay(_to_pil(decode(folder / "original", LIMITS.image_pixels)[0]), opacity, tags=False)
+        photo, _ = decode(folder / "original", LIMITS.image_pixels, Path(result.name).suffix, result.value_range)
+        picture = drawing.overlay(_to_pil(photo), opacity, tags=False)
     return save_image(picture, path)
 
 

@@ -91,6 +91,12 @@ class TrainingConfig:
         "Size of the images in px, for training and inspection: HEIGHTxWIDTH, multiples of 32; or one number, for as "
         "many px as a square of that side has, in the usual shape of the training photos.",
     )
+    value_range: float | None = _option(
+        None,
+        "The value that is white in images of more than 8 bits, such as 4095 for a camera of 12 bits; by default that "
+        "of the file's type.",
+        within="(0, inf)",
+    )
     prediction_type: str | None = _option(
         None,
         "What the UNet predicts: the noise (the paper), the image, or the velocity. By default paper predicts the "

@@ -74,11 +74,16 @@ class NormalImages(Dataset):
     """
 
     def __init__(
-        self, images: Sequence[Any], size: tuple[int, int], foregrounds: Sequence[torch.Tensor] | None = None
+        self,
+        images: Sequence[Any],
+        size: tuple[int, int],
+        foregrounds: Sequence[torch.Tensor] | None = None,
+        value_range: float | None = None,
     ):
         self.images = images
         self.size = size
         self.foregrounds = foregrounds
+        self.value_range = value_range
         fits = len(images) * 3 * math.prod(size) <= _CACHE_BYTES
         self._cache: dict[int, torch.Tensor] | None = {} if fits else None
 
@@ -89,7 +94,7 @@ class NormalImages(Dataset):
         self, rows: Sequence[int], images: Sequence[Any], foregrounds: Sequence[torch.Tensor] | None = None
     ) -> "NormalImages":
         """Those of some rows, which are `images` with these foregrounds, without reading them again."""
-        chosen = NormalImages(images, self.size, foregrounds)
+        chosen = NormalImages(images, self.size, foregrounds, self.value_range)
         if self._cache is not None:
             chosen._cache = {new: self._cache[old] for new, old in enumerate(rows) if old in self._cache}
         return chosen
@@ -104,7 +109,7 @@ class NormalImages(Dataset):
 
     def read(self, index: int) -> torch.Tensor:
         """As [`pixels`], but without the cache."""
-        return resize_image(load_image(self.images[index], name=f"training image {index}"), self.size)
+        return resize_image(load_image(self.images[index], f"training image {index}", self.value_range), self.size)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from ..files import escaped, is_litter
 from ..images_diffusionad import IMAGE_SUFFIXES
+from ..masks import read_mask, undecorated
 
 KINDS = ("auto", "object", "texture")
 
@@ -27,7 +28,7 @@ SNAPPING = ((12, 20), (6, 8), (3, 4))  # neighbourhood in working pixels, most i
 
 
 def find_foregrounds(folder: str | Path, names: Sequence[str]) -> list[Path]:
-    """The mask's file for each image name: the same stem, or that and `_mask`, with any usual extension."""
+    """The mask's file for each image name: the same stem, also with `_mask` and the like, and any image's suffix."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -35,13 +36,12 @@ def find_foregrounds(folder: str | Path, names: Sequence[str]) -> list[Path]:
         )
     files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not is_litter(p.name)]
     # PNGs come last, so they win over files of the same stem.
-    masks = {
-        escaped(path.stem): path for path in sorted(files, key=lambda path: (path.suffix.lower() == ".png", path))
-    }
+    files.sort(key=lambda path: (path.suffix.lower() == ".png", path))
+    masks = {escaped(undecorated(path.stem)): path for path in files} | {escaped(path.stem): path for path in files}
     found = []
     for name in names:
         stem = Path(name).stem
-        path = masks.get(stem) or masks.get(f"{stem}_mask")
+        path = masks.get(stem)
         if path is None:
             raise FileNotFoundError(f"no foreground for image {name}: expected {folder / stem}.png")
         found.append(path)
@@ -52,18 +52,17 @@ def load_foreground(path: Path) -> np.ndarray:
     """Reads one of the user's masks, white on the product.
 
     Returns:
-        `(H, W)` bool: grey level above 127.
+        `(H, W)` bool, as [`read_mask`] finds them.
 
     Raises:
         ValueError: if the mask cannot be read or is empty.
     """
     try:
-        with Image.open(path) as image:
-            mask = np.asarray(image.convert("L")) > 127
-    except (OSError, SyntaxError) as error:
+        mask = read_mask(path, str(path))
+    except ValueError as error:
         raise ValueError(f"foreground {path} cannot be read: {error}") from error
     if not mask.any():
-        raise ValueError(f"foreground {path} is empty: the product must be white (above 127) on black")
+        raise ValueError(f"foreground {path} is empty: the product must be white on black")
     return mask
 
 

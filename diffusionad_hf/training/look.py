@@ -73,9 +73,9 @@ def look(args: TrainingConfig) -> Photos:
     data = load_category(args.data_dir, args.category)
     feedback = Feedback() if args.feedback is None else read_feedback(args.feedback, args.data_dir)
     table, test = _apply(feedback, data["train"], data["test"])
-    usable, damaged = check_images(table)
+    usable, damaged = check_images(table, args.value_range)
     images = TableImages(usable)
-    normal = NormalImages(images, fit_size(args, images))
+    normal = NormalImages(images, fit_size(args, images), value_range=args.value_range)
     thumbnails, digests = [], []
     for digest, thumbnail in in_threads(partial(_read, normal), range(len(images))):
         digests.append(digest)

@@ -171,6 +171,7 @@ def finish(
     # Calibrated as it will be used: with the weights as they were saved, computing in float32.
     pipe = DiffusionADPipeline.from_pretrained(output_dir, dtype=torch.float32).to(trained.device)
     pipe.set_progress_bar_config(desc="calibrating")
+    pipe.register_to_config(value_range=args.value_range)
     # At the model's size, as maps and reconstructions of large photos would fill the memory.
     images = [held_out.read(i) for i in range(len(held_out))]
     calibrate(pipe, images, false_alarm_rate=args.false_alarm_rate)
@@ -296,7 +297,7 @@ def _measure_feedback(pipe: DiffusionADPipeline, feedback: Feedback) -> str:
 def _evaluate(pipe: DiffusionADPipeline, test: Any, output_dir: Path) -> tuple[str, Any]:
     """Writes `evaluation.json`; returns its main numbers, or why there are none, and a figure of the worst cases."""
     try:
-        usable, _ = check_images(test)
+        usable, _ = check_images(test, pipe.config.value_range)
         result = evaluate_pipeline(pipe, usable)
     except ValueError as error:
         return f"Not evaluated on the test images: {error}", None

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--foreground", choices=KINDS, default="auto", help="what the images show, if known")
     parser.add_argument("--image-size", default="256", help="as in training (default: %(default)s)")
     add_former_size(parser)
+    parser.add_argument("--value-range", type=float, help="as in training")
     parser.add_argument("--rows", type=int, default=8, help="images on the sheet (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the synthesis (default: %(default)s)")
     escape_output()

@@ -57,8 +57,8 @@ class FolderTextures:
                 logger.warning("texture %s skipped: %s", path, error)
         if not bank:
             raise ValueError(
-                f"no readable image ({', '.join(sorted(IMAGE_SUFFIXES))}) in texture folder {folder}: "
-                "name a folder of images, or use ProceduralTextures"
+                f"`texture_dir` {folder}: no readable image in it; give a folder of images such as DTD's, or leave it "
+                "out to have textures made (ProceduralTextures)."
             )
         self.bank = torch.stack(bank)
         self.digest = digest_of(

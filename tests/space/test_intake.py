@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipInfo
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -210,8 +211,8 @@ def test_equal_names_are_told_apart(tmp_path, folder):
         (huge_png(10_000, 6_000), "10000 x 6000 pixels"),
         (png(4), "too small"),
         (written("ICO"), "not an image"),
-        (written("JPEG2000"), "not an image"),
-        (written("PPM"), "not an image"),
+        (written("PCX"), "not an image"),
+        (written("TGA"), "not an image"),
     ],
 )
 def test_unusable_images_are_named_by_their_sender_s_name_and_without_the_server_s_path(tmp_path, data, reason):
@@ -221,6 +222,14 @@ def test_unusable_images_are_named_by_their_sender_s_name_and_without_the_server
         Upload("mine.png", path).image()
     assert str(caught.value).startswith("mine.png: ")
     assert str(tmp_path) not in str(caught.value) and "stored" not in str(caught.value)
+
+
+def test_what_a_model_is_told_of_its_camera_holds_for_uploads_too(tmp_path):
+    path = tmp_path / "0001"
+    Image.fromarray(np.full((20, 40), 4095, np.uint16)).save(path, "PNG")
+    assert Upload("a.png", path).image()[0].max() == 16 and Upload("a.png", path).image(4095)[0].min() == 255
+    path.write_bytes(written("TGA"))  # which only a name tells
+    assert Upload("a.tga", path).image()[0].shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])

@@ -21,6 +21,7 @@ NONSENSE = {
     "texture_dir": ["no/such/textures"],
     "foreground_dir": ["no/such/masks"],
     "foreground": ["nowhere"],
+    "value_range": [0, -1, "nan", "inf"],
     "holdout_fraction": [0, 1, "nan"],
     "feedback": ["no/such/marks.json"],
     "preset": ["enormous"],

@@ -58,7 +58,7 @@ def test_missing_and_empty_folders_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path.name}.*ProceduralTextures"):
         FolderTextures(tmp_path, 8)
     (tmp_path / "bad.png").write_bytes(b"not a PNG")
-    with pytest.raises(ValueError, match="no readable image"):
+    with pytest.raises(ValueError, match="no readable image in it; give a folder"):
         FolderTextures(tmp_path, 8)
 
 
