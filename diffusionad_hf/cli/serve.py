@@ -8,12 +8,12 @@ from typing import Any
 from ..files import bundled, require
 from .options import add_command
 
-_DEMO_MODEL = "space/checkpoints/demo-part"
+_DEMO_MODELS = "space/checkpoints"
 
 
 def add_commands(commands: Any) -> None:
     parser = add_command(
-        commands, "demo", "inspect the bundled photos with the embedded model, without a network", _demo
+        commands, "demo", "inspect the bundled photos with the embedded models, without a network", _demo
     )
     parser.add_argument(
         "--output-dir",
@@ -35,22 +35,25 @@ def add_commands(commands: Any) -> None:
         action="extend",
         metavar="M",
         help="models to offer: pipeline folders, folders of such folders, Hub ids or organizations (default: the "
-        "embedded model, or what DIFFUSIONAD_MODELS names)",
+        "embedded models, or what DIFFUSIONAD_MODELS names)",
     )
     parser.add_argument("--host", metavar="H", help="address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
     parser.add_argument("--port", metavar="P", type=int, help="(default: the first free one from 7860 on)")
 
 
 def _demo(args: argparse.Namespace) -> int:
-    photos, model = bundled(f"{_DEMO_MODEL}/examples"), bundled(_DEMO_MODEL)
-    if photos.is_relative_to(Path.cwd()):
-        photos = photos.relative_to(Path.cwd())
     os.environ["HF_HUB_OFFLINE"] = "1"
     from .main import main
 
-    # Exit code 1 says that some photos show a defect, which they do.
-    code = main(["inspect", str(photos), "--model", str(model), "--output-dir", args.output_dir])
-    return 0 if code == 1 else code
+    for model in sorted(path.parent for path in bundled(_DEMO_MODELS).glob("*/examples")):
+        if model.is_relative_to(Path.cwd()):
+            model = model.relative_to(Path.cwd())
+        output_dir = str(Path(args.output_dir) / model.name)
+        # Exit codes 1 and 3 say that some photos show a defect or are undecided, which they may.
+        code = main(["inspect", str(model / "examples"), "--model", str(model), "--output-dir", output_dir])
+        if code not in (0, 1, 3):
+            return code
+    return 0
 
 
 def _serve(args: argparse.Namespace) -> int:

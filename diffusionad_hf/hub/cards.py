@@ -49,6 +49,9 @@ class DataSource:
 DATASETS = (
     DataSource("MVTec AD", "cc-by-nc-sa-4.0", "https://www.mvtec.com/company/research/datasets/mvtec-ad"),
     DataSource("VisA", "cc-by-4.0", "https://github.com/amazon-science/spot-diff"),
+    DataSource(
+        "Amazon Lookout for Vision samples", "cc-by-sa-4.0", "https://github.com/aws-samples/amazon-lookout-for-vision"
+    ),
     DataSource("Demo part", "mit", origin="rendered"),
 )
 """Datasets whose licence is known."""
@@ -144,6 +147,9 @@ def build_card(
         folder: The saved model, to describe its files.
     """
     license = license or (data.license if data else None)
+    origin: dict[str, Any] = (
+        {"data_origin": data.origin, "data_license": data.license} if data in DATASETS and data else {}
+    )
     metadata = ModelCardData(
         library_name="diffusers",
         # The Hub has no task for anomaly detection.
@@ -156,7 +162,7 @@ def build_card(
         # Not a field of the Hub's; `diffusionad list` shows it.
         category=category,
         # Nor these; the web demo shows them.
-        **({"data_origin": data.origin, "data_license": data.license} if data and data in DATASETS else {}),
+        **origin,
     )
     return ModelCard.from_template(
         metadata,
