@@ -41,8 +41,8 @@ def test_photos_too_few_for_the_rate_are_said_before_the_first_step_and_never_gi
 ):
     assert run(data, tmp_path / "model", max_train_steps=1, false_alarm_rate=0.05) == 0
     said = capsys.readouterr()
-    assert "Photos:  6 to train on, 6 held out, which promise a false-alarm rate of 14.3 % at best" in said.out
-    assert "(5 % takes 38 photos)" in said.out and "the threshold is set for 14.3 %" in said.err
+    assert "Photos:  6 to train on, 6 held out, too few to show that it has learnt" in said.out
+    assert "give 14 photos or more" in said.out and "the threshold is set for 14.3 %" in said.err
     pipe = DiffusionADPipeline.from_pretrained(tmp_path / "model")
     assert math.isfinite(pipe.threshold) and pipe.config.false_alarm_rate == 1 / 7
 
