@@ -302,7 +302,7 @@ def test_two_ray_workers_read_a_dataset_and_one_of_them_is_killed(
 
 def test_ray_says_what_went_wrong_in_a_worker(cluster, photos, model_dir, target, tmp_path, capsys):
     out = target.with_name("out")
-    (out / "01_mask.png").mkdir(parents=True)
+    (out / "01_figure.png").mkdir(parents=True)
     few = tmp_path / "few"  # one block, for which one worker loads the model
     few.mkdir()
     for name in ("00.png", "01.png"):
@@ -310,7 +310,7 @@ def test_ray_says_what_went_wrong_in_a_worker(cluster, photos, model_dir, target
     arguments = (few, "--engine", "ray", "--model", model_dir, "--output-dir", out, "--parquet", target)
     assert run(*arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("diffusionad: error: ") and "01_mask.png" in error and "Traceback" not in error
+    assert error.startswith("diffusionad: error: ") and "01_figure.png" in error and "Traceback" not in error
 
 
 def test_without_ray_the_extra_is_named(photos, model_dir, target, monkeypatch, capsys):
@@ -478,7 +478,7 @@ REFUSED = {
     "a column of numbers": (["--dataset", "{data}", "--image-column", "number"], "number: holds no images"),
     "pictures in the dataset": (["--dataset", "{data}", "--output-dir", "{data}/x"], "{data}/x: lies in the dataset"),
     "a table in the dataset": (["--dataset", "{data}", "--parquet", "{data}/r.parquet"], "--parquet {data}: lies in"),
-    "JSON too": (["{photos}", "--json", "r.json"], "--json and --csv hold all results in memory"),
+    "JSON too": (["{photos}", "--json", "r.json"], "--json, --csv and --report hold all results in memory"),
     "a GPU that is not there": (["{photos}", "--device", "cuda:7"], "device cuda:7"),
     "one GPU for all of Ray": (["{photos}", "--device", "cuda:7", "--engine", "ray"], "device cuda:7"),
 }
