@@ -18,8 +18,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings name other objects as [`name`]: without the brackets."""
-    return re.sub(r"\[(<code>[^<]*</code>)\](?![(\[])", r"\1", html)
+    """Docstrings name other objects as [`name`] and types as `type`, *optional*: without the marks."""
+    html = re.sub(r"\[(<code>[^<]*</code>)\](?![(\[])", r"\1", html)
+    return re.sub(r"<code>[^<`]*`[^<]*</code>", lambda found: re.sub(r"\[`|`\]|[`*]", "", found[0]), html)
 
 
 def _formula(latex: str) -> str:
