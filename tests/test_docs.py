@@ -13,10 +13,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from diffusionad_hf.cli.main import main
 from diffusionad_hf.training import arguments
+from diffusionad_hf.version import __version__
 from tests.conftest import make_pipeline
 from tests.training.runs import forget_accelerator
 
@@ -29,7 +31,7 @@ SHELL = {"bash", "sh", "shell", "console"}
 # Blocks that say themselves, in a comment before them, why they cannot run here. More of them is a decision.
 MOST_NOT_RUN = 20
 # What makes any training short; its data, networks and outputs stay as they are.
-SHORT = dict(image_size="64", max_train_steps=2, train_batch_size=2, lr_warmup_steps=1, report_to="none")
+SHORT = {"image_size": "64", "max_train_steps": 2, "train_batch_size": 2, "lr_warmup_steps": 1, "report_to": "none"}
 
 
 class Block(NamedTuple):
@@ -165,6 +167,16 @@ def test_what_is_not_run_says_why_and_is_counted():
 def fences(text: str) -> list[str]:
     """The languages of the blocks of a page, "" where none is named."""
     return re.findall(r"^```(\w*)", text, flags=re.M)[::2]
+
+
+def test_settings_for_others_are_whole():
+    files = [*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"]
+    contents = {file.name: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
+    assert contents["CITATION.cff"]["version"] == __version__
+    steps = [step for job in contents["checks.yml"]["jobs"].values() for step in job["steps"]]
+    targets = re.findall(r"^make (\S+)$", "\n".join(step.get("run", "") for step in steps), flags=re.M)
+    assert set(targets) == {"quality", "test", "wheel", "docs"}
+    subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_links_between_files_lead_somewhere():
