@@ -103,7 +103,7 @@ _load_preset = arguments.load_preset
 
 
 def run_shell(block: Block) -> None:
-    """Runs each command: `diffusionad` in this process, which spares seconds of imports, and `make` without doing it."""
+    """Runs each command: `diffusionad` in this process, to spare imports; `make` only says what it would do."""
     for line in block.code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if not words:
