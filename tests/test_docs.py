@@ -28,7 +28,7 @@ PAGES += [ROOT / "training/README.md", ROOT / "space/README.md"]
 TRACKED = ("*.md", "benchmarks/*.md", "docs/**/*.md", "space/**/*.md", "training/*.md", ".github/**/*.md")
 SHELL = {"bash", "sh", "shell", "console"}
 # Blocks that say themselves, in a comment before them, why they cannot run here. More of them is a decision.
-MOST_NOT_RUN = 20
+MOST_NOT_RUN = 13
 # What makes any training short; its data, networks and outputs stay as they are.
 SHORT = {"image_size": "64", "max_train_steps": 2, "train_batch_size": 2, "lr_warmup_steps": 1, "report_to": "none"}
 
@@ -176,7 +176,8 @@ def test_settings_for_others_are_whole():
 
 def test_links_between_files_lead_somewhere():
     broken = []
-    for page in {page for pattern in TRACKED for page in ROOT.glob(pattern)}:
+    pages = {page for pattern in TRACKED for page in ROOT.glob(pattern)}
+    for page in pages - {ROOT / "model_card.md"}:  # whose links lead to files of a published model
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             path, _, anchor = target.partition("#")
