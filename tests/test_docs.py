@@ -3,12 +3,14 @@
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,9 +30,9 @@ PAGES += [ROOT / "training/README.md", ROOT / "space/README.md"]
 TRACKED = ("*.md", "benchmarks/*.md", "docs/**/*.md", "space/**/*.md", "training/*.md", ".github/**/*.md")
 SHELL = {"bash", "sh", "shell", "console"}
 # Blocks that say themselves, in a comment before them, why they cannot run here. More of them is a decision.
-MOST_NOT_RUN = 13
+MOST_NOT_RUN = 15
 # What makes any training short; its data, networks and outputs stay as they are.
-SHORT = {"image_size": "64", "max_train_steps": 2, "train_batch_size": 2, "lr_warmup_steps": 1, "report_to": "none"}
+SHORT = {"image_size": "32", "max_train_steps": 2, "train_batch_size": 2, "lr_warmup_steps": 1, "report_to": "none"}
 
 
 class Block(NamedTuple):
@@ -70,7 +72,7 @@ def stage(tmp_path_factory) -> Path:
     stage = tmp_path_factory.mktemp("docs")
     for name in ("space", "training", "benchmarks", "demo_part", "diffusionad_hf", "constraints.txt"):
         (stage / name).symlink_to(ROOT / name)
-    make_photos(stage / "photos", [f"{i}.png" for i in range(12)], seed=0)
+    make_photos(stage / "photos", [f"{i}.png" for i in range(10)], seed=0)
     make_photos(stage / "good", [f"{i}.png" for i in range(20)], seed=1)
     make_photos(stage / "good_scans", [f"{i}.png" for i in range(3)], seed=2)
     make_photos(stage / "new", ["a.png", "b.png"], seed=3)
@@ -103,7 +105,7 @@ _load_preset = arguments.load_preset
 
 
 def run_shell(block: Block) -> None:
-    """Runs each command: `diffusionad` in this process, to spare imports; `make` only says what it would do."""
+    """Runs each command: Python's in this process, to spare imports; `make` only says what it would do."""
     for line in block.code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if not words:
@@ -112,9 +114,11 @@ def run_shell(block: Block) -> None:
         if words[0] == "diffusionad":
             forget_accelerator()
             code = main(words[1:])
+        elif words[:2] == ["python", "-m"]:
+            code = run_module(words[2:])
         else:
             bin = Path(sys.executable).parent
-            programs = {"python": [sys.executable], "accelerate": [bin / "accelerate"], "make": ["make", "-nC", ROOT]}
+            programs = {"accelerate": [bin / "accelerate"], "make": ["make", "-nC", ROOT]}
             path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
             environment = {**os.environ, "PYTHONPATH": path}
             command = [*programs[words[0]], *words[1:]]
@@ -123,6 +127,15 @@ def run_shell(block: Block) -> None:
         # 1 and 3 are verdicts, of which these photos get any.
         if code not in ((0, 1, 3) if words[1] == "inspect" else (0,)):
             raise RuntimeError(f"{line}: exit code {code} {said}")
+
+
+def run_module(words: list[str]) -> int:
+    with mock.patch.object(sys, "argv", words):
+        try:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            return ended.code or 0
+    return 0
 
 
 def test_every_block_runs(stage, monkeypatch):
