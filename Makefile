@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-any-cpu style quality space wheel clean
+.PHONY: demo test test-any-cpu style quality docs space wheel clean
 
 demo: $(VENV)/.core  ## Inspect the bundled examples with the embedded model.
 	$(BIN)/diffusionad demo
@@ -29,6 +29,10 @@ quality: $(VENV)/.all  ## Check style, formatting and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Silences an advertisement that the theme prints.
+docs: $(VENV)/.all  ## Build the documentation into site/; warnings and broken links are errors.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 space: $(VENV)/.all  ## Serve the web demo.
 	$(BIN)/python space/app.py
 
@@ -36,7 +40,7 @@ wheel: $(VENV)/.all  ## Build wheel and sdist into dist/.
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) outputs dist
+	rm -rf $(VENV) outputs dist site
 
 # Torch goes first and pinned: whatever is installed after it finds it there and leaves it alone.
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -47,5 +51,5 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.all: $(VENV)/.core
-	$(INSTALL) --editable ".[train,space,openvino,ray,dev]"
+	$(INSTALL) --editable ".[train,space,openvino,ray,docs,dev]"
 	touch $@

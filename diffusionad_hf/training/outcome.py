@@ -249,11 +249,13 @@ def conclude(
         line, worst = _evaluate(pipe, photos.test, output_dir)
         print(line, flush=True)
         notes.append(line)
+    # Each held-out image as it is and with its first defect.
+    shown = slice(2 * validation.count)
     write_training_report(
         output_dir / REPORT_FILE,
         pipe,
-        validation.images,
-        validation.labels,
+        validation.images[shown],
+        validation.labels[shown],
         plan=progress.plan,
         notes=notes,
         curve=output_dir / CURVE_FILE,
