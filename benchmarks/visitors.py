@@ -66,13 +66,13 @@ class Visitor:
     def inspect(self, photo: bytes) -> float:
         """Seconds from sending a photo to its verdict."""
         began = time.perf_counter()
-        answer = self.call("inspect", self.upload("photo.png", photo), self.category, None, None, 1)
+        answer = self.call("inspect", self.upload("photo.png", photo), self.category, None, None, 1, None)
         assert b"event: complete" in answer, answer[:300]
         return time.perf_counter() - began
 
 
 def flood(visitor: Visitor) -> None:
-    visitor.start("inspect", None, visitor.category, None, None, 16)
+    visitor.start("inspect", None, visitor.category, None, None, 16, None)
     visitor.request("info")
 
 
@@ -92,8 +92,8 @@ def drip(visitor: Visitor) -> None:
 
 def bomb(visitor: Visitor) -> None:
     image, archive = _bombs()
-    visitor.call("inspect", visitor.upload("large.png", image), visitor.category, None, None, 1)
-    visitor.call("inspect_batch", [visitor.upload("bomb.zip", archive)] * 20, visitor.category, None, None)
+    visitor.call("inspect", visitor.upload("large.png", image), visitor.category, None, None, 1, None)
+    visitor.call("inspect_batch", [visitor.upload("bomb.zip", archive)] * 20, visitor.category, None, None, None)
 
 
 @functools.cache
@@ -108,7 +108,7 @@ def _bombs() -> tuple[bytes, bytes]:
 
 def costly(visitor: Visitor) -> None:
     photo = visitor.upload("photo.png", _photo())
-    visitor.call("inspect", photo, visitor.category, None, None, 16)
+    visitor.call("inspect", photo, visitor.category, None, None, 16, None)
 
 
 def page(visitor: Visitor) -> None:

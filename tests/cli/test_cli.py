@@ -121,7 +121,9 @@ def test_demo_inspects_the_bundled_photos_and_asks_nothing_of_the_hub(tmp_path, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.chdir(tmp_path)
     assert main(["demo"]) == 0 and os.environ["HF_HUB_OFFLINE"] == "1"
-    photos = list(serve.bundled("space/checkpoints/demo-part/examples").iterdir())
-    written = {file.name for file in (tmp_path / "outputs/demo").iterdir()}
-    assert written == {f"{p.stem}_figure.png" for p in photos}
-    assert capsys.readouterr().out.count("  anomalous  ") == len([p for p in photos if "good" not in p.name])
+    examples = serve.bundled("space/checkpoints").glob("*/examples/*")
+    photos = {(file.parents[1].name, file.stem) for file in examples if file.suffix in (".png", ".jpg")}
+    written = (tmp_path / "outputs/demo").glob("*/*_figure.png")
+    assert {(file.parent.name, file.stem.removesuffix("_figure")) for file in written} == photos
+    assert {model for model, _ in photos} == {"cookie", "demo-part"}
+    assert capsys.readouterr().out.count("  anomalous  ") == len([stem for _, stem in photos if "good" not in stem])

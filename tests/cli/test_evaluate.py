@@ -115,13 +115,24 @@ def test_a_split_is_made_when_asked_for_and_printed(evaluate, tmp_path):
     assert "8 normal images of the dataset are for training and were not evaluated." in printed
 
 
-@pytest.mark.parametrize("name", ["test/loose.png", "test/good/deeper/0.png", "masks/hole/0.png", "test/good/1.ico"])
-def test_a_picture_that_would_not_count_is_refused(evaluate, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "reason"), [("test/loose.png", "would not count"), ("masks/hole/0.png", "without an image")]
+)
+def test_a_picture_that_would_not_count_is_refused(evaluate, tmp_path, name, reason):
     root = make_mvtec(tmp_path / "data") / "widget"
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (48, 32)).save(root / name)
     code, found, printed = evaluate(root)
-    assert code == 2 and found is None and str(root / name) in printed and "would not count" in printed
+    assert code == 2 and found is None and str(root / name) in printed and reason in printed
+
+
+def test_pictures_in_deeper_folders_count_and_one_that_cannot_be_read_is_named(evaluate, tmp_path):
+    root = make_mvtec(tmp_path / "data") / "widget"
+    for name in ("test/good/deeper/0.png", "test/good/1.ico"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 32)).save(root / name)
+    code, found, printed = evaluate(root)
+    assert code == 2 and found["num_normal"] == 4 and "1.ico" in printed
 
 
 def test_test_images_that_are_not_there(evaluate, tmp_path):

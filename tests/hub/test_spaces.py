@@ -55,7 +55,7 @@ def test_what_is_deployed_answers_without_the_repository(hub, client, tmp_path, 
         page = gradio_client.Client(f"http://127.0.0.1:{port}/", verbose=False)
         for name, defective in (("scratch", True), ("good", False)):
             photo = gradio_client.handle_file(str(folder / f"checkpoints/demo-part/examples/{name}.png"))
-            record, _ = page.predict(image=photo, api_name="/inspect")
+            record, _ = page.predict(image=photo, category="demo-part", api_name="/inspect")
             assert record["category"] == "demo-part" and record["is_anomalous"] == defective
     finally:
         running.terminate()
@@ -97,7 +97,7 @@ def test_what_goes_along_and_what_stays_at_home(hub, client, tmp_path):
         "diffusionad_hf/efficientnet_lite0.LICENSE.txt",
     }
     assert there <= set(found) and "diffusionad_hf/hub/model_card.md" in found
-    allowed = {"", *".py .pyi .typed .md .css .txt .png .json .safetensors".split()}
+    allowed = {"", *".py .pyi .typed .md .css .txt .png .jpg .json .safetensors".split()}
     for name, content in found.items():
         assert Path(name).suffix in allowed, name
         assert not re.search(rb"hf_secret|" + str(tmp_path).encode() + rb"|" + str(ROOT).encode(), content), name

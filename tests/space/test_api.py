@@ -135,7 +135,7 @@ def test_a_result_s_key_opens_nothing_for_another_visitor(client, server, parts)
     owner_file = max(server.temporary.glob("diffusionad-space-*/results/*/.owner"), key=lambda f: f.stat().st_mtime)
     assert owner_file.read_text() == hashlib.sha256(client.session_hash.encode()).hexdigest()
     key, mine = owner_file.parent.name, client.session_hash
-    verdict, pictures, _ = call_of_the_page(server, mine, "threshold", [key, 0.99, 0.6, 10, None])
+    verdict, pictures, *_ = call_of_the_page(server, mine, "threshold", [key, 0.99, 0.6, 10, None])
     assert "no defect found" in verdict and pictures
     hashed = hashlib.sha256(mine.encode()).hexdigest()
     for other, tried in (("somebody", key), (hashed, key), (mine, "../" + key)):
@@ -179,7 +179,7 @@ def test_assistants_find_the_same_tools(server, parts):
 
 def test_files_of_the_server_cannot_be_named_as_input_or_fetched(server, checkpoints):
     secret = checkpoints / "flange" / "model_index.json"
-    body = {"data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "flange", None, None, 1]}
+    body = {"data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "flange", None, None, 1, None]}
     event = server.post("call/inspect", body)["event_id"]
     answer = urllib.request.urlopen(f"{server.url}gradio_api/call/inspect/{event}").read().decode()
     assert "event: error" in answer and "event: complete" not in answer

@@ -307,7 +307,7 @@ def spoil(name, data):
         ("an image without a mask", "without a mask: .*{image}"),
         ("a mask without an image", "without an image: .*{mask}"),
         ("too many corrupt images", "2 of 12 images are unusable, more than 5%: .*002"),
-        ("an empty texture folder", "no readable image .* in texture folder .*textures"),
+        ("an empty texture folder", "--texture-dir .*textures: no readable image in it"),
     ],
 )
 def test_what_is_wrong_with_the_data_is_said_in_one_line(damage, reason, damaged, tmp_path, capsys):
