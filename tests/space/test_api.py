@@ -4,8 +4,11 @@ import asyncio
 import base64
 import csv
 import hashlib
+import html
 import json
+import re
 import urllib.error
+import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -146,7 +149,8 @@ def test_a_result_s_key_opens_nothing_for_another_visitor(client, server, parts)
         in call_of_the_page(server, mine, "threshold", [[key], 0.99, 0.6, 10, None])["error"]
     )
     # Nor is anything of it served, though the owner sees its pictures.
-    served = [picture["path"] for picture in pictures]
+    served = [urllib.parse.unquote(path) for path in re.findall(r"file=([^\"'&?)]+)", html.unescape(pictures))]
+    assert served
     assert all(urllib.request.urlopen(f"{server.url}gradio_api/file={path}").status == 200 for path in served)
     private = [path for path in owner_file.parent.rglob("*") if path.is_file()]
     beside = [str(Path(path).parent / name) for path in served for name in ("original", "map.npy", "photo.jpg", "..")]
