@@ -271,6 +271,10 @@ class Handlers:
             unknown = gr.update(value=0.5, info="")
             return unknown, gr.update(), unknown
 
+    def missed(self, missed, category, own):
+        """The controls once more, if they were set while another tab was shown."""
+        return (gr.skip(),) * 4 if not missed else (False, *self.category(category, own))
+
     def rate(self, category, rate, own):
         """The threshold of another false-alarm rate."""
         try:

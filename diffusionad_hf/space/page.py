@@ -106,6 +106,7 @@ def examples_of(products: Sequence[Product], on: Handlers, photo: gr.Image) -> l
 
 def inspect_tab(
     on: Handlers,
+    tab: gr.Tab,
     category: gr.Radio,
     own: gr.State,
     taught: gr.State,
@@ -177,6 +178,10 @@ def inspect_tab(
     chosen = [category.input, taught.change]
     gr.on(chosen, on.category, [category, own], controls, **LIVE).then(on.inspect, **run)
     gr.on(chosen, on.examples, category, examples, **LIVE)
+    # Controls miss what they are set to while another tab is shown, as that in which a product is taught.
+    missed = gr.State(False)
+    taught.change(lambda: True, None, missed, api_visibility="private")
+    tab.select(on.missed, [missed, category, own], [missed, *controls], **LIVE).then(**redraw)
     for kind, button in buttons.items():
         made = button.click(on.download(kind), [key, *drawn], file, **DOWNLOADS)
         made.success(None, file, None, js=SAVE)
@@ -372,10 +377,10 @@ def build(results: Results, models: Models, teacher: Teacher | None = None) -> P
             elem_id="category",
             visible=bool(names),
         )
-        with gr.Tab("Inspect", elem_id="tab-inspect"):
+        with gr.Tab("Inspect", elem_id="tab-inspect") as tab:
             batch_threshold = slider(0, 1, 0.5, step=0.001, label="Threshold", elem_id="batch-threshold", render=False)
             opening = Opening.of(on)
-            controls, redraw, run = inspect_tab(on, category, own, taught, batch_threshold, offered, opening)
+            controls, redraw, run = inspect_tab(on, tab, category, own, taught, batch_threshold, offered, opening)
         with gr.Tab("Batch", elem_id="tab-batch") as tab:
             batch_tab(on, tab, category, own, batch_threshold)
         with gr.Tab("Calibrate", elem_id="tab-calibrate"):

@@ -60,9 +60,9 @@ def test_from_photos_to_verdicts_marks_and_a_second_product(visit, server, photo
     # Chosen at once, for this visitor alone.
     assert "Widget\nYours, from 20 photos" in page.locator("#category label:has(input:checked)").inner_text()
     tab(page, "Inspect")
-    expect(page, "#threshold", "Calibrated on 10 normal images")
     upload(page, parts[0])
     page.wait_for_selector("#verdict h2")
+    expect(page, "#threshold", "Calibrated on 10 normal images")
     page.click("#mark-fine")
     expect(page, "#mark-said", "Marked as fine. In all: 1 marked as fine, 0 as defects.")
     assert "Widget" not in other.inner_text("body")

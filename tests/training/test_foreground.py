@@ -137,8 +137,8 @@ def test_masks_that_are_missing_empty_or_broken_are_named(tmp_path):
         find_foregrounds(tmp_path / "nowhere", [])
     with pytest.raises(FileNotFoundError, match="007.png.*007"):
         find_foregrounds(tmp_path, ["007.png"])
-    save_mask(tmp_path / "1.png", value=1)
-    with pytest.raises(ValueError, match="1.png is empty.*127"):
+    save_mask(tmp_path / "1.png", value=0)
+    with pytest.raises(ValueError, match="1.png is empty"):
         load_foreground(tmp_path / "1.png")
     (tmp_path / "2.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="2.png cannot be read"):
