@@ -71,7 +71,7 @@ def test_from_photos_to_verdicts_marks_and_a_second_product(visit, server, photo
     give(page, "batch-files", *parts[1:4])
     page.click("#batch-start")
     page.locator("#batch-table tbody tr").filter(has_text=parts[2].name).click()
-    expect(page, "#batch-detail h3", parts[2].name)
+    expect(page, "#batch-detail h2", parts[2].name)
     page.click("#batch-mark-defect")
     expect(page, "#batch-mark-said", f"{parts[2].name}: Marked as a defect. In all: 1 marked as fine, 1 as defects.")
     name, path = saved(page, "#batch-mark-export")
