@@ -24,8 +24,7 @@ import threading
 import time
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +65,13 @@ class Visitor:
     def inspect(self, photo: bytes) -> float:
         """Seconds from sending a photo to its verdict."""
         began = time.perf_counter()
-        answer = self.call("inspect", self.upload("photo.png", photo), self.category, None, None, 1, None)
+        answer = self.call("inspect", self.upload("photo.png", photo), self.category, None, None, 1)
         assert b"event: complete" in answer, answer[:300]
         return time.perf_counter() - began
 
 
 def flood(visitor: Visitor) -> None:
-    visitor.start("inspect", None, visitor.category, None, None, 16, None)
+    visitor.start("inspect", None, visitor.category, None, None, 16)
     visitor.request("info")
 
 
@@ -92,8 +91,8 @@ def drip(visitor: Visitor) -> None:
 
 def bomb(visitor: Visitor) -> None:
     image, archive = _bombs()
-    visitor.call("inspect", visitor.upload("large.png", image), visitor.category, None, None, 1, None)
-    visitor.call("inspect_batch", [visitor.upload("bomb.zip", archive)] * 20, visitor.category, None, None, None)
+    visitor.call("inspect", visitor.upload("large.png", image), visitor.category, None, None, 1)
+    visitor.call("inspect_batch", [visitor.upload("bomb.zip", archive)] * 20, visitor.category, None, None)
 
 
 @functools.cache
@@ -108,7 +107,7 @@ def _bombs() -> tuple[bytes, bytes]:
 
 def costly(visitor: Visitor) -> None:
     photo = visitor.upload("photo.png", _photo())
-    visitor.call("inspect", photo, visitor.category, None, None, 16, None)
+    visitor.call("inspect", photo, visitor.category, None, None, 16)
 
 
 def page(visitor: Visitor) -> None:
@@ -124,7 +123,7 @@ HOSTILE: dict[Callable[[Visitor], None], int] = {flood: 4, drip: 40, bomb: 2, co
 
 
 def _photo() -> bytes:
-    return next(bundled("space/checkpoints/demo-part/examples").glob("good*.png")).read_bytes()
+    return next(bundled("space/examples").glob("good*.png")).read_bytes()
 
 
 def measure(url: str, category: str, visitors: int, seconds: float, hostile: bool) -> list[float]:
@@ -176,23 +175,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60, metavar="S", help="of each part; default: %(default)g")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"machine": describe(torch.device("cpu")), "rows": []}
-    with serving() as (url, category, server):
-        for hostile in (False, True):
-            waited = measure(url, category, args.visitors, args.seconds, hostile)
-            row = {"visitors": args.visitors, "hostile": len(HOSTILE) * hostile, "inspections": len(waited)}
-            row |= {"median_s": statistics.median(waited), "p95_s": statistics.quantiles(waited, n=20)[-1]}
-            status = Path(f"/proc/{server.pid}/status")
-            if status.exists():
-                peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-                row["peak_gb"] = int(peak.split()[1]) / 1e6
-            result["rows"].append(row)
-    report(result, args.json)
-
-
-@contextmanager
-def serving() -> Iterator[tuple[str, str, subprocess.Popen]]:
-    """The web demo with the embedded model, which has run once: its address, its category and its process."""
     checkpoints = bundled("space/checkpoints")
     category = next(path.name for path in sorted(checkpoints.iterdir()) if path.is_dir())
     with socket.socket() as free:
@@ -201,6 +183,7 @@ def serving() -> Iterator[tuple[str, str, subprocess.Popen]]:
     url = f"http://127.0.0.1:{port}"
     environment = {**os.environ, "DIFFUSIONAD_MODELS": str(checkpoints), "GRADIO_SERVER_PORT": str(port)}
     environment["DIFFUSIONAD_PROXIES"] = "1"
+    result: dict[str, Any] = {"machine": describe(torch.device("cpu")), "rows": []}
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
             [sys.executable, "-c", "from diffusionad_hf.space.app import main; main()"], env=environment, stderr=log
@@ -208,10 +191,19 @@ def serving() -> Iterator[tuple[str, str, subprocess.Popen]]:
         try:
             _wait_for(url, server)
             Visitor(url, 0, category).inspect(_photo())
-            yield url, category, server
+            for hostile in (False, True):
+                waited = measure(url, category, args.visitors, args.seconds, hostile)
+                row = {"visitors": args.visitors, "hostile": len(HOSTILE) * hostile, "inspections": len(waited)}
+                row |= {"median_s": statistics.median(waited), "p95_s": statistics.quantiles(waited, n=20)[-1]}
+                status = Path(f"/proc/{server.pid}/status")
+                if status.exists():
+                    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+                    row["peak_gb"] = int(peak.split()[1]) / 1e6
+                result["rows"].append(row)
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait()
+    report(result, args.json)
 
 
 def _wait_for(url: str, server: subprocess.Popen) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,10 @@ class Page(gr.Blocks):
 
     async def preprocess_data(self, block_fn: Any, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         with one_line_errors():
+            # What is left out at the end is what the function has by default.
+            missing = list(signature(block_fn.fn).parameters.values())[len(inputs) : len(block_fn.inputs)]
+            if all(parameter.default is not parameter.empty for parameter in missing):
+                inputs = [*inputs, *(parameter.default for parameter in missing)]
             if len(inputs) != len(block_fn.inputs):
                 raise Refusal(f"This call takes {len(block_fn.inputs)} values, not {len(inputs)}.")
             inputs = [await self._admit(*pair) for pair in zip(block_fn.inputs, inputs, strict=True)]

@@ -292,6 +292,8 @@ def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
             progress.update(step=state["step"], loss=running["loss"], seconds_left=left)
             accelerator.log({f"train/{name}": value for name, value in running.items()}, step=state["step"])
 
+            # What was asked for since the processes agreed: a single one need not wait for another step.
+            stop = stop or (accelerator.num_processes == 1 and (interrupt.requested or progress.stopping))
             last = state["step"] == args.max_train_steps
             source = averaged.module if averaged is not None else plain
             validates = last or state["step"] % args.validation_steps == 0

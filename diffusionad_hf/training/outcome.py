@@ -203,9 +203,8 @@ def finish(
 
 def save_examples(validation: Validation, output_dir: Path) -> None:
     """Saves photos to try the model on, at its size: two held-out ones, and two with a synthetic defect."""
-    half = len(validation.images) // 2
-    defective = [row for row in range(half, 2 * half) if validation.labels[row]]
-    for name, rows in (("good", range(half)), ("synthetic-defect", defective)):
+    defective = [row for row, label in enumerate(validation.labels) if label]
+    for name, rows in (("good", range(validation.count)), ("synthetic-defect", defective)):
         for number, row in enumerate(rows[:2], 1):
             pixels = to_uint8(validation.images[row]).permute(1, 2, 0).contiguous().numpy()
             suffix = f"-{number}" if number > 1 else ""

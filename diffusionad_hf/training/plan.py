@@ -71,8 +71,10 @@ class Plan:
         if held_out < images_needed(args.false_alarm_rate):
             promise += f" ({percent(args.false_alarm_rate)} takes {2 * images_needed(args.false_alarm_rate)} photos)"
         if held_out < _FEWEST_HELD_OUT:
-            promise = "too few to show that it has learnt: all verdicts will be undecided, "
-            promise += f"give {2 * _FEWEST_HELD_OUT} photos or more"
+            promise += (
+                f"; too few to show that it has learnt: all verdicts will be undecided, give {2 * _FEWEST_HELD_OUT} "
+                "photos or more"
+            )
         return [
             f"Device:  {name}" + (f", {count} processes" if count > 1 else ""),
             f"Preset:  {args.preset}, {size[1]} x {size[0]} px, {precision}",

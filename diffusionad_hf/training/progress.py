@@ -70,7 +70,10 @@ class Progress:
             listener(self)
 
     def stop(self) -> None:
-        """Ends the training after this step, as Ctrl-C does: with a checkpoint and a model of the best so far."""
+        """
+        Ends the training after this step (with several processes, the next one), as Ctrl-C does: with a checkpoint and
+        a model of the best so far.
+        """
         self.stopping = True
 
 

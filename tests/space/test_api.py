@@ -183,7 +183,7 @@ def test_assistants_find_the_same_tools(server, parts):
 
 def test_files_of_the_server_cannot_be_named_as_input_or_fetched(server, checkpoints):
     secret = checkpoints / "flange" / "model_index.json"
-    body = {"data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "flange", None, None, 1, None]}
+    body = {"data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "flange", None, None, 1]}
     event = server.post("call/inspect", body)["event_id"]
     answer = urllib.request.urlopen(f"{server.url}gradio_api/call/inspect/{event}").read().decode()
     assert "event: error" in answer and "event: complete" not in answer

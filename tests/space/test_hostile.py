@@ -25,7 +25,7 @@ def elsewhere(path, url, body=None, address="198.51.100.7"):
 
 def call(server, payload):
     """The error of a call of `/inspect` with a payload that no client of gradio's makes."""
-    return error_of(server, "inspect", {"data": [payload, "flange", None, None, 1, None]})
+    return error_of(server, "inspect", {"data": [payload, "flange", None, None, 1]})
 
 
 def error_of(server, endpoint, body):
@@ -49,7 +49,7 @@ def test_no_file_of_the_server_s_is_read_in_any_spelling_of_a_payload(server, cl
         marked = {**file, "meta": {"_type": "gradio.FileData"}, "url": "http://example.com/x.png", "is_stream": True}
         refusals |= {call(server, payload) for payload in (file, marked)}
         assert {call(server, payload) for payload in ([file], [marked])} == {"Only one file is taken here."}
-        body = {"data": [[file, {**file, **meta}], "flange", None, None, None]}
+        body = {"data": [[file, {**file, **meta}], "flange", None, None]}
         refusals.add(error_of(server, "inspect_batch", body))
     assert refusals == {"This file is not among your uploads. Upload it again."}
     for payload in (
@@ -78,9 +78,16 @@ def test_routes_that_the_page_does_not_use_do_not_exist(server, path):
     assert status == 404 and json.loads(body) == {"detail": "There is nothing here."}
 
 
+def test_values_may_be_left_out_at_the_end_if_they_need_not_be_given(server):
+    assert error_of(server, "inspect", {"data": [None]}) == "This call takes 6 values, not 1."
+    assert error_of(server, "inspect", {"data": [None, "flange"]}) == error_of(
+        server, "inspect", {"data": [None, "flange", None, None, 1, None]}
+    )
+
+
 @pytest.mark.parametrize("name", ["run", "api"])
 def test_queued_functions_cannot_be_called_past_the_queue(server, name):
-    body = {"data": [None, "flange", None, None, 1, None]}
+    body = {"data": [None, "flange", None, None, 1]}
     assert elsewhere(f"gradio_api/{name}/inspect", server.url, body)[0] == 404
 
 
@@ -88,7 +95,7 @@ def test_one_session_does_not_fill_the_queue(server, client, parts):
     """Its calls beyond its share are refused, and another visitor is served meanwhile."""
     config = json.load(urllib.request.urlopen(f"{server.url}config"))
     index = next(d["id"] for d in config["dependencies"] if d["api_name"] == "inspect")
-    body = {"data": [None, "flange", None, None, 1, None], "session_hash": "greedy", "fn_index": index}
+    body = {"data": [None, "flange", None, None, 1], "session_hash": "greedy", "fn_index": index}
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: elsewhere("gradio_api/queue/join", server.url, body), range(60)))
     refused = [body for status, body in answers if status == 503]
@@ -100,7 +107,7 @@ def test_one_session_does_not_fill_the_queue(server, client, parts):
 def test_a_session_s_name_is_plain(server, client, parts, session):
     config = json.load(urllib.request.urlopen(f"{server.url}config"))
     index = next(d["id"] for d in config["dependencies"] if d["api_name"] == "inspect")
-    body = {"data": [None, "flange", None, None, 1, None], "session_hash": session, "fn_index": index}
+    body = {"data": [None, "flange", None, None, 1], "session_hash": session, "fn_index": index}
     status, answer = elsewhere("gradio_api/queue/join", server.url, body)
     assert status == 400 and b"letters and digits" in answer
 

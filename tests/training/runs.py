@@ -28,22 +28,28 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.training.runs"])
 
 
+# As short as a training gets.
+OPTIONS = {
+    "preset": "tiny",
+    "image_size": 32,
+    "max_train_steps": 4,
+    "train_batch_size": 2,
+    "validation_steps": 2,
+    "checkpointing_steps": 2,
+    "holdout_fraction": 0.25,
+    "false_alarm_rate": 0.25,
+    "lr_warmup_steps": 1,
+    "report_to": "none",
+}
+
+
 def arguments(data, output, **options):
     """A command line; `None` leaves an option out, `True` is a flag."""
     values = {
         "data_dir": data,
         "output_dir": output,
         "texture_dir": data.parent / "textures",
-        "preset": "tiny",
-        "image_size": 32,
-        "max_train_steps": 4,
-        "train_batch_size": 2,
-        "validation_steps": 2,
-        "checkpointing_steps": 2,
-        "holdout_fraction": 0.25,
-        "false_alarm_rate": 0.25,
-        "lr_warmup_steps": 1,
-        "report_to": "none",
+        **OPTIONS,
         **options,
     }
     command = []

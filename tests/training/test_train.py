@@ -23,7 +23,7 @@ from diffusionad_hf.training import preview
 from diffusionad_hf.training.arguments import parse_arguments
 from diffusionad_hf.training.dataset import split_holdout
 from diffusionad_hf.training.loop import build_networks
-from diffusionad_hf.training.outcome import Validation
+from diffusionad_hf.training.outcome import Validation, save_examples
 from diffusionad_hf.training.synthesis import AnomalySynthesizer
 
 from .runs import arguments, run, same, weights
@@ -41,8 +41,9 @@ def test_photos_too_few_for_the_rate_are_said_before_the_first_step_and_never_gi
 ):
     assert run(data, tmp_path / "model", max_train_steps=1, false_alarm_rate=0.05) == 0
     said = capsys.readouterr()
-    assert "Photos:  6 to train on, 6 held out, too few to show that it has learnt" in said.out
-    assert "give 14 photos or more" in said.out and "the threshold is set for 14.3 %" in said.err
+    assert "Photos:  6 to train on, 6 held out, which promise a false-alarm rate of 14.3 % at best" in said.out
+    assert "(5 % takes 38 photos)" in said.out and "the threshold is set for 14.3 %" in said.err
+    assert "too few to show that it has learnt" in said.out and "give 14 photos or more" in said.out
     pipe = DiffusionADPipeline.from_pretrained(tmp_path / "model")
     assert math.isfinite(pipe.threshold) and pipe.config.false_alarm_rate == 1 / 7
 
@@ -123,6 +124,13 @@ def test_photos_to_try_it_on_are_kept_that_it_was_not_trained_on(trained):
     photos = [load_image(trained / "examples" / name) for name in names]
     assert not any(pipe.trained_on(resize_image(photo, pipe.config.image_size)) for photo in photos)
     assert not any(torch.equal(good, bad) for good, bad in zip(photos[:half], photos[half:], strict=True))
+
+
+def test_of_one_held_out_photo_with_many_defects_the_one_without_is_the_good_one(tmp_path):
+    images = torch.arange(4).view(4, 1, 1, 1).expand(4, 3, 8, 8) / 4
+    save_examples(SimpleNamespace(images=images, labels=torch.tensor([0, 1, 1, 1]), count=1), tmp_path)
+    found = {file.stem: load_image(file).max().item() for file in (tmp_path / "examples").iterdir()}
+    assert found == {"good": 0, "synthetic-defect": 64, "synthetic-defect-2": 128}
 
 
 def test_curve_checkpoints_logs_and_arguments_are_kept(trained):
