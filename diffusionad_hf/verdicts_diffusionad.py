@@ -19,6 +19,7 @@ _UNDECIDED = {
     "unfamiliar": "Unlike any normal image the model knows. Another object, position, distance, light or focus?",
     "settings_changed": "Other settings than the model was calibrated with: nothing is known of false alarms.",
     "not_calibrated": "The model is not calibrated: nothing is known of false alarms.",
+    "partly_seen": "Normal where it was looked at, which is only a part of the image.",
 }
 
 
@@ -30,7 +31,8 @@ class Verdict:
     Args:
         word: `"normal"`, `"anomalous"` or `"undecided"`.
         reason: A code. Decided: `calibrated`, or `own_threshold` if it was set by hand. Undecided: `not_learnt`,
-            `unfamiliar`, `settings_changed`, `not_calibrated`, or `rate_not_promised` (by so few calibration images).
+            `unfamiliar`, `settings_changed`, `not_calibrated`, `rate_not_promised` (by so few calibration images), or
+            `partly_seen`.
         sentence: The reason in plain words.
     """
 
@@ -77,7 +79,14 @@ class Calibration:
     def p_value(self, score: float) -> float | None:
         return float(conformal_p_value(self.scores, score)) if self.scores else None
 
-    def verdict(self, score: float, *, is_familiar: bool | None = None, settings_changed: bool = False) -> Verdict:
+    def verdict(
+        self,
+        score: float,
+        *,
+        is_familiar: bool | None = None,
+        settings_changed: bool = False,
+        is_whole: bool = True,
+    ) -> Verdict:
         """
         Decides on a score, if something supports a decision.
 
@@ -85,6 +94,7 @@ class Calibration:
             score: The anomaly score.
             is_familiar: Whether the image looks like the normal ones; `None` if that is unknown.
             settings_changed: Whether it was computed with other settings than the calibration's scores.
+            is_whole: Whether all of the image was looked at; if not, it may be anomalous, but not normal.
         """
         calibrated, threshold = self.calibrated_threshold, self.threshold
         own = self.own_threshold is not None
@@ -112,7 +122,13 @@ class Calibration:
             sentence = f"Calibrated on {count} normal images for a false-alarm rate of {percent(rate)}."
         if reason not in ("own_threshold", "calibrated") or threshold is None:
             return Verdict(UNDECIDED, reason, sentence or _UNDECIDED[reason])
-        return Verdict(ANOMALOUS if score > threshold else NORMAL, reason, sentence)
+        if score > threshold:
+            return Verdict(ANOMALOUS, reason, sentence)
+        return (
+            Verdict(NORMAL, reason, sentence)
+            if is_whole
+            else Verdict(UNDECIDED, "partly_seen", _UNDECIDED["partly_seen"])
+        )
 
 
 def percent(share: float) -> str:

@@ -24,6 +24,8 @@ SCORES = tuple(i / 100 for i in range(1, 20))
         (Calibration(SCORES, own_threshold=0.1), {"is_familiar": False}, "undecided", "unfamiliar", "Unlike"),
         (Calibration(SCORES, has_learnt=False, own_threshold=0.1), {}, "undecided", "not_learnt", "has not learnt"),
         (Calibration(SCORES), {"settings_changed": True}, "undecided", "settings_changed", "Other settings"),
+        (Calibration(SCORES), {"is_whole": False}, "anomalous", "calibrated", "Calibrated on 19 normal images"),
+        (Calibration(SCORES, own_threshold=0.7), {"is_whole": False}, "undecided", "partly_seen", "only a part"),
         (
             Calibration(SCORES, own_threshold=0.7),
             {},

@@ -123,7 +123,7 @@ def _digest(data: dict) -> str:
 class Raw:
     """
     What a model says of one image: score, map (S, S) float32 in [0, 1], reconstruction (S, S, 3) uint8, and the grid
-    by which it is compared with normal images; `note` says what of the image the model did not see.
+    by which it is compared with normal images; unless it `is_whole`, `note` says what of the image the model saw.
     """
 
     score: float
@@ -131,6 +131,7 @@ class Raw:
     reconstruction: np.ndarray
     grid: np.ndarray
     note: str = ""
+    is_whole: bool = True
 
 
 class Model:
@@ -283,7 +284,7 @@ def _raw(
     whole[inner], photo[inner] = anomaly_map, normal
     shape = "wider" if width > w else "higher"
     note = f"It is {shape} than photos the model knows: only the middle, {w} × {h} px, was inspected."
-    return Raw(float(score), whole, photo, grid, note)
+    return Raw(float(score), whole, photo, grid, note, is_whole=False)
 
 
 def _size(settings: Settings, pipe: DiffusionADPipeline) -> list[int]:

@@ -54,6 +54,7 @@ class Result:
     note: str = ""
     is_example: bool = False
     value_range: float | None = None  # as the model reads images
+    is_whole: bool = True  # whether the model looked at all of it
 
     @classmethod
     def of(
@@ -61,7 +62,8 @@ class Result:
     ) -> "Result":
         size, note = (image.shape[2], image.shape[1]), " ".join(filter(None, (note, raw.note)))
         grid, changed, white = raw.grid.tolist(), settings != Settings(), model.value_range
-        return cls(name, model.name, model.key, raw.score, size, grid, changed, note, value_range=white)
+        key, seen = model.key, raw.is_whole
+        return cls(name, model.name, key, raw.score, size, grid, changed, note, value_range=white, is_whole=seen)
 
     def p_value(self, calibration: Calibration) -> float | None:
         return None if self.settings_changed else calibration.p_value(self.score)
@@ -74,7 +76,9 @@ class Result:
     def verdict(self, calibration: Calibration) -> Verdict:
         strangeness = self.strangeness(calibration)
         is_familiar = None if strangeness is None else strangeness <= 1
-        return calibration.verdict(self.score, is_familiar=is_familiar, settings_changed=self.settings_changed)
+        return calibration.verdict(
+            self.score, is_familiar=is_familiar, settings_changed=self.settings_changed, is_whole=self.is_whole
+        )
 
     @property
     def file_stem(self) -> str:
@@ -284,6 +288,7 @@ _UNDECIDED = {
     "settings_changed": "other settings than it was calibrated with",
     "not_calibrated": "not calibrated",
     "rate_not_promised": "too few calibration images for this false-alarm rate",
+    "partly_seen": "only a part of the photo was inspected",
 }
 
 

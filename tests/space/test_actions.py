@@ -418,6 +418,8 @@ def test_a_photo_of_another_shape_is_not_squeezed_and_it_is_said_what_was_seen(r
     assert found.score == pytest.approx(alone.score, abs=1e-5) and found.size == (144, 96)
     assert "only the middle, 96 × 96 px" in found.note
     assert found.note in verdict_card(folder, model.calibration) and found.note == record(folder, at(0.1))["note"]
+    # What was not looked at may hold a defect.
+    assert record(folder, at(0.99))["verdict"] == "undecided" and record(folder, at(0.01))["verdict"] == "anomalous"
     mask = np.asarray(picture(folder, "mask", at(0.01)))
     assert mask.shape == (96, 144) and mask.any() and not mask[:, :20].any() and not mask[:, -20:].any()
     # Where the model knows photos that were squeezed, so is this one.
