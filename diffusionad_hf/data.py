@@ -52,7 +52,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .files import escaped, files_below, is_litter, require
+from .files import escaped, files_below, is_litter, require, shorten
 from .images_diffusionad import IMAGE_SUFFIXES, load_image
 from .masks import binary_mask, read_mask, undecorated
 from .visualization import is_own_picture
@@ -113,11 +113,6 @@ def _normal_images(folder: Path) -> list[Path]:
     return [image for sub, image in good if not any(map(_is_mask_folder, image.relative_to(sub).parts[:-1]))]
 
 
-def _shorten(names: Iterable[Any], most: int = 5) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _pair(images: dict[Path, str], masks: dict[Path, str], defective: Iterable[Path]) -> dict[Path, list[Path]]:
     """
     Masks by image. Any of `images` may have masks, the `defective` ones must.
@@ -146,7 +141,7 @@ def _pair(images: dict[Path, str], masks: dict[Path, str], defective: Iterable[P
             pairs.setdefault(found[0], []).append(mask)
     if orphans:
         raise ValueError(
-            f"{len(orphans)} mask(s) without an image: {_shorten(orphans)}. A mask has the name of one image, also "
+            f"{len(orphans)} mask(s) without an image: {shorten(orphans)}. A mask has the name of one image, also "
             f"with _mask, _gt, _label or _seg, and lies in {_MASK_FOLDERS[0]}/<defect> as the image does in <defect>; "
             "several of one image lie in a folder of its name. Rename, add or remove files."
         )
@@ -167,7 +162,7 @@ def _refuse_masks_among(images: Iterable[Path], also_twins: bool) -> None:
     ]
     if masks:
         raise ValueError(
-            f"{len(masks)} file(s) beside images of the same name, which would count as images: {_shorten(masks)}. If "
+            f"{len(masks)} file(s) beside images of the same name, which would count as images: {shorten(masks)}. If "
             f"they are masks, move them to {_MASK_FOLDERS[0]}/<defect>; if they are copies, remove them."
         )
 
@@ -175,7 +170,7 @@ def _refuse_masks_among(images: Iterable[Path], also_twins: bool) -> None:
 def _refuse_unmasked(images: list[Path]) -> None:
     if images:
         raise ValueError(
-            f"{len(images)} defective image(s) without a mask: {_shorten(images)}. Add the masks, or remove all masks "
+            f"{len(images)} defective image(s) without a mask: {shorten(images)}. Add the masks, or remove all masks "
             "of the category to go without pixel metrics."
         )
 
@@ -215,7 +210,7 @@ def _refuse_left_over(samples: list[_Sample], folder: Path) -> None:
     ]
     if left:
         raise ValueError(
-            f"{len(left)} picture(s) would not count: {_shorten(left)}. Images belong into good or the folder of a "
+            f"{len(left)} picture(s) would not count: {shorten(left)}. Images belong into good or the folder of a "
             f"defect, and masks into {_MASK_FOLDERS[0]}/<defect>: move or remove these."
         )
 
@@ -237,7 +232,7 @@ def _read_mvtec(folder: Path) -> list[_Sample]:
                 f"{part} holds images next to folders of images: move the normal ones to {part / NORMAL}."
             )
         if defective:
-            logger.warning("%s: training takes normal images alone, not these: %s", part, _shorten(defective))
+            logger.warning("%s: training takes normal images alone, not these: %s", part, shorten(defective))
         train += flat or good
     test = _test_folder(folder)
     normal = _normal_images(test)
@@ -255,7 +250,7 @@ def _visa_rows(root: Path) -> list[dict[str, str]]:
     with table.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     if rows and (missing := {"object", "split", "label", "image", "mask"} - rows[0].keys()):
-        raise ValueError(f"{table} lacks the column(s) {_shorten(sorted(missing))}: is it VisA's?")
+        raise ValueError(f"{table} lacks the column(s) {shorten(sorted(missing))}: is it VisA's?")
     return rows
 
 
@@ -269,7 +264,7 @@ def _read_visa(root: Path, category: str) -> list[_Sample]:
     _refuse_unmasked([sample.image for sample in samples if not all(mask.is_file() for mask in sample.masks)])
     missing = [sample.image for sample in samples if not sample.image.is_file()]
     if missing:
-        raise ValueError(f"{len(missing)} image(s) listed in split_csv/1cls.csv do not exist: {_shorten(missing)}.")
+        raise ValueError(f"{len(missing)} image(s) listed in split_csv/1cls.csv do not exist: {shorten(missing)}.")
     return samples
 
 
@@ -340,7 +335,7 @@ def _recognise(source: str | Path, hold_out: bool = True) -> dict[str, Callable[
             return {escaped(folder.name): partial(read, folder) for folder in folders}
     if _images(root):
         return {escaped(root.name): partial(read_folder, root)}
-    found = _shorten(sorted(f.name for f in root.iterdir())) or "nothing"
+    found = shorten(sorted(f.name for f in root.iterdir())) or "nothing"
     raise ValueError(
         f"the layout of {root} is not recognised (it holds {found}). Expected split_csv/1cls.csv (VisA), "
         "Class1/Train/Label (DAGM), <category>/train/good (MVTec AD), good/, or images alone."
@@ -352,7 +347,7 @@ def _choose(category: str | None, categories: Sequence[str], source: str | Path)
         return categories[0]
     if category is None or category not in categories:
         problem = "name a category of" if category is None else f"unknown category {category!r} in"
-        raise ValueError(f"{problem} {source}: it has {_shorten(categories, most=40)}.")
+        raise ValueError(f"{problem} {source}: it has {shorten(categories, most=40)}.")
     return category
 
 
@@ -431,7 +426,7 @@ def _stored_mask(masks: Sequence[Path]) -> dict[str, Any] | None:
     except ValueError:
         return _stored(masks[-1])  # damaged, or beside one that is: reading it again says so
     if len({mask.shape for mask in found}) > 1:
-        raise ValueError(f"the masks of one image differ in size: {_shorten(masks)}.")
+        raise ValueError(f"the masks of one image differ in size: {shorten(masks)}.")
     content = io.BytesIO()
     Image.fromarray(np.logical_or.reduce(found)).save(content, "PNG")
     return {"path": escaped(masks[0].parent), "bytes": content.getvalue()}
@@ -474,7 +469,7 @@ def _hub_table(repo_id: str, config: str) -> tuple[Any, np.ndarray, np.ndarray]:
     pictures = [features.get("image"), features.get("mask", datasets.Image())]
     if unmarked or not all(isinstance(feature, datasets.Image) for feature in pictures):
         raise ValueError(
-            f"dataset {repo_id} has the columns {_shorten(features, most=40)}; expected are image (an Image) and, if "
+            f"dataset {repo_id} has the columns {shorten(features, most=40)}; expected are image (an Image) and, if "
             "there are any, mask (an Image), label (0 and 1, or class names like good and scratch), defect_type and "
             "category (text). Rename those that have other names with `dataset.rename_column` and push the result."
         )
@@ -519,7 +514,7 @@ def _load_hub(repo_id: str, category: str | None, hold_out: bool) -> Any:
         if hold_out and "test" in split:
             split[np.flatnonzero(split == "train")[4::5]] = "test"
     if hold_out and "train" not in split:
-        found = _shorten(sorted(set(types[origin != ""])))
+        found = shorten(sorted(set(types[origin != ""])))
         raise ValueError(f"dataset {repo_id} has no normal images to train on: it has {found}.")
 
     columns: dict[str, list] = {"label": (~normal).astype(int).tolist(), "defect_type": types.tolist()}
@@ -593,7 +588,7 @@ def check_images(dataset: Any, value_range: float | None = None) -> tuple[Any, l
     if len(problems) > max(1, _MOST_UNUSABLE * len(found)) or len(problems) == len(found) > 0:
         raise ValueError(
             f"{len(problems)} of {len(found)} images are unusable, more than {_MOST_UNUSABLE:.0%}: "
-            f"{_shorten(problems)}. Is the copy or the download complete?"
+            f"{shorten(problems)}. Is the copy or the download complete?"
         )
     if problems:
         logger.warning("%d of %d images are left out: %s", len(problems), len(found), "; ".join(problems))

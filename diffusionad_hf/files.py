@@ -12,7 +12,7 @@ import shutil
 import sys
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -181,6 +181,12 @@ def escape_output() -> None:
 def slug(name: str) -> str:
     """A name in letters that file names and Hub ids may have: `"Metal Nut (v2)"` to `"metal-nut-v2"`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def shorten(names: Iterable[Any], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def one_line(text: Any) -> str:

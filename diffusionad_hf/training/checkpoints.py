@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..data import _shorten as shorten
+from ..files import shorten
 from .dataset import NormalImages, TableImages
 from .optimization import STEADY_SCHEDULES
 from .plan import Plan

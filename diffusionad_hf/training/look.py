@@ -14,9 +14,9 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
-from ..data import _shorten as shorten
 from ..data import add_normal, check_images, load_category
 from ..familiarity_diffusionad import pixel_digest
+from ..files import shorten
 from ..images_diffusionad import load_image, resize_image, to_uint8
 from ..modeling_perceptual_segmenter import PerceptualSegmenter
 from ..visualization import save_image
