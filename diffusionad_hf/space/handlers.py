@@ -176,7 +176,8 @@ class Handlers:
                 return *no_result(message(NO_MODEL)), box
             model = self.models.get(category)
             if not photo or self.example_photos.get(photo["path"], category) != category:
-                box, example = None, self.example(category)
+                # What is empty is not emptied again: a photo may have been put there meanwhile.
+                box, example = None if photo else box, self.example(category)
                 if example is None:
                     return *no_result(EMPTY), box
                 key, folder = self.results.copy(example, STORED, owner)
@@ -273,7 +274,11 @@ class Handlers:
 
     def missed(self, missed, category, own):
         """The controls once more, if they were set while another tab was shown."""
-        return (gr.skip(),) * 4 if not missed else (False, *self.category(category, own))
+        return self.category(category, own) if missed else (gr.skip(),) * 3
+
+    def redraw_missed(self, missed, key, threshold, opacity, rate, own, request: gr.Request):
+        """The result with them; nothing, which could come after what was moved since, if none was missed."""
+        return (False, *self.threshold(key, threshold, opacity, rate, own, request)) if missed else (gr.skip(),) * 5
 
     def rate(self, category, rate, own):
         """The threshold of another false-alarm rate."""

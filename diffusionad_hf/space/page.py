@@ -168,9 +168,11 @@ def inspect_tab(
     run = dict(inputs=[photo, category, key, *drawn, *advanced], show_progress_on=[verdict], **INSPECTING, **RUN)
     run["api_name"] = "photo"  # the name of `on.inspect` is that of the endpoint
     run["outputs"] = [verdict, key, result, details, pictures, scale, regions, normal, photo]
+    run["trigger_mode"] = "always_last"  # or a product chosen meanwhile would keep the other one's verdict
     photo.change(on.photo, **run)
     again.click(on.inspect, **run)
-    redraw = dict(fn=on.threshold, inputs=[key, *drawn], outputs=[verdict, pictures, scale, regions], **LIVE)
+    redrawn = [verdict, pictures, scale, regions]
+    redraw = dict(fn=on.threshold, inputs=[key, *drawn], outputs=redrawn, **LIVE)
     threshold.input(**redraw)
     opacity.input(**redraw)
     rate.input(on.rate, [category, rate, own], threshold, **LIVE).then(**redraw)
@@ -182,7 +184,9 @@ def inspect_tab(
     # Controls miss what they are set to while another tab is shown, as that in which a product is taught.
     missed = gr.State(False)
     taught.change(lambda: True, None, missed, api_visibility="private")
-    tab.select(on.missed, [missed, category, own], [missed, *controls], **LIVE).then(**redraw)
+    tab.select(on.missed, [missed, category, own], controls, **LIVE).then(
+        on.redraw_missed, [missed, key, *drawn], [missed, *redrawn], **LIVE
+    )
     for kind, button in buttons.items():
         made = button.click(on.download(kind), [key, *drawn], file, **DOWNLOADS)
         made.success(None, file, None, js=SAVE)
@@ -285,9 +289,10 @@ class Page(gr.Blocks):
     async def preprocess_data(self, block_fn: Any, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         with one_line_errors():
             # What is left out at the end is what the function has by default.
-            missing = list(signature(block_fn.fn).parameters.values())[len(inputs) : len(block_fn.inputs)]
-            if all(parameter.default is not parameter.empty for parameter in missing):
-                inputs = [*inputs, *(parameter.default for parameter in missing)]
+            if block_fn.fn is not None:  # None where an event runs in the browser only
+                missing = list(signature(block_fn.fn).parameters.values())[len(inputs) : len(block_fn.inputs)]
+                if all(parameter.default is not parameter.empty for parameter in missing):
+                    inputs = [*inputs, *(parameter.default for parameter in missing)]
             if len(inputs) != len(block_fn.inputs):
                 raise Refusal(f"This call takes {len(block_fn.inputs)} values, not {len(inputs)}.")
             inputs = [await self._admit(*pair) for pair in zip(block_fn.inputs, inputs, strict=True)]

@@ -417,6 +417,26 @@ def test_models_that_fail_or_cannot_be_loaded_are_messages_and_the_other_goes_on
     expect(page, "#verdict h2", "efect found")
 
 
+def test_a_product_chosen_while_another_one_is_inspected_gets_its_own_verdict(page, parts):
+    held = []
+
+    def hold(route):
+        data = route.request.post_data_json["data"]
+        if not held and len(data) > 5 and data[1] == "fragile":
+            held.append(route)
+        else:
+            route.continue_()
+
+    inspect(page, parts[0])
+    page.route("**/queue/join*", hold)
+    choose(page, "fragile")
+    until(lambda: page.wait_for_timeout(100) or held, "it is not inspected")
+    choose(page, "no-such-model")
+    page.wait_for_timeout(2000)
+    held[0].continue_()
+    expect(page, "#verdict .error", "could not be loaded")
+
+
 # The ratio of WCAG 2 between each visible text and the first opaque ground behind it, where it is below AA.
 PALE = """() => {
     const brush = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
