@@ -242,10 +242,15 @@ def _from_pil(image: Image.Image, name: str, value_range: float | None) -> torch
     return tensor
 
 
+def bits_of(most: int) -> int:
+    """How many bits the 16-bit values up to this one may have been recorded with: 8, 10, 12, 14, or 16."""
+    return next((bits for bits in (8, 10, 12, 14) if 0 < most < 2**bits), 16)
+
+
 def _warn_if_dark(most: int, name: str) -> None:
     """Says, once for each number of bits, that 16-bit values may be those of a camera that has fewer."""
-    bits = next((bits for bits in (8, 10, 12, 14) if most < 2**bits), 16)
-    if most and bits < 16 and bits not in _warned:
+    bits = bits_of(most)
+    if bits < 16 and bits not in _warned:
         _warned.add(bits)
         logger.warning(
             f"{name}: reaches only {most} of 65535, so it is read as dark. If its values are of {bits} bits, say so: "

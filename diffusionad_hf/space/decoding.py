@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..images_diffusionad import InvalidImageError, has_more_frames, load_image, open_image
+from ..images_diffusionad import InvalidImageError, bits_of, has_more_frames, load_image, loses_bits, open_image
 
 _SECONDS = 20  # 50 million pixels take a slow processor 8
 _BYTES = 3 * 2**30  # beside what a new process has; 50 million pixels of 16 bits take 2
@@ -22,7 +22,7 @@ _TYPES = {"uint8": np.uint8, "float32": np.float32}
 
 def decode(
     path: Path, most_pixels: int, suffix: str = "", value_range: float | None = None
-) -> tuple[torch.Tensor, bool]:
+) -> tuple[torch.Tensor, str]:
     """
     Reads an image file as [`load_image`] does.
 
@@ -33,7 +33,7 @@ def decode(
         value_range: As for [`load_image`].
 
     Returns:
-        `(3, H, W)`, uint8 or float32; and whether the file holds more frames than this first one.
+        `(3, H, W)`, uint8 or float32; and what there is to say of it, such as that it was read as dark.
 
     Raises:
         InvalidImageError: If it cannot be used; the message does not name the file.
@@ -60,7 +60,7 @@ def decode(
                 raise ValueError(f"{height} x {width}")
             pixels = np.empty((3, height, width), dtype)
             _read_into(pixels, receiver)
-            return torch.from_numpy(pixels), bool(answer["more"])
+            return torch.from_numpy(pixels), str(answer["note"])
         except InvalidImageError:
             raise
         except (EOFError, OSError, ValueError, KeyError, TypeError) as error:  # killed, or it answers what it must not
@@ -82,14 +82,14 @@ def _work(sender: Connection, path: str, most_pixels: int, suffix: str, value_ra
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     try:
-        found, more = _load(Path(path), most_pixels, suffix, value_range)
+        found, note = _load(Path(path), most_pixels, suffix, value_range)
         image = found.contiguous().numpy()
     except (InvalidImageError, OSError, MemoryError, RuntimeError) as error:  # the last one is torch's for no memory
         out = isinstance(error, (MemoryError, RuntimeError))
         reason = "takes too much memory to decode." if out else str(error)
         sender.send_bytes(json.dumps({"error": reason[:1000]}).encode())
         return
-    sender.send_bytes(json.dumps({"type": str(image.dtype), "size": image.shape[1:], "more": more}).encode())
+    sender.send_bytes(json.dumps({"type": str(image.dtype), "size": image.shape[1:], "note": note}).encode())
     with open(sender.fileno(), "wb", buffering=0, closefd=False) as pipe:
         left = memoryview(image).cast("B")
         while left:
@@ -111,7 +111,7 @@ def _has_proc() -> bool:
     return Path("/proc/self/statm").is_file()
 
 
-def _load(path: Path, most_pixels: int, suffix: str, value_range: float | None) -> tuple[torch.Tensor, bool]:
+def _load(path: Path, most_pixels: int, suffix: str, value_range: float | None) -> tuple[torch.Tensor, str]:
     name = f"image{suffix}"
     size = stated_size(path, suffix) or (0, 0)  # load_image says what is wrong with it
     if size[0] * size[1] > most_pixels:
@@ -122,9 +122,17 @@ def _load(path: Path, most_pixels: int, suffix: str, value_range: float | None) 
         content = path.read_bytes()
         image = load_image(content, name, value_range)
         with open_image(io.BytesIO(content), name) as file:
-            return image, has_more_frames(file)
+            more, is_reduced = has_more_frames(file), loses_bits(file)
+            states_range = file.format in ("PPM", "JPEG2000") or value_range is not None
+            is_wide = file.mode.startswith("I") and image.is_floating_point()
     except InvalidImageError as error:
         raise InvalidImageError(str(error).removeprefix(f"{name}: ")) from error
+    note = "It holds several frames: only the first one was inspected." if more else ""
+    most = int(image.max()) << 8 if is_reduced else round(float(image.max()) * 65535) if is_wide else 0
+    if not states_range and (bits := bits_of(most)) < 16:
+        note = f"{note} It reaches only {most} of 65535, so it was read as dark: multiply values of {bits} bits by "
+        note += f"{2 ** (16 - bits)} before you upload them."
+    return image, note.strip()
 
 
 def stated_size(path: Path, suffix: str = "") -> tuple[int, int] | None:

@@ -219,8 +219,7 @@ class Upload:
         try:
             if self.path.stat().st_size > LIMITS.image_bytes:
                 raise Refusal(f"{self.name}: {_TOO_LARGE}")
-            image, has_more_frames = decode(self.path, LIMITS.image_pixels, Path(self.name).suffix, value_range)
-            return image, "It holds several frames: only the first one was inspected." if has_more_frames else ""
+            return decode(self.path, LIMITS.image_pixels, Path(self.name).suffix, value_range)
         except InvalidImageError as error:
             raise Refusal(f"{self.name}: {error}") from error
         except OSError as error:

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,3 +182,29 @@ def test_scores_that_are_no_numbers_are_refused(evaluate, tmp_path):
 
     code, found, printed = evaluate(make_folder(tmp_path / "data"), change=spoil)
     assert code == 2 and found is None and "good/000.png: score must be a finite number, got nan" in printed
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peaks of memory are read from /proc")
+def test_large_photos_take_bounded_memory(model_dir, tmp_path):
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)).resize(
+        (4000, 3000)
+    )
+    mask = Image.new("L", large.size)
+    mask.paste(255, (500, 500, 1500, 1200))
+    for folder in ("train/good", "test/good", "test/hole", "ground_truth/hole"):
+        (tmp_path / "part" / folder).mkdir(parents=True)
+    large.save(tmp_path / "part/train/good/0.jpg")
+    for i in range(4):
+        for folder in ("good", "hole"):
+            os.link(tmp_path / "part/train/good/0.jpg", tmp_path / f"part/test/{folder}/{i}.jpg")
+        mask.save(tmp_path / f"part/ground_truth/hole/{i}_mask.png")
+    # Not `ru_maxrss`, which takes over what the process that started this one had.
+    code = (
+        "import sys; from pathlib import Path; from diffusionad_hf.cli.main import main; code = main(sys.argv[1:]); "
+        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]); sys.exit(code)"
+    )
+    data = ("evaluate", "--model", model_dir, "--data-dir", tmp_path / "part")
+    done = subprocess.run([sys.executable, "-c", code, *map(str, data)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 images: 4 normal, 4 anomalous (4 with a mask)" in done.stdout
+    assert int(done.stdout.split()[-1]) / 1024**2 < 1.5, "GB"

@@ -224,6 +224,19 @@ def test_unusable_images_are_named_by_their_sender_s_name_and_without_the_server
     assert str(tmp_path) not in str(caught.value) and "stored" not in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_values_of_a_camera_of_fewer_bits_are_said_to_be_read_as_dark(tmp_path, suffix):
+    values, path = np.linspace(0, 1000, 64 * 64).reshape(64, 64).astype(np.uint16), tmp_path / f"grey{suffix}"
+    Image.fromarray(values).save(path)
+    note = Upload("camera", path).image()[1]
+    assert "reaches only 1000 of 65535" in note and "values of 10 bits by 64" in note
+    assert Upload("camera", path).image(1023)[1] == "", "it was told"
+    Image.fromarray(values * 64).save(path)
+    assert Upload("camera", path).image()[1] == ""
+    path.write_bytes(b"P5 64 64 1023\n" + values.astype(">u2").tobytes())
+    assert Upload("camera", path).image()[1] == "", "the file says what is white"
+
+
 def test_what_a_model_is_told_of_its_camera_holds_for_uploads_too(tmp_path):
     path = tmp_path / "0001"
     Image.fromarray(np.full((20, 40), 4095, np.uint16)).save(path, "PNG")
