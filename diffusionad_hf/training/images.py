@@ -73,7 +73,7 @@ def estimated_foregrounds(
 
 def in_threads(work: Callable[[int], T], rows: Sequence[int]) -> Iterator[T]:
     """The results of `work` for each row, in order."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # as many as computing may take here
         # In parts, because `map` keeps all results in memory until they are consumed.
         for first in range(0, len(rows), 64):
             yield from pool.map(work, rows[first : first + 64])
