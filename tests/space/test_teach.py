@@ -164,7 +164,8 @@ def test_photos_that_cannot_be_learnt_from_are_one_line_and_leave_nothing(quick,
     with pytest.raises(AppError, match=reason) as caught:
         train(client, *files)
     assert str(quick.temporary) not in str(caught.value) and "\n" not in str(caught.value)
-    assert len(lessons(quick)) == before and not [*quick.temporary.glob("diffusionad-space-*/tmp*")]
+    # Of those of earlier tests, some may go meanwhile.
+    assert len(lessons(quick)) <= before and not [*quick.temporary.glob("diffusionad-space-*/tmp*")]
 
 
 def test_two_at_once_wait_for_each_other_stopping_keeps_the_best_and_closing_ends_it(endless, photos):
