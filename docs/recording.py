@@ -75,9 +75,8 @@ def main(target: str) -> None:
             server.stop()
     first, *others = (frame.resize((800, 688), Image.Resampling.LANCZOS) for frame in film.frames)
     first.save(target, save_all=True, append_images=others, duration=film.times, loop=0, quality=60, method=6)
-    print(
-        f"{target}: {len(film.frames)} pictures, {sum(film.times) / 1000:.0f} s, {Path(target).stat().st_size // 1000} KB"
-    )
+    seconds, size = sum(film.times) / 1000, Path(target).stat().st_size // 1000
+    print(f"{target}: {len(film.frames)} pictures, {seconds:.0f} s, {size} KB")
 
 
 if __name__ == "__main__":

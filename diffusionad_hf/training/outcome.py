@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import logging
+import math
 import shlex
 import shutil
 import time
@@ -51,6 +52,10 @@ _PATHS = {"data_dir", "texture_dir", "foreground_dir", "output_dir", "init_from"
 # Beyond every epoch of a training, so that no training anomaly is used for validation.
 _VALIDATION_EPOCH = 2**31
 _MOST_IMAGES = 64
+# The chance at which a model that learnt nothing passes as one that did.
+_CHANCE = 0.01
+# Held-out images that it takes to pass: if all of n scores rise, the p-value of the rise is 2 ** -n.
+FEWEST_HELD_OUT = math.ceil(-math.log2(_CHANCE))
 
 
 class Validation:
@@ -117,7 +122,7 @@ class Validation:
         if not rise.any():
             return False
         auroc = mannwhitneyu(changed[is_defective], alone).statistic / (is_defective.sum() * self.count)
-        return bool(wilcoxon(rise, alternative="greater").pvalue <= 0.01 and auroc >= 0.65)
+        return bool(wilcoxon(rise, alternative="greater").pvalue <= _CHANCE and auroc >= 0.65)
 
 
 def observe(

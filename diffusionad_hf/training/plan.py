@@ -17,6 +17,8 @@ from ..verdicts_diffusionad import images_needed, percent
 from .arguments import TrainingConfig
 from .dataset import NormalImages
 from .losses import DiffusionADObjective
+from .outcome import FEWEST_HELD_OUT
+from .progress import duration
 from .steps import build_networks, prepare_batch
 from .synthesis import AnomalySynthesizer
 
@@ -28,8 +30,6 @@ _WORTH_IT = 0.9
 _EPOCH = 2**31
 # Seconds: a first step that took longer is not repeated.
 _LONG = 10.0
-# Held-out images that it takes to show that a model has learnt something, see `Validation.is_passed_by`.
-_FEWEST_HELD_OUT = 7
 _NAMES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -70,9 +70,9 @@ class Plan:
         promise = f"which promise a false-alarm rate of {percent(rate)} at best"
         if held_out < images_needed(args.false_alarm_rate):
             promise += f" ({percent(args.false_alarm_rate)} takes {2 * images_needed(args.false_alarm_rate)} photos)"
-        if held_out < _FEWEST_HELD_OUT:
+        if held_out < FEWEST_HELD_OUT:
             promise += (
-                f"; too few to show that it has learnt: all verdicts will be undecided, give {2 * _FEWEST_HELD_OUT} "
+                f"; too few to show that it has learnt: all verdicts will be undecided, give {2 * FEWEST_HELD_OUT} "
                 "photos or more"
             )
         return [
@@ -100,13 +100,6 @@ class Counts:
         # The last one is repeated with the weights as they were saved.
         images = (validations + 1) * self.validated + self.held_out + self.tested
         return (steps - step) * plan.seconds_per_step + images * plan.seconds_per_image
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
 
 
 def probe(args: TrainingConfig, train_set: NormalImages, synthesizer: AnomalySynthesizer, former: Plan | None) -> Plan:

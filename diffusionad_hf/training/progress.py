@@ -15,6 +15,13 @@ logger = logging.getLogger("training")
 PROGRESS_FILE = "progress.json"
 
 
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+
+
 @dataclass
 class Progress:
     """

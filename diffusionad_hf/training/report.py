@@ -19,7 +19,7 @@ from ..pipeline_diffusionad import DiffusionADPipeline
 from ..report import Entry, embedded, write_report
 from ..verdicts_diffusionad import ANOMALOUS, NORMAL
 from ..visualization import find_regions, location_words, region_threshold
-from .plan import duration
+from .progress import duration
 
 _WORST, _TYPICAL = 4, 2  # pictures of normal images, and as many of defective ones
 
