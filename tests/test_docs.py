@@ -1,6 +1,7 @@
 """The documentation does what it says: its commands and programs run, its links lead somewhere, its site builds."""
 
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "space/checkpoints/demo-part/examples"
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))])
 PAGES += [ROOT / "training/README.md", ROOT / "space/README.md"]
+NOTEBOOKS = sorted(ROOT.glob("docs/notebooks/*.ipynb"))
 TRACKED = ("*.md", "benchmarks/*.md", "docs/**/*.md", "space/**/*.md", "training/*.md", ".github/**/*.md")
 SHELL = {"bash", "sh", "shell", "console"}
 # Blocks that say themselves, in a comment before them, why they cannot run here. More of them is a decision.
@@ -54,7 +56,15 @@ def read_blocks(page: Path) -> list[Block]:
     return [Block(page, text.count("\n", 0, m.start()) + 1, m[2], m[3], m[1]) for m in found]
 
 
+def read_cells(notebook: Path) -> list[Block]:
+    """The cells with code, of which lines to Jupyter itself, such as installations, are left out."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    codes = {i: "".join(cell["source"]) for i, cell in enumerate(cells) if cell["cell_type"] == "code"}
+    return [Block(notebook, i, "python", re.sub(r"^[%!].*", "", code, flags=re.M), None) for i, code in codes.items()]
+
+
 BLOCKS = [block for page in PAGES for block in read_blocks(page) if block.language in {*SHELL, "python"}]
+BLOCKS += [cell for notebook in NOTEBOOKS for cell in read_cells(notebook)]
 
 
 def make_photos(folder: Path, names: list[str], seed: int, source: str = "good.png") -> None:
