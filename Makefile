@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-any-cpu style quality docs space wheel clean
+.PHONY: demo test test-any-cpu style quality docs results space wheel clean
 
 demo: $(VENV)/.core  ## Inspect the bundled examples with the embedded model.
 	$(BIN)/diffusionad demo
@@ -32,6 +32,9 @@ quality: $(VENV)/.all  ## Check style, formatting and types.
 # Silences an advertisement that the theme prints.
 docs: $(VENV)/.all  ## Build the documentation into site/; warnings and broken links are errors.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+results: $(VENV)/.all  ## List the commands that rebuild the tables; each says with --help what it takes.
+	$(BIN)/python -m benchmarks --help
 
 space: $(VENV)/.all  ## Serve the web demo.
 	$(BIN)/python space/app.py
