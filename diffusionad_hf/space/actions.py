@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..calibration import promised_rate
 from ..familiarity_diffusionad import Familiarity, pixel_digest
-from ..files import write_json
+from ..files import short_name, write_json
 from ..visualization import anomaly_map_16bit
 from .intake import LIMITS, Refusal, Settings, Upload, collect
 from .models import Calibration, Model, ModelError, Raw
@@ -207,6 +207,7 @@ def calibrate_on(
     former = model.calibration.threshold
     rejected = None if former is None else sum(score > former for score in scores)
     _, folder = results.new(owner)
-    file = folder / f"calibration-{Path(model.name).name}.json"
+    start, end = "calibration-", ".json"
+    file = folder / f"{start}{short_name(Path(model.name).name, len(start + end))}{end}"
     write_json(file, calibration.to_json(model))
     yield Calibrated(calibration, file, unusable, rejected)

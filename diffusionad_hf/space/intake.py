@@ -59,6 +59,7 @@ class Limits:
     teaching_seconds: int = 1800
     teaching_bytes: int = 4 * 1024 * MB  # of memory
     preview_seconds: int = 300
+    marks_seconds: int = 120  # in which marked photos are decoded
     lessons: int = 8  # that wait or run
     lessons_per_address: int = 2
     kept_per_address: int = 6  # lessons that are over
@@ -77,6 +78,7 @@ class Limits:
     uploading_per_address: int = 4
     upload_seconds: int = 600
     stored_bytes: int = 8 * 1024 * MB  # uploads of all visitors that are kept at a time
+    spared_bytes: int = 2 * 1024 * MB  # of these, for addresses that sent less than half as much in the last hour
 
 
 LIMITS = Limits()

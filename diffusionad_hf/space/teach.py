@@ -99,7 +99,7 @@ class Lesson:
     began: float = 0.0
     stopping: bool = False
     gone: bool = False
-    process: "subprocess.Popen | None" = None
+    processes: dict[str, subprocess.Popen] = field(default_factory=dict)  # "train" and "preview", while they run
 
     @property
     def model(self) -> Path:
@@ -142,7 +142,11 @@ class Lesson:
 
     def plain(self, text: object) -> str:
         """A line of the training's without the server's paths."""
-        return one_line(text).replace(f"{self.folder}/photos/", "").replace(f"{self.folder}/", "")[:500]
+        return self.without_paths(one_line(text))[:500]
+
+    def without_paths(self, text: str) -> str:
+        """The server's, which tell the key as well."""
+        return text.replace(f"{self.folder}/photos/", "").replace(f"{self.folder}/", "")
 
 
 class Teacher:
@@ -175,10 +179,13 @@ class Teacher:
         (folder / "photos").mkdir()
         try:
             seen: dict[str, str] = {}
+            end = time.monotonic() + LIMITS.batch_seconds
             with tempfile.TemporaryDirectory(dir=self.results.folder) as unpacked:
                 uploads = collect(files, Path(unpacked))
                 for number, upload in enumerate(uploads):
                     try:
+                        if time.monotonic() > end:
+                            raise Refusal(f"{upload.name}: not reached in {LIMITS.batch_seconds // 60} minutes.")
                         name = f"{number:04d}-{slug(Path(upload.name).stem)[:40]}.png"
                         lesson.bytes += _keep(upload, folder / "photos" / name, seen)
                         lesson.photos += 1
@@ -206,26 +213,39 @@ class Teacher:
 
     def start(self, lesson: Lesson, name: str, address: str, marks: Sequence[Mark] = ()) -> Lesson:
         """
-        Puts a lesson into the queue; one that was taught already is taught anew, as another product.
+        Puts a lesson into the queue; one that was taught already is taught anew, as another product. Of the marks, the
+        newest are taken, as many as the limits allow.
 
         Raises:
             Refusal: If it is in the queue, or too many are.
         """
+        with tempfile.TemporaryDirectory(dir=self.results.folder) as folder:
+            self._check_queue(lesson, address)
+            marked = _kept_marks(marks, Path(folder))  # which takes long: nobody else waits for it
+            return self._enqueue(lesson, name, address, Path(folder), marked)
+
+    def _check_queue(self, lesson: Lesson, address: str) -> None:
+        active = [other for other in list(self._lessons.values()) if other.is_under_way]
+        if self.is_busy(lesson.owner):
+            raise Refusal("One of yours is under way. Stop it first, or wait for it.")
+        if sum(other.address == address for other in active) >= LIMITS.lessons_per_address:
+            raise Refusal("Others at your address wait already. Try again when they are done.")
+        if len(active) >= LIMITS.lessons:
+            raise Refusal("Too many wait already. Try again later.")
+
+    def _enqueue(self, lesson: Lesson, name: str, address: str, folder: Path, marked: Sequence[dict]) -> Lesson:
+        """Puts it into the queue, with the marked photos of a folder."""
         with self._changed:
-            active = [other for other in self._lessons.values() if other.is_under_way]
-            if self.is_busy(lesson.owner):
-                raise Refusal("One of yours is under way. Stop it first, or wait for it.")
-            if sum(other.address == address for other in active) >= LIMITS.lessons_per_address:
-                raise Refusal("Others at your address wait already. Try again when they are done.")
-            if len(active) >= LIMITS.lessons:
-                raise Refusal("Too many wait already. Try again later.")
+            self._check_queue(lesson, address)
+            self.find(lesson.key)  # its page may be closed meanwhile
             if lesson.is_taught:
+                self._make_room(address, lesson)
                 lesson = self._again(lesson)
             taken = {other.name for other in self.taught(lesson.owner)}
             lesson.name = _untaken(shown_name(name)[:60] if name.strip() else "My product", taken)
+            _take_marks(lesson, folder, marked)
             lesson.address, lesson.state, lesson.reason, lesson.stopping = address, WAITING, "", False
             self._queue.append(lesson)
-            _write_marks(lesson, marks)
             self._changed.notify_all()
         return lesson
 
@@ -235,17 +255,19 @@ class Teacher:
             if lesson.state == WAITING:
                 self._queue.remove(lesson)
                 lesson.state = PREPARED
-            elif lesson.state == RUNNING and not lesson.stopping and lesson.process:
+            elif lesson.state == RUNNING and not lesson.stopping:
                 lesson.stopping = True
-                lesson.process.send_signal(signal.SIGINT)
+                if process := lesson.processes.get("train"):
+                    process.send_signal(signal.SIGINT)
 
     def find(self, key: object) -> Lesson:
         """The lesson of a key; a Refusal if there is none."""
         lesson = self._lessons.get(key) if isinstance(key, str) else None
-        if lesson is None or not lesson.folder.is_dir():
-            raise Refusal("This training is no longer kept. Start again with the photos.")
-        os.utime(lesson.folder)
-        return lesson
+        with suppress(FileNotFoundError):  # swept, or its page was closed
+            if lesson:
+                os.utime(lesson.folder)
+                return lesson
+        raise Refusal("This training is no longer kept. Start again with the photos.")
 
     def position(self, lesson: Lesson) -> int:
         """How many are before it."""
@@ -317,9 +339,11 @@ class Teacher:
 
     # ---- what the server does ----
 
-    def _make_room(self, address: str) -> None:
-        """Forgets the oldest lessons of an address that are over; a Refusal if all together take too much disk."""
-        idle = [other for other in list(self._lessons.values()) if other.address == address and not other.is_under_way]
+    def _make_room(self, address: str, needed: Lesson | None = None) -> None:
+        """Forgets the oldest lessons of an address that are over, but for one that is needed; a Refusal if all
+        together take too much disk."""
+        of_address = [other for other in list(self._lessons.values()) if other.address == address]
+        idle = [other for other in of_address if not other.is_under_way and other is not needed]
         for other in idle[: max(0, len(idle) + 1 - LIMITS.kept_per_address)]:
             self._remove(other)
         if sum(other.bytes for other in list(self._lessons.values())) > LIMITS.taught_bytes:
@@ -331,8 +355,8 @@ class Teacher:
             self._lessons.pop(lesson.key, None)
             if lesson in self._queue:
                 self._queue.remove(lesson)
-            process = lesson.process
-        if process:
+            processes = list(lesson.processes.values())
+        for process in processes:
             _end(process)
         self.models.forget(lesson.key)
         self.results.remove(lesson.folder)
@@ -343,7 +367,8 @@ class Teacher:
         (folder / "photos").mkdir()
         for photo in (lesson.folder / "photos").iterdir():
             link_or_copy(photo, folder / "photos" / photo.name)
-        again = Lesson(key, folder, lesson.owner, lesson.address, photos=lesson.photos, unusable=lesson.unusable)
+        again = Lesson(key, folder, lesson.owner, lesson.address)
+        again.photos, again.bytes, again.unusable = lesson.photos, lesson.bytes, lesson.unusable
         self._lessons[key] = again
         return again
 
@@ -352,9 +377,11 @@ class Teacher:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue, timeout=60)
                 for lesson in list(self._lessons.values()):
-                    if lesson.is_under_way and lesson.folder.is_dir():
-                        os.utime(lesson.folder)  # though nobody looks at it
-                    elif not lesson.folder.is_dir():  # swept
+                    try:
+                        lesson.folder.stat()
+                        if lesson.is_under_way:
+                            os.utime(lesson.folder)  # though nobody looks at it
+                    except FileNotFoundError:  # swept, or its page was closed just now
                         self._lessons.pop(lesson.key)
                         self.models.forget(lesson.key)
                 if not self._queue:
@@ -394,7 +421,7 @@ class Teacher:
                 2: lesson.plain(progress.get("error") or "These photos cannot be learnt from."),
             }.get(code, "The training was ended from outside. Start again: it goes on where it was.")
             lesson.state = FAILED
-            logger.warning("teaching failed: %s", _last_line(lesson.folder / "log.txt"))
+            logger.warning("teaching failed: %s", _last_line(lesson.folder / "train.log"))
 
     def _run(self, lesson: Lesson, *arguments: str, seconds: float) -> int:
         """Runs the process of a lesson to its end; returns the exit code."""
@@ -411,10 +438,11 @@ class Teacher:
             "HF_HOME": str(lesson.folder / "cache"),
             "TMPDIR": str(lesson.folder),
         }
-        with (lesson.folder / "log.txt").open("wb") as log, self._changed:
+        kind = arguments[0]
+        with (lesson.folder / f"{kind}.log").open("wb") as log, self._changed:
             if lesson.gone or self._closed:
                 return -signal.SIGKILL
-            process = lesson.process = subprocess.Popen(
+            process = lesson.processes[kind] = subprocess.Popen(
                 [*command, str(seconds), str(LIMITS.teaching_bytes), *arguments],
                 env=environment,
                 cwd=lesson.folder,
@@ -423,13 +451,15 @@ class Teacher:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+            if kind == "train" and lesson.stopping:  # before it began
+                process.send_signal(signal.SIGINT)
         try:
             return process.wait(seconds + 300)  # it ends itself before
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL
         finally:
             _end(process)
-            lesson.process = None
+            lesson.processes.pop(kind)
 
 
 def _end(process: "subprocess.Popen") -> None:
@@ -460,26 +490,42 @@ def _untaken(name: str, taken: set[str]) -> str:
     return next(found for found in names if found not in taken)
 
 
-def _write_marks(lesson: Lesson, marks: Sequence[Mark]) -> None:
-    """Keeps the photos that a visitor marked beside the lesson, as the trainer takes them."""
-    (lesson.folder / "feedback.json").unlink(missing_ok=True)
-    told = []
-    for number, mark in enumerate(marks):
-        path = lesson.folder / "marked" / f"{number:04d}.png"
-        path.parent.mkdir(exist_ok=True)
+def _kept_marks(marks: Sequence[Mark], folder: Path) -> list[dict]:
+    """Keeps the photos that a visitor marked, the newest first, in a folder; returns their records, by its files."""
+    told, end = [], time.monotonic() + LIMITS.marks_seconds
+    for number, mark in enumerate(reversed(marks[-LIMITS.files :])):
+        if time.monotonic() > end:
+            break
         with suppress(Refusal):  # swept meanwhile
-            _keep(Upload(mark.record["file"], mark.photo), path, {})
-            told.append({**mark.record, "file": str(path)})
-    if told:
-        write_json(lesson.folder / "feedback.json", {"marks": told})
+            name = f"{number:04d}.png"
+            _keep(Upload(mark.record["file"], mark.photo), folder / name, {})
+            told.append({**mark.record, "file": name})
+    return told[::-1]
+
+
+def _take_marks(lesson: Lesson, folder: Path, marked: Sequence[dict]) -> None:
+    """Moves marked photos beside a lesson, in place of those before, as the trainer takes them."""
+    target, list_file = lesson.folder / "marked", lesson.folder / "feedback.json"
+    shutil.rmtree(target, ignore_errors=True)
+    list_file.unlink(missing_ok=True)
+    if marked:
+        target.mkdir()
+        for mark in marked:
+            photo = (folder / mark["file"]).replace(target / mark["file"])
+            lesson.bytes += photo.stat().st_size
+        write_json(list_file, {"marks": [{**mark, "file": f"marked/{mark['file']}"} for mark in marked]})
 
 
 def _pack(lesson: Lesson) -> None:
     """Zips the model as one folder, which `from_pretrained` loads once unpacked."""
+    top = Path(lesson.product.stem)
     with replacing(lesson.product) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as bundle:
-        for pattern in (*PUBLISHED, *_NOTES):
+        for pattern in PUBLISHED:
             for file in sorted(lesson.model.glob(pattern)):
-                bundle.write(file, Path(lesson.product.stem) / file.relative_to(lesson.model))
+                bundle.write(file, top / file.relative_to(lesson.model))
+        for name in filter(lambda name: (lesson.model / name).is_file(), _NOTES):
+            notes = (lesson.model / name).read_text(encoding="utf-8")
+            bundle.writestr(str(top / name), lesson.without_paths(notes), zipfile.ZIP_DEFLATED)
 
 
 def _last_line(log: Path) -> str:

@@ -26,6 +26,7 @@ _PRIVATE = {"api_visibility": "private", "preprocess": False}
 _SHORT = {"concurrency_limit": 2, "concurrency_id": QUICK}
 _QUICK = {**_PRIVATE, **_SHORT, "show_progress": "hidden"}
 _LOOKING = {"concurrency_limit": 2, "concurrency_id": "look"}
+_STARTING = {**_PRIVATE, "concurrency_limit": 2, "concurrency_id": "start"}  # decodes the photos that were marked
 _MOST_THUMBNAILS = 24
 _PHASES = {
     "looking": "Looking at the photos",
@@ -294,7 +295,7 @@ def teach_tab(teacher: Teacher, page: gr.Blocks, category: gr.Radio, taught: gr.
     camera.change(on.take, [camera, taken], [camera, taken, count], **_QUICK)
     use.click(show_progress="hidden", **look)
     anew.click(lambda: ([], ""), None, [taken, count], **_QUICK)
-    start.click(_named(on.start, parts), [key, name, with_marks], outputs, **_QUICK)
+    start.click(_named(on.start, parts), [key, name, with_marks], outputs, show_progress="hidden", **_STARTING)
     stop.click(on.stop, key, None, **_QUICK)
     timer.tick(_named(on.tick, parts), [key, shown], outputs, trigger_mode="once", **_QUICK)
     push.click(

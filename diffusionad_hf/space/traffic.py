@@ -77,6 +77,7 @@ class Guard:
         self._uploading: Counter[str] = Counter()
         self._calls: dict[str, tuple[float, float]] = {}  # address: calls left, when
         self._stored, self._looked = 0, float("-inf")
+        self._sent: dict[str, tuple[float, float]] = {}  # address: bytes of its uploads, when
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -91,7 +92,7 @@ class Guard:
         if refusal:
             await _answer(send, *refusal)
             return
-        if is_upload and await self._is_full():
+        if is_upload and await self._is_full(address):
             await _answer(send, 507, "The server's disk is full for the moment. Try again in an hour.")
             return
         with _counted(self._open, address):
@@ -101,7 +102,22 @@ class Guard:
             while self._uploading[address] >= LIMITS.uploading_per_address:
                 await asyncio.sleep(0.02)  # its body is not read meanwhile
             with _counted(self._uploading, address):
-                await self._serve(scope, receive, send, LIMITS.request_bytes)
+                received = 0
+
+                async def counted() -> dict[str, Any]:
+                    nonlocal received
+                    message = await receive()
+                    received += len(message.get("body", b""))
+                    return message
+
+                try:
+                    await self._serve(scope, counted, send, LIMITS.request_bytes)
+                finally:
+                    sent = self._sent_by(address) + received
+                    self._sent.pop(address, None)
+                    self._sent[address] = (sent, time.monotonic())
+                    while len(self._sent) > 10_000:
+                        del self._sent[next(iter(self._sent))]  # who has not sent for longest
 
     async def _serve(self, scope: dict[str, Any], receive: Any, send: Any, most_bytes: int) -> None:
         body = _Body(receive, most_bytes + MB, LIMITS.upload_seconds)  # a form adds a little to each of its files
@@ -120,12 +136,18 @@ class Guard:
             return 429, "Too many requests from your address. Wait a moment."
         return None
 
-    async def _is_full(self) -> bool:
-        """Whether uploads fill their share of the disk, looked up every few seconds."""
+    def _sent_by(self, address: str) -> float:
+        """Bytes that an address uploaded, those long ago counting less."""
+        sent, when = self._sent.get(address, (0.0, 0.0))
+        return sent * max(0.0, 1 - (time.monotonic() - when) / 3600)
+
+    async def _is_full(self, address: str) -> bool:
+        """Whether uploads fill their share of the disk, looked up every few seconds; not all is for who sent much."""
         if time.monotonic() > self._looked + 5:
             self._looked = time.monotonic()
             self._stored = await asyncio.to_thread(_bytes_in, self.uploads)
-        return self._stored > LIMITS.stored_bytes
+        spared = LIMITS.spared_bytes if self._sent_by(address) > LIMITS.spared_bytes / 2 else 0
+        return self._stored > LIMITS.stored_bytes - spared
 
     def _may_call(self, address: str, path: str) -> bool:
         """Takes what a call costs of what an address has, which comes back at a steady rate."""

@@ -30,7 +30,7 @@ from ..visualization import (
     save_image,
 )
 from .decoding import decode
-from .intake import LIMITS, Settings
+from .intake import LIMITS, Refusal, Settings
 from .models import Calibration, Model, Raw
 
 logger = logging.getLogger("space")
@@ -102,7 +102,11 @@ def store(folder: Path, result: Result, image: torch.Tensor, raw: Raw, original:
 
 
 def load(folder: Path) -> Result:
-    data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    """What is kept in a folder; a Refusal if it holds no inspection, but a batch, a training, or nothing any more."""
+    try:
+        data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise Refusal("This result is no longer kept. Inspect the image again.") from error
     return Result(**{**data, "size": tuple(data["size"])})
 
 

@@ -9,6 +9,7 @@ import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ from diffusionad_hf.images_diffusionad import load_image, resize_image
 from diffusionad_hf.pipeline_diffusionad import conformal_threshold
 from diffusionad_hf.space import models
 from diffusionad_hf.space.actions import COPY, TRAINED_ON, calibrate_on, download, inspect_many, inspect_one
-from diffusionad_hf.space.handlers import batch_card, verdict_card
-from diffusionad_hf.space.intake import LIMITS, Refusal, Settings, Upload
-from diffusionad_hf.space.models import Calibration, ModelError, Models, Product, about, products
+from diffusionad_hf.space.handlers import Handlers, batch_card, verdict_card
+from diffusionad_hf.space.intake import LIMITS, Refusal, Settings, Upload, owner_of
+from diffusionad_hf.space.models import Calibration, Model, ModelError, Models, Product, about, products
 from diffusionad_hf.space.pieces import batch_table, compare, region_list, score_scale
 from diffusionad_hf.space.views import load, p_words, promise_words, view
 from tests.space.conftest import archive
@@ -321,6 +322,20 @@ def test_too_few_images_are_refused_and_too_low_a_rate_is_the_lowest_they_can_pr
     *_, done = calibrate_on(results, "anna", model, files, 0.01)
     assert math.isfinite(done.calibration.threshold) and done.calibration.false_alarm_rate == 1 / 13
     assert "About 7.69 %" in promise_words(done.calibration)
+
+
+def test_a_calibration_of_a_product_with_a_long_name_is_a_file(results, checkpoints, parts):
+    *_, done = calibrate_on(
+        results, "anna", Model("\U0001f600" * 60, str(checkpoints / "flange")), uploads(*parts), 0.1
+    )
+    assert done.file.is_file() and len(done.file.name.encode()) < 256
+
+
+def test_a_key_of_something_else_than_an_inspection_is_refused_in_a_line(results, checkpoints):
+    request = SimpleNamespace(session_hash="anna")
+    key, _ = results.new(owner_of(request))
+    said, *_ = Handlers(results, Models(str(checkpoints))).threshold(key, 0.5, 0.6, 5, {}, request)
+    assert "no longer kept" in said
 
 
 def test_photos_the_model_was_trained_on_are_unusable_for_calibration(results, model, parts):

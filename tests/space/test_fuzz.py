@@ -22,6 +22,9 @@ COUNT = int(os.environ.get("DIFFUSIONAD_FUZZ", "300"))
 META = {"_type": "gradio.FileData"}
 ROUTES = ["call/inspect", "call/inspect_batch", "call/calibrate", "call/v2/inspect", "call/no-such", "run/predict"]
 ROUTES += [
+    "call/train",
+    "call/training_status",
+    "call/training_result",
     "run/inspect",
     "api/inspect",
     "queue/join",

@@ -4,9 +4,13 @@ import json
 import os
 import shutil
 import signal
+import sys
+import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -17,9 +21,12 @@ from PIL import Image
 
 from demo_part.generate import render_part
 from diffusionad_hf import DiffusionADPipeline
-from diffusionad_hf.space.intake import Refusal, Upload
+from diffusionad_hf.space import teach
+from diffusionad_hf.space.feedback import Mark
+from diffusionad_hf.space.intake import LIMITS, Refusal, Upload
 from diffusionad_hf.space.models import Models
 from diffusionad_hf.space.teach import Lesson, Teacher, is_on
+from diffusionad_hf.training.feedback import read_feedback
 from tests.loopback_hub import LoopbackHub
 from tests.space.conftest import Server, archive, copies, inspect
 
@@ -124,6 +131,9 @@ def test_from_photos_to_a_product_that_only_its_id_opens(quick, photos, parts, t
     summary, bundle = client.predict(begun["id"], api_name="/training_result")
     assert summary["calibration_images"] == 10 and summary["has_learnt"] in (True, False)
     with zipfile.ZipFile(bundle) as product:
+        for name in product.namelist():  # whoever is given it learns neither the id nor a path of the server's
+            content = product.read(name)
+            assert begun["id"].encode() not in content and str(quick.temporary).encode() not in content, name
         product.extractall(tmp_path)
     pipe = DiffusionADPipeline.from_pretrained(tmp_path / "fl-nge-b")
     assert pipe.threshold == summary["threshold"] and len(pipe.config.calibration_scores) == 10
@@ -268,6 +278,102 @@ def test_leaving_while_photos_are_taken_in_leaves_nothing(results, checkpoints, 
     next(steps), next(steps)
     steps.close()
     assert not results.owned("anna") and not [*results.folder.glob("tmp*")]
+
+
+@pytest.fixture
+def teacher(results, checkpoints, tmp_path, monkeypatch):
+    """One whose previews take a second and whose trainings never end."""
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\n[ "$5" = preview ] && exec sleep 1\nexec sleep 1000\n')
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    found = Teacher(results, Models(str(checkpoints)))
+    yield found
+    found.close()
+
+
+def prepared(teacher, photos, owner="anna", address="203.0.113.9"):
+    *_, found = teacher.prepare(owner, address, [Upload(file.name, file) for file in photos])
+    return found
+
+
+def trainings():
+    return [child for child in psutil.Process().children() if child.name() == "sleep"]
+
+
+def test_a_training_that_began_during_its_preview_ends_with_its_page(teacher, photos):
+    lesson = prepared(teacher, photos)
+    with ThreadPoolExecutor() as pool:
+        look = pool.submit(teacher.preview, lesson)
+        until(trainings, "no preview")
+        teacher.start(lesson, "Flange", lesson.address)
+        look.result()
+    [training] = trainings()
+    teacher.stop(lesson)
+    assert lesson.stopping
+    teacher.forget("anna")
+    until(lambda: not training.is_running() or training.status() == psutil.STATUS_ZOMBIE, "it outlives its page", 10)
+
+
+def test_photos_that_are_not_reached_in_time_are_left_out(teacher, photos, results, monkeypatch):
+    monkeypatch.setattr(teach, "LIMITS", replace(LIMITS, batch_seconds=-1))
+    with pytest.raises(Refusal, match=r"0 usable photos.*part-100.png: not reached in"):
+        prepared(teacher, photos)
+    assert not results.owned("anna")
+
+
+def test_teaching_the_same_photos_again_takes_no_more_than_an_address_may_keep(teacher, photos, results):
+    lesson = prepared(teacher, photos)
+    lesson.state = "done"
+    for _ in range(LIMITS.kept_per_address + 3):
+        again = teacher.start(lesson, "Flange", lesson.address)
+        until(trainings, "it does not run", 10)
+        teacher.stop(again)
+        until(lambda: not teacher.is_busy("anna"), "it does not end", 10)
+    assert again.bytes == lesson.bytes > 0, "the disk they take is counted though the first one goes"
+    assert len(results.owned("anna")) <= LIMITS.kept_per_address + 1 and teacher.find(lesson.key) is lesson
+
+
+def test_taking_in_marked_photos_keeps_nobody_waiting_and_is_limited(teacher, photos, monkeypatch):
+    first, other = prepared(teacher, photos), prepared(teacher, photos, "bert", "203.0.113.10")
+    taken, go_on = [], threading.Event()
+    keep = teach._keep
+
+    def slow(upload, *args):
+        taken.append(upload.name)
+        assert go_on.wait(60)
+        return keep(upload, *args)
+
+    monkeypatch.setattr(teach, "_keep", slow)
+    monkeypatch.setattr(teach, "LIMITS", replace(LIMITS, files=3))
+    marks = [Mark(file, {"file": file.name, "mark": "fine"}) for file in photos]
+    with ThreadPoolExecutor() as pool:
+        start = pool.submit(teacher.start, first, "Flange", first.address, marks)
+        until(lambda: taken, "it does not begin")
+        pool.submit(teacher.position, other).result(10)
+        go_on.set()
+        start.result()
+    assert taken == [file.name for file in photos[:-4:-1]], "the newest"
+    marked = read_feedback(str(first.folder / "feedback.json"), str(first.folder / "photos"))
+    assert len(marked.fine) == 3 and all(file.is_file() for file in marked.fine)
+
+
+def test_a_page_that_closes_stops_no_one_else_s_teaching(teacher, photos, monkeypatch):
+    first, second = prepared(teacher, photos), prepared(teacher, photos, "bert", "203.0.113.10")
+    utime = os.utime
+
+    def gone(path, *args, **kwargs):
+        if path == first.folder and first.is_under_way:
+            raise FileNotFoundError(path)
+        utime(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "utime", gone)  # as if it was removed just then
+    teacher.start(first, "Flange", first.address)
+    until(lambda: first.state == "running", "it does not run", 10)
+    teacher.stop(first)
+    until(lambda: not first.is_under_way, "it does not end", 10)
+    teacher.start(second, "Flange", second.address)
+    until(lambda: second.state == "running", "nothing is taught any more", 10)
 
 
 @pytest.mark.parametrize(

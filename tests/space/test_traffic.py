@@ -136,6 +136,23 @@ def test_a_full_disk_refuses_uploads_and_many_small_files_fill_it(tmp_path, monk
     assert asyncio.run(ask("/gradio_api/queue/join")) == 200
 
 
+def test_one_address_does_not_fill_the_disk_for_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(traffic, "LIMITS", replace(LIMITS, stored_bytes=8 * MB, spared_bytes=2 * MB))
+
+    async def run():
+        server = Server(tmp_path)
+        server.go_on.set()
+        before = await server.ask("/gradio_api/upload", 7 * MB)
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "photo.png").write_bytes(b"x" * 7 * MB)
+        server.guard._looked = float("-inf")
+        theirs = await server.ask("/gradio_api/upload", MB, "192.0.2.2")
+        mine = await server.ask("/gradio_api/upload")
+        return [status for status, _ in (before, theirs, mine)]
+
+    assert asyncio.run(run()) == [200, 200, 507]
+
+
 @pytest.fixture
 def queue():
     queue = FairQueue(live_updates=True, concurrency_count=9, update_intervals=1, max_size=9, blocks=gr.Blocks())
