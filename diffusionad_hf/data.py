@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 NORMAL = "good"
 """`defect_type` of normal images in every dataset, whatever the dataset itself calls them."""
 
-_MASK_FOLDERS = ("ground_truth", "masks", "mask", "gt")
+_MASK_FOLDERS = ("ground_truth", "masks", "mask", "gt", "annotations", "annotation", "segmentations", "segmentation")
 _TEST_FOLDERS = ("test", "test_public")
 _TEST_SHARE = 0.2  # of the normal images, if a dataset has defects but no split of its own
 _READERS = 4  # threads that decode, each of which may hold a large photo
@@ -87,7 +87,8 @@ def looks_like_image(file: Path) -> bool:
 def _images(folder: Path, below: bool = False) -> list[Path]:
     """Image files directly in `folder`, or also below it, sorted, without pictures of inspections and evaluations."""
     files = files_below(folder) if below and folder.is_dir() else _visible(folder)
-    return [file for file in files if looks_like_image(file) and file.is_file() and not is_own_picture(file)]
+    # A link that leads nowhere is named as an image that cannot be read, rather than passed over.
+    return [file for file in files if looks_like_image(file) and not file.is_dir() and not is_own_picture(file)]
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -104,7 +105,7 @@ def _is_normal(name: str) -> bool:
 
 
 def _is_mask_folder(name: str) -> bool:
-    return name.lower() in _MASK_FOLDERS
+    return re.sub(r"[ _-]", "", name.lower()) in {name.replace("_", "") for name in _MASK_FOLDERS}
 
 
 def _normal_images(folder: Path) -> list[Path]:
@@ -193,6 +194,11 @@ def _defect_samples(root: Path, test: Path) -> list[_Sample]:
     for folder in dict.fromkeys((*_subfolders(root), *_subfolders(test))):
         if _is_mask_folder(folder.name):
             found = {file: _place(file, folder) for file in _images(folder, below=True)}
+            if not found and (others := files_below(folder)):
+                raise ValueError(
+                    f"{folder} holds no picture, but {shorten([file.name for file in others])}: save masks as PNG, "
+                    "white on the defect, or remove the folder."
+                )
             masks |= {file: place for file, place in found.items() if not _is_normal(place.partition("/")[0])}
     _refuse_masks_among(images, also_twins=True)
     pairs = _pair(images, masks, images if masks else ())

@@ -90,7 +90,12 @@ def load_image(image: ImageInput, name: str = "image", value_range: float | None
         InvalidImageError: If it cannot be read, has a side under 8 px, or holds values that are not finite or out of
             range; floats may exceed theirs by 5 %, and are clipped.
         FileNotFoundError: If the path does not exist.
+        ValueError: If `value_range` is no positive number.
     """
+    if value_range is not None and not (
+        isinstance(value_range, (int, float, np.number)) and 0 < value_range < float("inf")
+    ):
+        raise ValueError(f"`value_range` must be a positive number, such as 4095, got {value_range!r}.")
     if isinstance(image, (str, os.PathLike)):
         name = os.fsdecode(image)
         tensor = _from_file(_existing(name), name, value_range)
@@ -150,7 +155,7 @@ def _existing(name: str) -> str:
     path = name if os.path.isfile(name) else os.path.expanduser(name)
     if os.path.isfile(path):
         return path
-    if re.match(r"data:|[A-Za-z][A-Za-z0-9+.-]+://", name):
+    if re.match(r"data:|[A-Za-z][A-Za-z0-9+.-]+:/", name):
         raise FileNotFoundError(
             f"{name:.80}: an address; give what it leads to, as bytes or as a file: fsspec.open(address).open()."
         )

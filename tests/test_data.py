@@ -191,11 +191,29 @@ def test_images_in_folders_below_the_defect_s_and_below_good_count(flat_masks, t
 @pytest.mark.parametrize(
     "name", ["x_gt.png", "x-mask.png", "mask_x.png", "x_seg.bmp", "x.png", "x.jpg.png", "GT-x.tif"]
 )
-@pytest.mark.parametrize("folder", ["ground_truth/hole", "masks/hole", "test/ground_truth/hole", "ground_truth"])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "ground_truth/hole",
+        "masks/hole",
+        "test/ground_truth/hole",
+        "ground_truth",
+        "GroundTruth/hole",
+        "annotations",
+    ],
+)
 def test_masks_are_found_by_any_usual_name_and_folder(name, folder, tmp_path):
     root = make_mvtec(tmp_path, defects={})
     write_image(root, "widget/test/hole/x.jpg", True, mask=f"widget/{folder}/{name}")
     assert masks_of(root)["widget/test/hole/x.jpg"] > 0
+
+
+def test_masks_in_another_form_are_refused_by_name(tmp_path):
+    root = make_mvtec(tmp_path)
+    for mask in sorted((root / "widget/ground_truth").rglob("*.png")):
+        mask.rename(mask.with_suffix(".npy"))
+    with pytest.raises(ValueError, match="ground_truth holds no picture, but .*.npy.*: save masks as PNG"):
+        load_category(root)
 
 
 def test_mvtec_ad_2(tmp_path):
@@ -398,6 +416,9 @@ def test_corrupt_images_are_named_skipped_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         usable, problems = check_images(train)
     assert len(train) == 40 and len(usable) == 38
+    (folder / "003.png").unlink()
+    (folder / "003.png").symlink_to(folder / "gone.png")
+    assert "003.png" in check_images(load_category(root)["train"])[1][0], "a link that leads nowhere is named too"
     assert len(problems) == 2 and "003.png" in problems[0] and "007.png" in problems[1]
     assert "2 of 40 images are left out" in caplog.text and "003.png" in caplog.text
     assert all(row["image"].load() for row in usable)

@@ -66,6 +66,7 @@ def test_the_home_folder_is_found(photo, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "image, words",
     [
+        (Path("https://example.org/a.png"), "https:/example.org/a.png: an address"),
         ("https://example.org/a.png", r"https://example.org/a.png: an address; give .*fsspec.open"),
         ("data:image/png;base64,iVBORw0KGgo=", "an address; give .* bytes"),
         ("~/nothing.png", "~/nothing.png: no such image file"),
@@ -367,3 +368,9 @@ def test_resizing_averages_instead_of_dropping_pixels():
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::2] = 255
     assert (resize_image(stripes, 16) - 0.5).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("value_range", [0, -1, float("nan"), float("inf"), "4095"])
+def test_a_value_range_is_a_positive_number(value_range):
+    with pytest.raises(ValueError, match="`value_range` must be a positive number, such as 4095, got"):
+        load_image(np.zeros((9, 9), np.uint16), value_range=value_range)

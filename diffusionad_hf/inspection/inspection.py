@@ -114,7 +114,7 @@ def read_list(path: Path) -> list[Path]:
     text = content.decode(encoding, "surrogateescape")
     if "\0" in text:
         raise ValueError(f"{path}: not a text file; give one with the path of an image on each line.")
-    lines = [line.rstrip("\r") for line in text.split("\n")]
+    lines = [line.rstrip("\r") for line in text.split("\n" if "\n" in text else "\r")]
     # Spaces around a name are part of it if there is such a file.
     files = list(dict.fromkeys(Path(s if os.path.exists(s) else s.strip()) for s in lines if s.strip()))
     if not files:

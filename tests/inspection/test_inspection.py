@@ -59,7 +59,7 @@ def test_pictures_of_long_names_and_of_names_that_differ_in_capitals_alone_are_a
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_list_of_files_as_any_system_writes_it(tmp_path, encoding, end):
     names = ["件.png", " a.png", "b\x85c\u2028.png", "d e.png"]
     (tmp_path / " a.png").touch()
