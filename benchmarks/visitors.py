@@ -123,7 +123,7 @@ HOSTILE: dict[Callable[[Visitor], None], int] = {flood: 4, drip: 40, bomb: 2, co
 
 
 def _photo() -> bytes:
-    return next(bundled("space/examples").glob("good*.png")).read_bytes()
+    return next(bundled("space/checkpoints/demo-part/examples").glob("good*.png")).read_bytes()
 
 
 def measure(url: str, category: str, visitors: int, seconds: float, hostile: bool) -> list[float]:

@@ -15,6 +15,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import blocks, inference, intervals, machine, metrics, promises, runtimes, synthesis, tiles, training
 from benchmarks.machine import count_flops, find_slow_types, matmul_peak, measure_in_turns, spread
+from benchmarks.visitors import _photo
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
 from tests.dataset_factory import make_mvtec
 
@@ -292,3 +293,7 @@ def test_a_calibration_keeps_its_promise_on_average():
         row = promises.measure(np.random.default_rng(1).random(300), count, 0.05, 300)
         assert row["promised"] == pytest.approx(promised) and row["mean"] == pytest.approx(promised, abs=0.025)
         assert row["a tenth"] < row["mean"] < row["nine tenths"]
+
+
+def test_visitors_send_a_photo_that_is_there():
+    assert _photo().startswith((b"\x89PNG", b"\xff\xd8"))
