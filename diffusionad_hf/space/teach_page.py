@@ -356,6 +356,8 @@ class TeachEndpoints:
         """
         with one_line_errors():
             lesson = self.teacher.find(id)
+            if not isinstance(stop, bool):  # the text "false" would stop it, too
+                raise Refusal("stop is true or false.")
             if stop:
                 self.teacher.stop(lesson)
             return self.teacher.status(lesson)

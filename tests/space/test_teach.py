@@ -188,6 +188,8 @@ def test_two_at_once_wait_for_each_other_stopping_keeps_the_best_and_closing_end
     assert status(second, two["id"])["state"] == "waiting" and len(children(endless)) == 1
     with pytest.raises(AppError, match="no product: this training is running"):
         first.predict(one["id"], api_name="/training_result")
+    with pytest.raises(AppError, match="stop is true or false"):
+        status(first, one["id"], stop="false")
     status(first, one["id"], stop=True)
     stopped = wait(first, one["id"], over)
     assert stopped["state"] == "stopped"
