@@ -145,7 +145,7 @@ def test_malformed_calls_end_in_a_line(own_server, parts):
         assert inspect(client, parts[0])[0]["name"] == parts[0].name, "the page goes on"
         used.append(round(memory(own_server)))
     print(f"{COUNT} calls; MB after each hundred: {used}")
-    # What is remembered of calls and sessions is bounded: after 6,000 calls it grows no more, 14,000 of them took 360 MB.
+    # What is remembered of calls and sessions is bounded: after 6,000 it grows no more, 14,000 took 360 MB.
     assert used[-1] < used[0] + 500
     assert "Traceback" not in own_server.log, own_server.log[-3000:]
 
