@@ -88,7 +88,11 @@ def _images(folder: Path, below: bool = False) -> list[Path]:
     """Image files directly in `folder`, or also below it, sorted, without pictures of inspections and evaluations."""
     files = files_below(folder) if below and folder.is_dir() else _visible(folder)
     # A link that leads nowhere is named as an image that cannot be read, rather than passed over.
-    return [file for file in files if looks_like_image(file) and not file.is_dir() and not is_own_picture(file)]
+    return [
+        file
+        for file in files
+        if looks_like_image(file) and (file.is_file() or not file.exists()) and not is_own_picture(file)
+    ]
 
 
 def _subfolders(folder: Path) -> list[Path]:
