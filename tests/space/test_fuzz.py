@@ -145,8 +145,9 @@ def test_malformed_calls_end_in_a_line(own_server, parts):
         assert inspect(client, parts[0])[0]["name"] == parts[0].name, "the page goes on"
         used.append(round(memory(own_server)))
     print(f"{COUNT} calls; MB after each hundred: {used}")
-    # What is remembered of calls and sessions is bounded: after 6,000 it grows no more, 14,000 took 360 MB.
-    assert used[-1] < used[0] + 500
+    # What is remembered of calls and sessions is bounded: after some thousands it grows no more. Ask for a few hundred
+    # or for 14,000: between, it is being filled, at 66 KB a call.
+    assert used[-1] < used[len(used) // 2] + 100
     assert "Traceback" not in own_server.log, own_server.log[-3000:]
 
 
