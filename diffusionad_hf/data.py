@@ -190,6 +190,7 @@ def _defect_samples(root: Path, test: Path) -> list[_Sample]:
     """Test samples from `test`, with a folder per type of defect, and masks from the folders of masks in either."""
     images: dict[Path, str] = {}
     masks: dict[Path, str] = {}
+    unread: list[Path] = []
     for sub in _subfolders(test):
         if not _is_normal(sub.name) and not _is_mask_folder(sub.name):
             for file in _images(sub, below=True):
@@ -198,12 +199,13 @@ def _defect_samples(root: Path, test: Path) -> list[_Sample]:
     for folder in dict.fromkeys((*_subfolders(root), *_subfolders(test))):
         if _is_mask_folder(folder.name):
             found = {file: _place(file, folder) for file in _images(folder, below=True)}
-            if not found and (others := files_below(folder)):
-                raise ValueError(
-                    f"{folder} holds no picture, but {shorten([file.name for file in others])}: save masks as PNG, "
-                    "white on the defect, or remove the folder."
-                )
             masks |= {file: place for file, place in found.items() if not _is_normal(place.partition("/")[0])}
+            unread += [] if found else files_below(folder)
+    if images and unread and not masks:
+        raise ValueError(
+            f"{len(unread)} file(s) in folders of masks are no pictures: {shorten(unread, 2)}. Save masks as PNG, "
+            "white on the defect, or remove the folder."
+        )
     _refuse_masks_among(images, also_twins=True)
     pairs = _pair(images, masks, images if masks else ())
     return [_Sample(image, tuple(pairs.get(image, ())), images[image].partition("/")[0], "test") for image in images]

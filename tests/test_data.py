@@ -212,8 +212,16 @@ def test_masks_in_another_form_are_refused_by_name(tmp_path):
     root = make_mvtec(tmp_path)
     for mask in sorted((root / "widget/ground_truth").rglob("*.png")):
         mask.rename(mask.with_suffix(".npy"))
-    with pytest.raises(ValueError, match="ground_truth holds no picture, but .*.npy.*: save masks as PNG"):
+    with pytest.raises(ValueError, match="in folders of masks are no pictures: .*.npy.* Save masks as PNG"):
         load_category(root)
+
+
+def test_notes_beside_masks_stand_in_nobody_s_way(tmp_path):
+    root = make_mvtec(tmp_path)
+    before = masks_of(root)
+    (root / "widget/annotations").mkdir()
+    (root / "widget/annotations/coco.json").write_text("{}")
+    assert masks_of(root) == before and all(before.values())
 
 
 def test_mvtec_ad_2(tmp_path):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
+import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
@@ -489,3 +490,24 @@ def test_words_for_p_values_count_the_images():
     words = [p_words(calibration.p_value(score), 19) for score in (0.9, 0.19, 0.0)]
     assert [text.split(" normal")[0] for text in words] == ["None of the 19", "1 of the 19", "19 of the 19"]
     assert words[0].endswith("(p = 0.05).") and Calibration().shown_threshold == 0.5
+
+
+def test_the_photo_box_is_emptied_of_another_product_s_example_only(results, tried):
+    models = Models(str(tried))
+    on, request = Handlers(results, models, products(models)), SimpleNamespace(session_hash="anna")
+
+    def inspected(photo):
+        return on.inspect(request, photo, "steel", "", 0.5, 0.6, 5, {}, "", 1, "", "", "")
+
+    assert "Example" in inspected(None)[0] and inspected(None)[-1] == gr.skip(), "one may be put there meanwhile"
+    on.example_photos["elsewhere.png"] = "brass"
+    assert inspected({"path": "elsewhere.png"})[-1] is None
+
+
+def test_coming_back_draws_a_result_again_only_if_something_was_missed(results, checkpoints):
+    on, request = Handlers(results, Models(str(checkpoints))), SimpleNamespace(session_hash="anna")
+    key, _ = results.new(owner_of(request))
+    moved = (key, 0.5, 0.6, 5, {}, request)
+    assert on.redraw_missed(False, *moved) == (gr.skip(),) * 5
+    done, verdict, *_ = on.redraw_missed(True, *moved)
+    assert done is False and "no longer kept" in verdict
