@@ -3,12 +3,16 @@
     python -m benchmarks real --data DIR                    # every category with a test set below DIR
     python -m benchmarks real --data DIR --quick            # 40 steps and few test images: does it run?
     python -m benchmarks real --data DIR --categories mvtec_ad/bottle cookie --seeds 0 1 2
+    python -m benchmarks real --data DIR --categories mvtec_ad/bottle --photos 5 10 25 50 --seeds 0 1 2    # few photos
 
 Categories lie below DIR in the layout of MVTec AD, at any depth. Everything is trained with the preset's own values:
 the same for every category. Test images are read once the training is over. Textures are those of DIR/dtd/images if
-it is there. The table has the mean of the seeds and half the distance between their extremes.
+it is there. The table has the mean of the seeds and half the distance between their extremes. With `--photos`, each
+seed also draws which photos are learnt from.
 """
 
+import itertools
+import random
 import statistics
 import sys
 import tempfile
@@ -32,6 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", default="perceptual")
     parser.add_argument("--resolution", type=int, help="the preset's by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="one training each")
+    parser.add_argument(
+        "--photos", type=int, nargs="+", default=[0], metavar="N", help="learn from N of the photos only"
+    )
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="whether it runs, not how well")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="keep the pipelines here")
@@ -49,18 +56,22 @@ def main(argv: list[str] | None = None) -> None:
     result["machine"]["matmul"] = f"{matmul_peak(CPU, torch.float32) / 1e9:.0f} GFLOP/s on {args.threads} threads"
     with tempfile.TemporaryDirectory() as scratch:
         for category in categories:
-            for seed in args.seeds:
-                output = (args.output_dir or Path(scratch)) / f"{category.replace('/', '-')}-{seed}"
-                row = run(args.data / category, output, [*options, "--seed", str(seed)], args.quick)
-                result["rows"].append({"category": category, "seed": seed, **row})
+            for photos, seed in itertools.product(args.photos, args.seeds):
+                name = "-".join([*Path(category).parts, *([str(photos)] if photos else []), str(seed)])
+                folder = args.data / category
+                if photos:
+                    folder = draw_photos(folder, photos, seed, Path(scratch) / "drawn" / name)
+                output = (args.output_dir or Path(scratch)) / name
+                row = run(folder, output, [*options, "--seed", str(seed)], args.quick)
+                result["rows"].append({"category": category, "photos": photos or "all", "seed": seed, **row})
                 save(result, args.json)
                 print(_summary(result["rows"][-1:]), file=sys.stderr, flush=True)
-    table = [_summary([row for row in result["rows"] if row["category"] == category]) for category in categories]
-    report(result, args.json, table)
+    same = itertools.groupby(result["rows"], key=lambda row: (row["category"], row["photos"]))
+    report(result, args.json, [_summary(list(rows)) for _, rows in same])
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    summary = {"category": rows[0]["category"]}
+    summary = {"category": rows[0]["category"], "photos": rows[0]["photos"]}
     for name in COLUMNS:
         # Metrics that need masks are absent without them.
         if values := [row[name] for row in rows if name in row]:
@@ -74,6 +85,19 @@ def find_categories(data: Path) -> list[str]:
     return sorted(
         str(p.parent.parent.relative_to(data)) for p in data.rglob("train/good") if (p / "../../test").is_dir()
     )
+
+
+def draw_photos(folder: Path, count: int, seed: int, target: Path) -> Path:
+    """A category as it is, but for its normal photos: links to `count` of them, drawn by the seed."""
+    photos = sorted((folder / "train/good").iterdir())
+    if count > len(photos):
+        raise SystemExit(f"--photos {count}: {folder} has {len(photos)} to learn from.")
+    (target / "train/good").mkdir(parents=True)
+    for photo in random.Random(seed).sample(photos, count):
+        (target / "train/good" / photo.name).symlink_to(photo.resolve())
+    for part in ("test", "ground_truth"):
+        (target / part).symlink_to((folder / part).resolve())
+    return target
 
 
 def run(folder: Path, output: Path, options: list[str], quick: bool = False) -> dict[str, Any]:

@@ -24,7 +24,8 @@ import threading
 import time
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60, metavar="S", help="of each part; default: %(default)g")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
     args = parser.parse_args(argv)
+    result: dict[str, Any] = {"machine": describe(torch.device("cpu")), "rows": []}
+    with serving() as (url, category, server):
+        for hostile in (False, True):
+            waited = measure(url, category, args.visitors, args.seconds, hostile)
+            row = {"visitors": args.visitors, "hostile": len(HOSTILE) * hostile, "inspections": len(waited)}
+            row |= {"median_s": statistics.median(waited), "p95_s": statistics.quantiles(waited, n=20)[-1]}
+            status = Path(f"/proc/{server.pid}/status")
+            if status.exists():
+                peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+                row["peak_gb"] = int(peak.split()[1]) / 1e6
+            result["rows"].append(row)
+    report(result, args.json)
+
+
+@contextmanager
+def serving() -> Iterator[tuple[str, str, subprocess.Popen]]:
+    """The web demo with the embedded model, which has run once: its address, its category and its process."""
     checkpoints = bundled("space/checkpoints")
     category = next(path.name for path in sorted(checkpoints.iterdir()) if path.is_dir())
     with socket.socket() as free:
@@ -183,7 +201,6 @@ def main(argv: list[str] | None = None) -> None:
     url = f"http://127.0.0.1:{port}"
     environment = {**os.environ, "DIFFUSIONAD_MODELS": str(checkpoints), "GRADIO_SERVER_PORT": str(port)}
     environment["DIFFUSIONAD_PROXIES"] = "1"
-    result: dict[str, Any] = {"machine": describe(torch.device("cpu")), "rows": []}
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
             [sys.executable, "-c", "from diffusionad_hf.space.app import main; main()"], env=environment, stderr=log
@@ -191,19 +208,10 @@ def main(argv: list[str] | None = None) -> None:
         try:
             _wait_for(url, server)
             Visitor(url, 0, category).inspect(_photo())
-            for hostile in (False, True):
-                waited = measure(url, category, args.visitors, args.seconds, hostile)
-                row = {"visitors": args.visitors, "hostile": len(HOSTILE) * hostile, "inspections": len(waited)}
-                row |= {"median_s": statistics.median(waited), "p95_s": statistics.quantiles(waited, n=20)[-1]}
-                status = Path(f"/proc/{server.pid}/status")
-                if status.exists():
-                    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-                    row["peak_gb"] = int(peak.split()[1]) / 1e6
-                result["rows"].append(row)
+            yield url, category, server
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait()
-    report(result, args.json)
 
 
 def _wait_for(url: str, server: subprocess.Popen) -> None:

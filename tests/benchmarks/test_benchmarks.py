@@ -13,10 +13,23 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import blocks, inference, intervals, machine, metrics, promises, runtimes, synthesis, tiles, training
+from benchmarks import (
+    blocks,
+    inference,
+    intervals,
+    machine,
+    metrics,
+    promises,
+    real,
+    runtimes,
+    synthesis,
+    tiles,
+    training,
+)
 from benchmarks.machine import count_flops, find_slow_types, matmul_peak, measure_in_turns, spread
 from benchmarks.visitors import _photo
 from diffusionad_hf import DiffusionADPipeline, build_pipeline
+from diffusionad_hf.data import load_category
 from tests.dataset_factory import make_mvtec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,12 +70,14 @@ def test_help_names_every_measurement_and_imports_none():
     assert all(name in done.stdout for name in command.MEASUREMENTS)
 
 
-def test_the_command_hands_the_options_on(monkeypatch, capsys):
+@pytest.mark.parametrize("name", command.MEASUREMENTS)
+def test_every_measurement_can_be_called(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
     with pytest.raises(SystemExit) as stopped:
-        command.main(["inference", "--help"])
+        command.main([name, "--help"])
     assert stopped.value.code == 0
-    assert "python -m benchmarks inference" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"python -m benchmarks {name}" in printed and "--json" in printed
 
 
 def test_an_unknown_measurement_names_those_there_are(capsys):
@@ -293,6 +308,19 @@ def test_a_calibration_keeps_its_promise_on_average():
         row = promises.measure(np.random.default_rng(1).random(300), count, 0.05, 300)
         assert row["promised"] == pytest.approx(promised) and row["mean"] == pytest.approx(promised, abs=0.025)
         assert row["a tenth"] < row["mean"] < row["nine tenths"]
+
+
+def test_a_seed_draws_the_few_photos_and_all_test_images_stay(tmp_path):
+    make_mvtec(tmp_path, "parts", train=6, good=1, defects={"hole": 2})
+    drawn = []
+    for seed in (0, 0, 1):
+        folder = real.draw_photos(tmp_path / "parts", 3, seed, tmp_path / f"draw-{len(drawn)}" / "parts")
+        splits = load_category(str(folder.parent), "parts")
+        assert len(splits["test"]) == 3
+        drawn.append([image.tobytes() for image in splits["train"]["image"]])
+    assert len(drawn[0]) == 3 and drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(SystemExit, match="has 6 to learn from"):
+        real.draw_photos(tmp_path / "parts", 7, 0, tmp_path / "too many")
 
 
 def test_visitors_send_a_photo_that_is_there():
