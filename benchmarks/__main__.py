@@ -16,6 +16,7 @@ MEASUREMENTS = {
     "blocks": "bookkeeping of an inspection of 300,000 files",
     "real": "real products: trained and evaluated from nothing, category by category",
     "tiles": "time and memory of long images, in tiles and whole",
+    "page": "the web demo: first paint, first verdict, a batch of 500 photos, 1,000 requests",
     "visitors": "the web demo: latency of 20 visitors while five others flood, drip and send bombs",
     "teach": "the web demo: from photos to the first verdict, and what other visitors wait for meanwhile",
     "runtimes": "exported models: OpenVINO and ONNX against PyTorch",

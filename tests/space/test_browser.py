@@ -437,6 +437,17 @@ def test_a_product_chosen_while_another_one_is_inspected_gets_its_own_verdict(pa
     expect(page, "#verdict .error", "could not be loaded")
 
 
+def test_no_verdict_of_the_former_photo_is_read_beside_the_next_one(page, parts):
+    held = []
+    inspect(page, parts[0])
+    page.route("**/queue/join*", lambda route: route.continue_() if held else held.append(route))
+    upload(page, parts[1])
+    until(lambda: page.wait_for_timeout(100) or held, "it is not inspected")
+    page.locator("#verdict h2").wait_for(state="hidden")
+    held[0].continue_()
+    page.locator("#verdict h2").wait_for()
+
+
 # The ratio of WCAG 2 between each visible text and the first opaque ground behind it, where it is below AA.
 PALE = """() => {
     const brush = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
