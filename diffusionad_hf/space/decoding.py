@@ -6,7 +6,10 @@ What comes back from such a process is a shape, a number type and bytes: nothing
 import io
 import json
 import multiprocessing
+import os
 import threading
+import time
+from contextvars import ContextVar
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -18,6 +21,9 @@ from ..images_diffusionad import InvalidImageError, bits_of, has_more_frames, lo
 _SECONDS = 20  # 50 million pixels take a slow processor 8
 _BYTES = 3 * 2**30  # beside what a new process has; 50 million pixels of 16 bits take 2
 _TYPES = {"uint8": np.uint8, "float32": np.float32}
+
+SECONDS: ContextVar[list[float]] = ContextVar("seconds")
+"""Processor time that the running call took, piece by piece; decoders add theirs."""
 
 
 def decode(
@@ -45,14 +51,17 @@ def decode(
     receiver, sender = context.Pipe(duplex=False)
     with receiver:
         process = context.Process(
-            target=_work, args=(sender, str(path), most_pixels, suffix, value_range), daemon=True
+            target=_work, args=(sender, str(path), most_pixels, suffix, value_range, _niceness()), daemon=True
         )
+        began = time.monotonic()
+        spent = None
         process.start()
         sender.close()
         end = threading.Timer(_SECONDS, process.kill)
         end.start()
         try:
             answer = json.loads(receiver.recv_bytes(10_000))
+            spent = answer["seconds"]
             if "error" in answer:
                 raise InvalidImageError(str(answer["error"]))
             dtype, (height, width) = _TYPES[answer["type"]], (int(side) for side in answer["size"])
@@ -66,15 +75,29 @@ def decode(
         except (EOFError, OSError, ValueError, KeyError, TypeError) as error:  # killed, or it answers what it must not
             raise InvalidImageError("takes too long or too much memory to decode.") from error
         finally:
+            waited = time.monotonic() - began
+            is_true = isinstance(spent, (int, float)) and 0 <= spent <= waited
+            SECONDS.get([]).append(spent if is_true else waited)
             end.cancel()
             process.kill()
             process.join()
             process.close()
 
 
-def _work(sender: Connection, path: str, most_pixels: int, suffix: str, value_range: float | None) -> None:
+def _niceness() -> int:
+    """The priority of the thread that asks, which a decoder keeps."""
+    try:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    except OSError:  # threads have none of their own elsewhere than on Linux
+        return 0
+
+
+def _work(
+    sender: Connection, path: str, most_pixels: int, suffix: str, value_range: float | None, niceness: int
+) -> None:
     import resource
 
+    os.nice(max(0, niceness - os.getpriority(os.PRIO_PROCESS, 0)))
     torch.set_num_threads(1)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if _has_proc() else 0
     if now:
@@ -87,13 +110,17 @@ def _work(sender: Connection, path: str, most_pixels: int, suffix: str, value_ra
     except (InvalidImageError, OSError, MemoryError, RuntimeError) as error:  # the last one is torch's for no memory
         out = isinstance(error, (MemoryError, RuntimeError))
         reason = "takes too much memory to decode." if out else str(error)
-        sender.send_bytes(json.dumps({"error": reason[:1000]}).encode())
+        _tell(sender, error=reason[:1000])
         return
-    sender.send_bytes(json.dumps({"type": str(image.dtype), "size": image.shape[1:], "note": note}).encode())
+    _tell(sender, type=str(image.dtype), size=image.shape[1:], note=note)
     with open(sender.fileno(), "wb", buffering=0, closefd=False) as pipe:
         left = memoryview(image).cast("B")
         while left:
             left = left[pipe.write(left) :]
+
+
+def _tell(sender: Connection, **answer: object) -> None:
+    sender.send_bytes(json.dumps({**answer, "seconds": time.process_time()}).encode())
 
 
 def _read_into(pixels: np.ndarray, receiver: Connection) -> None:

@@ -2,14 +2,19 @@
 
 import asyncio
 import json
+import os
+import threading
 import time
+from contextvars import ContextVar
 from dataclasses import replace
 from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from PIL import Image
 
-from diffusionad_hf.space import traffic
+from diffusionad_hf.space import decoding, traffic
+from diffusionad_hf.space.decoding import decode
 from diffusionad_hf.space.intake import LIMITS, MB
 from diffusionad_hf.space.traffic import FairQueue, Guard, address_of, charged
 
@@ -256,3 +261,32 @@ def test_every_step_of_a_batch_is_charged(queue, monkeypatch):
     assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: list(steps())) == [1, 1, 1]
     assert 0.05 < queue._took("1.1.1.1") < 0.15
     assert list(steps()) == [1, 1, 1]  # past the queue
+
+
+def test_calls_of_those_who_took_much_give_way_to_others(queue, monkeypatch):
+    @charged
+    def priority():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    @charged
+    def priorities():
+        for _ in range(2):
+            yield os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    usual = priority()
+    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), priority) == usual
+    queue._taken["1.1.1.1"] = (2 * LIMITS.light_seconds, time.monotonic())
+    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), priority) > usual
+    assert min(run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: list(priorities()))) > usual
+    assert run(queue, monkeypatch, wait(queue, "1.1.1.1", "draw"), priority) == usual
+    assert run(queue, monkeypatch, wait(queue, "2.2.2.2"), priority) == usual
+
+
+def test_decoding_is_charged_too(queue, monkeypatch, tmp_path):
+    Image.new("RGB", (4000, 4000)).save(tmp_path / "large.png")
+    work = charged(lambda: decode(tmp_path / "large.png", 50_000_000)[0].shape)
+    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), work) == (3, 4000, 4000)
+    with_decoding = queue._took("1.1.1.1")
+    monkeypatch.setattr(decoding, "SECONDS", ContextVar("seconds elsewhere"))
+    run(queue, monkeypatch, wait(queue, "2.2.2.2"), work)
+    assert with_decoding > queue._took("2.2.2.2") + 0.05
