@@ -8,15 +8,14 @@ if TYPE_CHECKING:
 
 # `paper` is the size of the published models and predicts the noise, as they do. The others predict the image, which
 # narrow networks learn in fewer steps. `tiny` has self-attention only up to 16 px: on a CPU, attention at 32 px took
-# half of its time. `light` is `tiny` on patches of 2 px, in half the time. `perceptual`, the trainer's default, works
-# on patches of 4 px, with a segmenter on the features of a pretrained encoder and a memory of normal images.
+# half of its time. `perceptual`, the trainer's default, works on patches of 4 px, with a segmenter on the features of
+# a pretrained encoder and a memory of normal images.
 _SMALL = {"base_channels": 32, "segmenter_base_channels": 16, "prediction_type": "sample"}
 _TINY = {**_SMALL, "base_channels": 16, "norm_num_groups": 16, "largest_attention_map": 16}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"base_channels": 128, "segmenter_base_channels": 64},
     "small": _SMALL,
     "tiny": _TINY,
-    "light": {**_TINY, "patch_size": 2},
     "perceptual": {
         **{name: value for name, value in _TINY.items() if name != "segmenter_base_channels"},
         "patch_size": 4,
@@ -35,7 +34,7 @@ def build_pipeline(
     Builds an untrained pipeline of a named size.
 
     Args:
-        preset: `"perceptual"`, `"paper"`, `"small"`, `"tiny"` or `"light"`.
+        preset: `"perceptual"`, `"paper"`, `"small"` or `"tiny"`.
         resolution: Side length of the images in px; a multiple of 32. It decides the number of levels.
         prediction_type: What the UNet predicts, see [`NormGuidedScheduler`]; by default the preset's.
         image_size: Height and width of images that are no squares, of about `resolution ** 2` px.

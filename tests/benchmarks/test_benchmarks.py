@@ -137,7 +137,7 @@ def test_one_image_of_the_paper_sized_model_takes_1200_gflop():
 
 
 def test_inference(tmp_path, capsys):
-    options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "1", "2"]
+    options = ["--presets", "tiny", "--resolution", "32", "--batch-sizes", "1", "2"]
     rows = run(inference.main, tmp_path, *options, "--dtypes", "float32", "bfloat16", "--device", "cpu")["rows"]
     assert [(row["way"], row["dtype"], row["batch_size"]) for row in rows] == [
         ("paper's way", "float32", 1),
@@ -166,7 +166,7 @@ def test_the_first_call_is_the_one_that_compiles(tmp_path, monkeypatch):
         return pipe
 
     monkeypatch.setattr(inference, "_compiled", compiled)
-    options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "1", "--no-baseline", "--device", "cpu"]
+    options = ["--presets", "tiny", "--resolution", "32", "--batch-sizes", "1", "--no-baseline", "--device", "cpu"]
     plain, slow = run(inference.main, tmp_path, *options, "--compile", "default")["rows"]
     assert slow["way"] == "pipeline, compiled (default)" and slow["score_difference"] < 1e-5
     assert plain["first_call_s"] < 1 < slow["first_call_s"]
@@ -181,7 +181,7 @@ def test_what_does_not_fit_says_so(tmp_path, monkeypatch, capsys):
         return compute(self, pixels, *arguments)
 
     monkeypatch.setattr(DiffusionADPipeline, "_inspect", limited)
-    options = ["--presets", "light", "--resolution", "32", "--batch-sizes", "1", "2", "--no-baseline"]
+    options = ["--presets", "tiny", "--resolution", "32", "--batch-sizes", "1", "2", "--no-baseline"]
     fits, too_large = run(inference.main, tmp_path, *options, "--device", "cpu")["rows"]
     assert is_spread(fits, "s") and "error" not in fits
     assert too_large["batch_size"] == 2 and "2 images at once do not fit" in too_large["error"]
@@ -230,7 +230,7 @@ def test_the_benchmarks_random_model_tells_images_apart():
     assert abs(first - second) > 1e-3
 
 
-@pytest.mark.parametrize("preset", ["tiny", "light"])
+@pytest.mark.parametrize("preset", ["tiny", "perceptual"])
 def test_the_papers_way_gives_the_pipelines_score(preset):
     pipe = inference.load_or_build(None, preset, 64)
     (photo,) = inference.make_photos(1, 64)
@@ -240,7 +240,7 @@ def test_the_papers_way_gives_the_pipelines_score(preset):
 
 
 def test_training(tmp_path):
-    options = ["--presets", "light", "--resolution", "32", "--batch_sizes", "2", "--gradient-checkpointing"]
+    options = ["--presets", "tiny", "--resolution", "32", "--batch_sizes", "2", "--gradient-checkpointing"]
     result = run(training.main, tmp_path, *options, "--dtypes", "bfloat16", "--device", "cpu")
     assert [row["checkpointing"] for row in result["rows"]] == [False, True]
     for row in result["rows"]:

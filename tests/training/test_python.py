@@ -49,7 +49,10 @@ def test_a_callback_stops_the_training_which_still_returns_a_calibrated_model(co
 
 @pytest.mark.parametrize(
     "options, reason",
-    [({"max_steps": 3}, "no option of a training: max_steps"), ({"preset": "huge"}, "choose one of fast, light")],
+    [
+        ({"max_steps": 3}, "no option of a training: max_steps"),
+        ({"preset": "huge"}, "one of fast, paper, perceptual, tiny"),
+    ],
 )
 def test_options_that_do_not_exist_are_refused(options, reason):
     with pytest.raises(ValueError, match=reason):

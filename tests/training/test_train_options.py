@@ -124,7 +124,7 @@ def test_holdout_fraction_and_resolution(data):
 
 @pytest.mark.parametrize("name", ["small", "tiny"])
 def test_architecture(name):
-    assert built(preset=name, resolution=64).unet.config.block_out_channels[0] == PRESETS[name]["base_channels"]
+    assert built(architecture=name, resolution=64).unet.config.block_out_channels[0] == PRESETS[name]["base_channels"]
 
 
 def test_init_from_starts_with_the_weights_of_another_model(data, two_steps, tmp_path, capsys):
@@ -133,17 +133,17 @@ def test_init_from_starts_with_the_weights_of_another_model(data, two_steps, tmp
         network, _, key = name.partition(".")
         assert torch.equal(getattr(pipe, network).state_dict()[key], tensor), name
     with pytest.raises(ValueError, match="another size; give its `architecture`"):
-        built(preset="small", resolution=32, init_from=two_steps)
+        built(preset="fast", resolution=32, init_from=two_steps)
 
 
 def test_what_the_unet_predicts_is_the_architectures_own_unless_asked_for(two_steps):
     def predicted(**options):
         return built(resolution=64, **options).scheduler.config.prediction_type
 
-    found = [predicted(architecture=name) for name in ("paper", "small", "tiny", "light")]
+    found = [predicted(architecture=name) for name in ("paper", "small", "tiny", "perceptual")]
     assert found == ["epsilon", "sample", "sample", "sample"]
     assert predicted(preset="tiny", prediction_type="epsilon") == "epsilon"
-    assert predicted(preset="small", prediction_type="v_prediction") == "v_prediction"
+    assert predicted(preset="fast", prediction_type="v_prediction") == "v_prediction"
     # Its weights would mean something else.
     with pytest.raises(ValueError, match="its UNet predicts sample, .* give `prediction_type` sample"):
         built(preset="tiny", resolution=32, init_from=two_steps, prediction_type="epsilon")

@@ -1,0 +1,1 @@
+../../../diffusionad_hf/familiarity_diffusionad.py

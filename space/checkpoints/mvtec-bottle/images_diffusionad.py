@@ -1,0 +1,1 @@
+../../../diffusionad_hf/images_diffusionad.py

@@ -1,0 +1,1 @@
+../../../diffusionad_hf/pipeline_diffusionad.py

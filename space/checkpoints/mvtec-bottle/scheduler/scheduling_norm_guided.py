@@ -1,0 +1,1 @@
+../../../../diffusionad_hf/scheduling_norm_guided.py

@@ -1,0 +1,1 @@
+../../../../diffusionad_hf/modeling_perceptual_segmenter.py

@@ -1,0 +1,1 @@
+../../../../diffusionad_hf/modeling_norm_guided_unet.py

@@ -1,0 +1,1 @@
+../../../diffusionad_hf/verdicts_diffusionad.py
