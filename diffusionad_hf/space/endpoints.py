@@ -23,6 +23,16 @@ def one_line_errors() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from error
 
 
+def several_files() -> gr.File:
+    """Files with a schema that an assistant can read: gradio's refers to definitions that are not there."""
+    files = gr.File(label="files", file_count="multiple")
+    schema = dict(files.api_info())
+    kinds = schema.pop("$defs")
+    file = {**kinds["FileData"], "properties": {**kinds["FileData"]["properties"], "meta": kinds["FileDataMeta"]}}
+    files.api_info = lambda: {**schema, "items": file}
+    return files
+
+
 class Endpoints:
     """The functions behind the endpoints; clients see their names and docstrings."""
 

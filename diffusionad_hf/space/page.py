@@ -1,5 +1,6 @@
 """The inspection page: what is on it, what its controls call, and the server that shows it."""
 
+import asyncio
 import html
 import importlib.util
 import threading
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_base64_to_cache
 from starlette.middleware import Middleware
 
 from .actions import FEWEST_CALIBRATION_IMAGES
 from .addresses import fetch, is_address
-from .endpoints import Endpoints, one_line_errors
+from .endpoints import Endpoints, one_line_errors, several_files
 from .feedback_page import mark_result, mark_rows
 from .handlers import EMPTY, NO_MODEL, Handlers, message, threshold_update
 from .intake import LIMITS, Refusal, admit
@@ -255,7 +257,7 @@ def named_endpoints(endpoints: Endpoints) -> None:
     names = endpoints.models.names
     with gr.Column(visible=False):
         image = gr.Image(label="image", type="filepath", image_mode=None)
-        files = gr.File(label="files", file_count="multiple")
+        files = several_files()
         category = gr.Dropdown(names, value=names[0] if names else None, label="category")
         threshold = gr.Number(label="threshold", value=None)
         calibration = gr.File(label="calibration_file")
@@ -309,6 +311,8 @@ class Page(gr.Blocks):
             if isinstance(value, list) and not many:
                 raise Refusal("Only one file is taken here.")
             listed = value if isinstance(value, list) else [value]
+            # Of several files, assistants send the bare texts.
+            listed = [{"path": item} if many and isinstance(item, str) else item for item in listed]
             if sum(isinstance(item, dict) and is_address(item.get("path")) for item in listed) > LIMITS.addresses:
                 raise Refusal(f"More than {LIMITS.addresses} addresses; upload the files instead.")
             if len(listed) <= LIMITS.files:
@@ -317,10 +321,18 @@ class Page(gr.Blocks):
         return admit(value, self.uploads, is_file)
 
     async def _fetched(self, file: Any) -> Any:
+        if isinstance(file, dict) and str(file.get("path"))[:5] == "data:":
+            return await asyncio.to_thread(self._written, file["path"])
         if not isinstance(file, dict) or not is_address(file.get("path")):
             return file
         path, name = await fetch(file["path"], self.uploads)
         return {"path": str(path), "orig_name": name}
+
+    def _written(self, data: str) -> dict[str, str]:
+        try:
+            return {"path": save_base64_to_cache(data, str(self.uploads))}
+        except Exception as error:  # what it stumbles over in a text that is none
+            raise Refusal("An address that begins with data: must hold a file, base64-encoded.") from error
 
     def queue(self, **kwargs: Any) -> "Page":
         super().queue(max_size=LIMITS.waiting, api_open=False, **kwargs)

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from ..verdicts_diffusionad import percent
-from .endpoints import one_line_errors
+from .endpoints import one_line_errors, several_files
 from .feedback import marks_of
 from .handlers import card, message, progress_card
 from .intake import LIMITS, Refusal, owner_of, uploads_of
@@ -392,7 +392,7 @@ def teach_endpoints(teacher: Teacher) -> None:
     """The API, with components that only state its types."""
     endpoints = TeachEndpoints(teacher)
     with gr.Column(visible=False):
-        files = gr.File(label="files", file_count="multiple")
+        files = several_files()
         name, id = gr.Textbox(label="name", value="My product"), gr.Textbox(label="id")
         stop = gr.Checkbox(label="stop", value=False)
         status, product, caller = gr.JSON(label="status"), gr.File(label="product"), gr.Button()

@@ -1,5 +1,6 @@
 """Visitors who mean harm: what they send is refused in a line, and the page goes on for everyone else."""
 
+import base64
 import http.client
 import json
 import time
@@ -59,6 +60,16 @@ def test_no_file_of_the_server_s_is_read_in_any_spelling_of_a_payload(server, cl
         {"path": ["/etc"]},
     ):
         assert call(server, payload) == "A file must be given as an upload or an address."
+
+
+def test_texts_for_files_are_files_or_refused(server, parts):
+    """As assistants send them."""
+    for text, words in ((str(parts[0]), "not among your uploads"), ("x", "not among"), ("data", "not among")):
+        assert words in error_of(server, "inspect_batch", {"data": [[text], "flange", None, None, None]})
+    photo = "data:image/png;base64," + base64.b64encode(parts[0].read_bytes()).decode()
+    event = server.post("call/inspect_batch", {"data": [[photo], "flange", None, None, None]})["event_id"]
+    answer = urllib.request.urlopen(f"{server.url}gradio_api/call/inspect_batch/{event}").read().decode()
+    assert "event: complete" in answer and '"anomaly_score"' in answer
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "0x7f.1", "2130706433", "[::ffff:127.0.0.1]"])

@@ -1,5 +1,8 @@
 """Teaching a product: the endpoints and the server, with trainings of two steps or without end."""
 
+import ast
+import asyncio
+import base64
 import json
 import os
 import shutil
@@ -113,6 +116,35 @@ def until(condition, complaint, seconds=240):
     while not condition():
         assert time.monotonic() < end, complaint
         time.sleep(0.2)
+
+
+def test_assistants_teach_too(quick, photos):
+    """Runs where the optional package `mcp` is installed."""
+    pytest.importorskip("mcp", reason='pip install "mcp<2"')
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamable_http_client
+
+    files = ["data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode() for photo in photos]
+
+    async def talk():
+        async with streamable_http_client(f"{quick.url}gradio_api/mcp/") as (read, write, _):
+            async with ClientSession(read, write) as session:
+                await session.initialize()
+
+                async def call(tool, **values):
+                    answer = await session.call_tool(tool, values)
+                    assert not answer.isError, answer
+                    return ast.literal_eval(answer.content[0].text)
+
+                found = await call("train", files=files, name="Widget")
+                assert (found["photos"], found["held_out"], found["name"]) == (20, 10, "Widget")
+                while not over(found):
+                    await asyncio.sleep(0.5)
+                    found = await call("training_status", id=found["id"])
+                return found["state"], (await call("training_result", id=found["id"]))[0]
+
+    state, summary = asyncio.run(talk())
+    assert state == "done" and summary["calibration_images"] == 10
 
 
 def test_from_photos_to_a_product_that_only_its_id_opens(quick, photos, parts, tmp_path):
