@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .familiarity_diffusionad import Familiarity, describe
+from .familiarity_diffusionad import Familiarity, describe, pixel_digest
 from .images_diffusionad import ImageInput, load_image, resize_image
 from .pipeline_diffusionad import DiffusionADPipeline
 from .verdicts_diffusionad import images_needed, percent
@@ -39,6 +39,18 @@ def promised_rate(count: int, asked: float) -> float:
     return 1 / (count + 1)
 
 
+def check_new(pipe: DiffusionADPipeline, image: torch.Tensor, number: int, seen: dict[str, int]) -> None:
+    """Raises `ValueError` if nothing new follows from an image at the model's size, and notes it in `seen`."""
+    if pipe.trained_on(image):
+        raise ValueError(
+            f"image {number}: the model was trained on it, so its score says nothing of other normal images; "
+            "calibrate on others."
+        )
+    # The promise holds for as many images as there are, and a copy is none.
+    if (first := seen.setdefault(pixel_digest(image), number)) != number:
+        raise ValueError(f"image {number}: a copy of image {first}, which counts once; leave it out.")
+
+
 def calibrate(
     pipe: DiffusionADPipeline,
     images: Iterable[ImageInput],
@@ -64,13 +76,15 @@ def calibrate(
         `list[float]`: Their scores, ascending.
 
     Raises:
-        ValueError: If the rate is out of range, there is no image, or the pipeline was trained on one of them.
+        ValueError: If the rate is out of range, there is no image, one is there twice, or the pipeline was trained on
+            one of them.
         InvalidImageError: If an image cannot be read; the message names it.
     """
     images = images if isinstance(images, Sequence) else list(images)
     rate = promised_rate(len(images), pipe.config.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)
     size = pipe.default_batch_size if batch_size is None else batch_size
     scores: list[float] = []
+    seen: dict[str, int] = {}
     grids: list[np.ndarray] = []
     # Batch by batch: the full-size maps of thousands of images would not fit into memory.
     with pipe.progress_bar(total=len(images)) as progress:
@@ -80,11 +94,7 @@ def calibrate(
                 batch.append(
                     resize_image(load_image(images[i], f"image {i}", pipe.config.value_range), pipe.config.image_size)
                 )
-                if pipe.trained_on(batch[-1]):
-                    raise ValueError(
-                        f"image {i}: the model was trained on it, so its score says nothing of other normal images; "
-                        "calibrate on others."
-                    )
+                check_new(pipe, batch[-1], i, seen)
             scores += pipe(batch, batch_size=size).anomaly_score.tolist()
             grids += map(describe, batch)
             progress.update(len(batch))

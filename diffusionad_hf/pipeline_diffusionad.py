@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,11 @@ class DiffusionADPipeline(DiffusionPipeline):
         """What verdicts rest on."""
         config = self.config
         return Calibration(
-            tuple(config.calibration_scores or ()), config.false_alarm_rate, config.threshold, config.has_learnt
+            tuple(config.calibration_scores or ()),
+            config.false_alarm_rate,
+            config.threshold,
+            config.has_learnt,
+            settings_changed=self._settings_changed({}),
         )
 
     @property
@@ -229,7 +233,16 @@ class DiffusionADPipeline(DiffusionPipeline):
         """The settings that scores depend on."""
         scheduler = {k: self.scheduler.config[k] for k in ("small_timestep", "big_timestep", "guidance_weight")}
         given = [name for name in ("tile_size", "value_range") if self.config[name]]
-        return scheduler | {name: self.config[name] for name in ("image_size", *given, "top_k", "seed")}
+        settings = scheduler | {name: self.config[name] for name in ("image_size", *given, "top_k", "seed")}
+        types = sorted({str(network.dtype).removeprefix("torch.") for network in (self.unet, self.segmenter)})
+        return settings if types == ["float32"] else settings | {"dtype": types}
+
+    def _settings_changed(self, given: dict[str, Any]) -> bool:
+        """Whether the calibration's scores were computed with other [`settings`] than these with `given` values."""
+        settings = self.settings
+        # What earlier versions did not note was computed in float32.
+        noted = self.config.calibrated_settings or {k: v for k, v in settings.items() if k != "dtype"}
+        return settings | given != noted
 
     def trained_on(self, image: torch.Tensor) -> bool:
         """Whether an image, `(3, S, S)` at the model's size, is known to be one of those it was trained on."""
@@ -288,15 +301,16 @@ class DiffusionADPipeline(DiffusionPipeline):
         Raises:
             InvalidImageError: If an image cannot be inspected; the message names it.
             FileNotFoundError: If a path does not exist.
-            ValueError: If an argument is out of range; the message names it.
+            ValueError: If an argument is out of range (the message names it), or a score is no number.
             MemoryError: If not even a single image fits into memory.
         """
         # 0. Defaults and checks.
         images = self._as_list(image)
         given = {"small_timestep": small_timestep, "big_timestep": big_timestep, "guidance_weight": guidance_weight}
-        settings = self.settings | {name: value for name, value in given.items() if value is not None}
-        settings_changed = settings != (self.config.calibrated_settings or self.settings)
-        settings_changed |= num_noises != 1 or generator is not None or noise is not None
+        given = {name: value for name, value in given.items() if value is not None}
+        settings_changed = self._settings_changed(given) or num_noises != 1
+        settings_changed |= generator is not None or noise is not None
+        calibration = replace(self.calibration, settings_changed=settings_changed)
         familiarity = None if self.config.familiarity is None else Familiarity.from_json(self.config.familiarity)
         small_timestep = self.scheduler.config.small_timestep if small_timestep is None else small_timestep
         big_timestep = self.scheduler.config.big_timestep if big_timestep is None else big_timestep
@@ -340,6 +354,12 @@ class DiffusionADPipeline(DiffusionPipeline):
             flat = probability.flatten(1)
             top = flat.topk(min(self.config.top_k, flat.shape[1]), dim=1).values
             scores.append(top.mean(dim=1).cpu())
+            if not scores[-1].isfinite().all():
+                row = int((~scores[-1].isfinite()).nonzero()[0])
+                raise ValueError(
+                    f"image {start + row}: the networks' score is {scores[-1][row]}, which is no number: their "
+                    "weights are damaged, or their number type is too small for them; load the model anew, in float32."
+                )
             if output_type != "pt" and all(size == tuple(probability.shape[-2:]) for size in sizes):
                 # No resizing left to do on the device: one transfer for all.
                 probability, reconstruction = probability.cpu(), reconstruction.cpu()
@@ -352,7 +372,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
         # 4. Verdicts.
         anomaly_score = torch.cat(scores).double().numpy()
-        calibration, p_value = self.calibration, None
+        p_value = None
         if calibration.scores and not settings_changed:
             p_value = conformal_p_value(calibration.scores, anomaly_score)
         strangeness = None if familiarity is None else np.array(distances)
@@ -361,7 +381,6 @@ class DiffusionADPipeline(DiffusionPipeline):
             calibration.verdict(
                 float(score),
                 is_familiar=None if is_familiar is None else bool(is_familiar[i]),
-                settings_changed=settings_changed,
             )
             for i, score in enumerate(anomaly_score)
         ]
@@ -616,13 +635,16 @@ class DiffusionADPipeline(DiffusionPipeline):
 
         Args:
             pipeline: Another pipeline of this class, or of one derived from it, which the new one is then of as well.
-            kwargs: As for [`DiffusionPipeline.from_pipe`]: components and configuration values that differ.
+            kwargs: As for [`DiffusionPipeline.from_pipe`]: components and configuration values that differ. With other
+                networks or another scheduler, the new pipeline is not calibrated.
         """
         if isinstance(pipeline, cls) and type(pipeline) is not cls:
             return type(pipeline).from_pipe(pipeline, **kwargs)
         # Diffusers takes over no network whose class is derived from that in `__init__`.
         shared = {name: pipeline.components[name] for name in ("unet", "segmenter") if name in pipeline.components}
-        return super().from_pipe(pipeline, **{"dtype": pipeline.dtype, **shared, **kwargs})
+        other = [name for name in kwargs if kwargs[name] is not pipeline.components.get(name, kwargs[name])]
+        pipe = super().from_pipe(pipeline, **{"dtype": pipeline.dtype, **shared, **kwargs})
+        return _with_others(pipe, kwargs) if other else pipe
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DiffusionADPipeline":
@@ -633,17 +655,28 @@ class DiffusionADPipeline(DiffusionPipeline):
             pretrained_model_name_or_path: A folder written by `save_pretrained`, or a Hub id such as
                 `"org/diffusionad-mvtec-screw"`.
             kwargs: As for [`DiffusionPipeline.from_pretrained`]: `dtype`, `variant`, `revision`, `token`, `cache_dir`,
-                `local_files_only`, ...; and any configuration value of this class, such as `threshold`.
+                `local_files_only`, ...; any configuration value of this class, such as `threshold`; and components in
+                place of the saved ones, whose calibration does not hold for them and is left out.
 
         Raises:
             OSError: If the model is missing or incomplete; the message names it and says what to do.
         """
         kwargs["use_safetensors"] = True
         if not _package():
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # Imported by name: diffusers would look for relatively imported modules in the repo.
-        loading = importlib.import_module(f"{_package()}.loading")
-        return loading.load_pretrained(super().from_pretrained, os.fspath(pretrained_model_name_or_path), **kwargs)
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        else:
+            # Imported by name: diffusers would look for relatively imported modules in the repo.
+            loading = importlib.import_module(f"{_package()}.loading")
+            name = os.fspath(pretrained_model_name_or_path)
+            pipe = loading.load_pretrained(super().from_pretrained, name, **kwargs)
+        return _with_others(pipe, kwargs) if any(kwargs.get(name) is not None for name in pipe.components) else pipe
+
+
+def _with_others(pipe: DiffusionADPipeline, given: dict[str, Any]) -> DiffusionADPipeline:
+    """A pipeline whose components are not those that it was calibrated with: forgets what was known of scores."""
+    scores = ("calibration_scores", "calibrated_settings", "threshold", "has_learnt")
+    pipe.register_to_config(**{name: given.get(name) for name in scores})
+    return pipe
 
 
 def _check_network(name: str, config: Any) -> None:

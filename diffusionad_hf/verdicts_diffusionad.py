@@ -16,6 +16,7 @@ NORMAL, ANOMALOUS, UNDECIDED = "normal", "anomalous", "undecided"
 
 _UNDECIDED = {
     "not_learnt": "This model has not learnt to tell defects.",
+    "no_difference": "Nothing can stand out: the normal images calibrated on all score alike, or the highest of all.",
     "unfamiliar": "Unlike any normal image the model knows. Another object, position, distance, light or focus?",
     "settings_changed": "Other settings than the model was calibrated with: nothing is known of false alarms.",
     "not_calibrated": "The model is not calibrated: nothing is known of false alarms.",
@@ -31,8 +32,8 @@ class Verdict:
     Args:
         word: `"normal"`, `"anomalous"` or `"undecided"`.
         reason: A code. Decided: `calibrated`, or `own_threshold` if it was set by hand. Undecided: `not_learnt`,
-            `unfamiliar`, `settings_changed`, `not_calibrated`, `rate_not_promised` (by so few calibration images), or
-            `partly_seen`.
+            `no_difference` (between calibration scores, or to the highest possible), `unfamiliar`, `settings_changed`,
+            `not_calibrated`, `rate_not_promised` (by so few calibration images), or `partly_seen`.
         sentence: The reason in plain words.
     """
 
@@ -59,12 +60,14 @@ class Calibration:
         false_alarm_rate: Share of normal images that may be called anomalous.
         own_threshold: Decides instead of the calibrated threshold.
         has_learnt: Whether the model passed the test after its training; `None` if there was none.
+        settings_changed: Whether the model has other settings now than those that the scores were computed with.
     """
 
     scores: tuple[float, ...] = ()
     false_alarm_rate: float = 0.05
     own_threshold: float | None = None
     has_learnt: bool | None = None
+    settings_changed: bool = False
 
     @property
     def calibrated_threshold(self) -> float | None:
@@ -76,8 +79,17 @@ class Calibration:
         """Scores above it are anomalous: the one set by hand, else the calibrated one."""
         return self.calibrated_threshold if self.own_threshold is None else self.own_threshold
 
+    @property
+    def tells_apart(self) -> bool:
+        """Whether some score could be anomalous: not if all scores are equal, nor if the threshold is the highest."""
+        threshold = self.calibrated_threshold
+        if threshold is None or math.isinf(threshold):
+            return True  # which is another reason to be undecided
+        return threshold < 1 - 1e-6 and (len(self.scores) == 1 or min(self.scores) < max(self.scores))
+
     def p_value(self, score: float) -> float | None:
-        return float(conformal_p_value(self.scores, score)) if self.scores else None
+        """`None` if no scores of the model as it is now are known."""
+        return float(conformal_p_value(self.scores, score)) if self.scores and not self.settings_changed else None
 
     def verdict(
         self,
@@ -97,12 +109,15 @@ class Calibration:
             is_whole: Whether all of the image was looked at; if not, it may be anomalous, but not normal.
         """
         calibrated, threshold = self.calibrated_threshold, self.threshold
+        settings_changed = settings_changed or self.settings_changed
         own = self.own_threshold is not None
         count, rate = len(self.scores), self.false_alarm_rate
         limits = f"{count} normal images cannot promise a false-alarm rate of {percent(rate)}"
         reason = sentence = ""
         if self.has_learnt is False:
             reason = "not_learnt"
+        elif not settings_changed and not self.tells_apart:
+            reason = "no_difference"
         elif is_familiar is False:
             reason = "unfamiliar"
         elif own:
@@ -122,7 +137,7 @@ class Calibration:
             sentence = f"Calibrated on {count} normal images for a false-alarm rate of {percent(rate)}."
         if reason not in ("own_threshold", "calibrated") or threshold is None:
             return Verdict(UNDECIDED, reason, sentence or _UNDECIDED[reason])
-        if score > threshold:
+        if not score <= threshold:  # so that NaN is never normal
             return Verdict(ANOMALOUS, reason, sentence)
         return (
             Verdict(NORMAL, reason, sentence)

@@ -35,6 +35,12 @@ SCORES = tuple(i / 100 for i in range(1, 20))
         ),
         (Calibration(own_threshold=0.1), {}, "anomalous", "own_threshold", "At your threshold 0.1; not calibrated."),
         (Calibration(SCORES, 0.01, 0.1), {}, "anomalous", "own_threshold", "19 normal images cannot promise"),
+        (Calibration(SCORES, settings_changed=True), {}, "undecided", "settings_changed", "Other settings"),
+        # Nothing could ever be anomalous: a model that answers all alike, and one that answers the highest to some.
+        (Calibration((0.5,) * 19), {}, "undecided", "no_difference", "Nothing can stand out"),
+        (Calibration((0.5,) * 19, own_threshold=0.6), {}, "undecided", "no_difference", "Nothing can stand out"),
+        (Calibration((0.2,) * 18 + (1.0,)), {}, "undecided", "no_difference", "the highest of all"),
+        (Calibration((0.6,), 0.5), {}, "normal", "calibrated", "Calibrated on 1 normal images"),
     ],
 )
 def test_a_verdict_needs_support(calibration, how, word, reason, sentence):
@@ -58,6 +64,61 @@ def test_a_verdict_needs_support(calibration, how, word, reason, sentence):
 def test_numbers_that_mean_nothing_are_named(values, reason):
     with pytest.raises(ValueError, match=reason):
         check_calibration(*values)
+
+
+def test_a_score_that_is_no_number_is_never_normal():
+    for calibration in (Calibration(SCORES), Calibration(own_threshold=0.5)):
+        assert calibration.verdict(float("nan")).word == "anomalous"
+    pipe, images = make_pipeline(), torch.rand(20, 3, 32, 32)
+    calibrate(pipe, images)
+    known = pipe.config.calibration_scores
+    with torch.no_grad():
+        next(pipe.segmenter.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="image 0: the networks' score is nan.* load the model anew, in float32"):
+        pipe(images)
+    with pytest.raises(ValueError, match="the networks' score is nan"):
+        calibrate(pipe, images)
+    assert pipe.config.calibration_scores == known
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_another_number_type_support_nothing_until_calibrated_with_it(dtype, tmp_path):
+    pipe, images = make_pipeline(), torch.rand(20, 3, 32, 32)
+    calibrate(pipe, images)
+    pipe.save_pretrained(tmp_path)
+    pipe.to(dtype)
+    output = pipe(images[0])
+    assert output.verdict[0].reason == "settings_changed" and output.p_value is None
+    assert pipe.calibration.verdict(0).reason == "settings_changed"
+    calibrate(pipe, images)
+    assert pipe(images[0]).verdict[0].reason == "calibrated"
+    pipe.save_pretrained(tmp_path / "half")
+    for folder, kind, reason in (
+        ("half", dtype, "calibrated"),
+        ("half", torch.float32, "settings_changed"),
+        (".", dtype, "settings_changed"),
+        (".", torch.float32, "calibrated"),
+    ):
+        loaded = DiffusionADPipeline.from_pretrained(tmp_path / folder, dtype=kind)
+        assert loaded(images[0]).verdict[0].reason == reason, (folder, kind)
+
+
+def test_a_calibration_does_not_pass_on_to_other_networks(tmp_path):
+    pipe, other, images = make_pipeline(), make_pipeline(), torch.rand(20, 3, 32, 32)
+    calibrate(pipe, images)
+    pipe.register_to_config(has_learnt=True)
+    pipe.save_pretrained(tmp_path)
+    for given in ({"segmenter": other.segmenter}, {"unet": other.unet}, {"scheduler": other.scheduler}):
+        for made in (
+            DiffusionADPipeline.from_pipe(pipe, **given),
+            DiffusionADPipeline.from_pretrained(tmp_path, **given),
+        ):
+            assert made(images[0]).verdict[0].reason == "not_calibrated" and made.config.has_learnt is None
+            assert made(images[0]).is_familiar.all()  # which is of images, not of networks
+    for kept in (DiffusionADPipeline.from_pipe(pipe, unet=pipe.unet), DiffusionADPipeline.from_pipe(pipe, top_k=50)):
+        assert kept(images[0]).verdict[0].reason == "calibrated" and kept.config.has_learnt
+    own = DiffusionADPipeline.from_pretrained(tmp_path, segmenter=other.segmenter, threshold=0.4)
+    assert own.threshold == 0.4 and "not calibrated" in own(images[0]).verdict[0].sentence
 
 
 def test_the_pipeline_says_what_it_cannot_tell_and_never_false_for_it():
@@ -114,3 +175,10 @@ def test_too_few_photos_lower_the_promise_in_one_line_and_none_are_refused(caplo
     assert "1 normal image(s) cannot promise a false-alarm rate of 5 %: the threshold is set for 50 %" in line
     with pytest.raises(ValueError, match="no normal image to calibrate on"):
         calibrate(pipe, [])
+
+
+def test_a_copy_promises_nothing_more():
+    pipe, images = make_pipeline(), torch.rand(9, 3, 32, 32)
+    with pytest.raises(ValueError, match="image 9: a copy of image 2, which counts once; leave it out"):
+        calibrate(pipe, [*images, images[2]])
+    assert pipe.config.calibration_scores is None

@@ -62,5 +62,8 @@ def _export(args: argparse.Namespace) -> int:
     else:
         print(f"The threshold {exported.threshold:.4f} is the original's.")
         if record["precision"] != "fp32":
-            print(f"It is not calibrated for {record['precision']}: run `diffusionad calibrate` on this folder.")
+            print(
+                f"It is not calibrated for {record['precision']}: its verdicts are undecided until "
+                "`diffusionad calibrate` is run on this folder."
+            )
     return report_left_out(failures)

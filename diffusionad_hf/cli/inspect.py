@@ -16,6 +16,7 @@ from ..files import require
 from . import options
 
 _COLUMNS = ("file", "score", "threshold", "p-value", "verdict", "seconds", "where")
+_CALIBRATE_REASONS = ("not_calibrated", "rate_not_promised", "settings_changed", "no_difference")
 _CALIBRATE = "Run `diffusionad calibrate` with normal images, or give --threshold."
 # Exit codes of `inspect`; 2 if an input could not be read.
 _SOME_ANOMALOUS, _SOME_UNDECIDED = 1, 3
@@ -141,7 +142,7 @@ def _inspect(args: argparse.Namespace) -> int:
     reasons = Counter((result.verdict, result.reason, result.sentence) for result in inspected)
     for (verdict, reason, sentence), count in reasons.items():
         if reason != "calibrated":
-            help = _CALIBRATE if reason in ("not_calibrated", "rate_not_promised") else ""
+            help = _CALIBRATE if reason in _CALIBRATE_REASONS else ""
             print(f"{count} {verdict}: {sentence} {help}".rstrip())
     if args.output_dir is not None:
         print(f"Pictures in {args.output_dir}.")
@@ -220,7 +221,7 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
             counts, reasons = (Counter(table[name].to_pylist()) for name in ("verdict", "reason"))
             verdicts = f"{counts[ANOMALOUS]} anomalous, {counts[UNDECIDED]} undecided"
             print(f"{target}: {len(table)} images, {verdicts}, {len(errors)} could not be read.")
-            if reasons["not_calibrated"] or reasons["rate_not_promised"]:
+            if any(reasons[reason] for reason in _CALIBRATE_REASONS):
                 print(f"No verdicts: nothing supports them. {_CALIBRATE}")
             for error in errors[:10]:
                 print(f"  {error}", file=sys.stderr)
@@ -250,7 +251,6 @@ def _find_inputs(args: argparse.Namespace, target_dir: Path) -> Any:
 
 def _calibrate(args: argparse.Namespace) -> int:
     from ..calibration import calibrate
-    from ..familiarity_diffusionad import pixel_digest
     from ..inspection.inspection import find_images
     from ..loading import check_may_be_on_hub
 
@@ -269,16 +269,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     pipe = options.load_pipeline(args, args.device)
     images, failures = options.read_normal_images(args.input, pipe)
     pipe.set_progress_bar_config(disable=False, desc="calibrating", file=sys.stderr)
-    new = [image for image in images if not pipe.trained_on(image)]
-    if len(new) < len(images):
-        failures.append(f"{len(images) - len(new)} image(s) that the model was trained on.")
-    # The promise holds for as many images as there are, and a copy is none.
-    distinct = list({pixel_digest(image): image for image in new}.values())
-    if len(distinct) < len(new):
-        failures.append(f"{len(new) - len(distinct)} image(s) that are copies of others.")
-    if not new:
-        raise ValueError("the model was trained on all of these images; calibrate it on others.")
-    scores = calibrate(pipe, distinct, false_alarm_rate=args.false_alarm_rate, batch_size=args.batch_size)
+    scores = calibrate(pipe, images, false_alarm_rate=args.false_alarm_rate, batch_size=args.batch_size)
     if args.output_dir is not None:
         pipe.save_pretrained(args.output_dir)
     else:

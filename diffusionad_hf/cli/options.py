@@ -91,7 +91,8 @@ def check_writable(*folders: Path | None) -> None:
 
 
 def read_normal_images(inputs: Sequence[str], pipe: Any) -> tuple[list, list[str]]:
-    """Reads images at the model's resolution; also returns why others were left out."""
+    """Reads new images at the model's resolution; also returns why others were left out."""
+    from ..familiarity_diffusionad import pixel_digest
     from ..inspection.inspection import find_images, read_small
     from ..inspection.records import Failure
 
@@ -102,7 +103,16 @@ def read_normal_images(inputs: Sequence[str], pipe: Any) -> tuple[list, list[str
     reasons = [failure.error for failure in failures]
     if not images:
         raise ValueError("none of the images could be read: " + " ".join(reasons))
-    return images, reasons
+    new = [image for image in images if not pipe.trained_on(image)]
+    if not new:
+        raise ValueError("the model was trained on all of these images; calibrate it on others.")
+    if len(new) < len(images):
+        reasons.append(f"{len(images) - len(new)} image(s) that the model was trained on.")
+    # The promise holds for as many images as there are, and a copy is none.
+    distinct = list({pixel_digest(image): image for image in new}.values())
+    if len(distinct) < len(new):
+        reasons.append(f"{len(new) - len(distinct)} image(s) that are copies of others.")
+    return distinct, reasons
 
 
 def report_left_out(reasons: Sequence[str]) -> int:

@@ -68,6 +68,17 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
                 )
         return super().__call__(image, **kwargs)
 
+    @property
+    def _calibrated_with(self) -> str:
+        """On whose scores the threshold was calibrated; on its own, if they are not those that it was loaded with."""
+        own = self.config.calibration_scores != self.record["calibration_scores"]
+        return self.unet.arithmetic if own else self.record["calibrated_with"]
+
+    def _settings_changed(self, given: dict[str, Any]) -> bool:
+        """Also if they are scores of another arithmetic, unless both are float32."""
+        other = self.record["precision"] != "fp32" and self._calibrated_with != self.unet.arithmetic
+        return other or super()._settings_changed(given)
+
     def _inspect(self, pixels: torch.Tensor, noise: torch.Tensor, *fixed: Any) -> dict[str, torch.Tensor]:
         outputs = self.unet.run(pixels.float(), noise.float())
         return {name: outputs[name] for name in ("reconstruction", "probability")}
@@ -88,9 +99,7 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `exported_model.json`: the record of the export, and the settings as they are now."""
         settings = {name: self.config[name] for name in SETTINGS} | {name: self.record[name] for name in _SIZES}
-        if settings["calibration_scores"] != self.record["calibration_scores"]:
-            settings["calibrated_with"] = self.unet.arithmetic
-        self.record = {**self.record, **settings}
+        self.record = {**self.record, **settings, "calibrated_with": self._calibrated_with}
         replace_file(Path(save_directory) / self.config_name, json.dumps(self.record, indent=2, sort_keys=True) + "\n")
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -134,8 +143,8 @@ class ExportedDiffusionADPipeline(DiffusionADPipeline):
         here, there = graph.arithmetic, record["calibrated_with"]
         if record["precision"] != "fp32" and pipe.threshold is not None and there != here:
             logger.warning(
-                f"{folder}: its threshold and p-values were calibrated on scores of {there}, from which those of "
-                f"{here} differ a little; run `diffusionad calibrate` on this folder."
+                f"{folder}: calibrated on scores of {there}, from which those of {here} differ a little: its verdicts "
+                "are undecided until `diffusionad calibrate` is run on this folder."
             )
         return pipe
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..calibration import calibrate, images_needed
+from ..calibration import calibrate, check_new, images_needed
 from ..files import replace_folder, require
 from ..images_diffusionad import ImageInput, load_image, resize_image
 from ..pipeline_diffusionad import DiffusionADPipeline
@@ -71,7 +71,7 @@ def export_pipeline(
 
     If there are enough calibration images for the false-alarm rate (with int8: apart from those used to quantise),
     threshold and p-values are calibrated anew on the exported model's scores. Otherwise those of the pipeline are
-    kept, and `record["calibrated_with"]` says so.
+    kept, and `record["calibrated_with"]` says so: with fp16 and int8, verdicts are then undecided.
 
     Args:
         pipe: The pipeline; not changed.
@@ -83,8 +83,8 @@ def export_pipeline(
         calibration_images: Normal images that the model was not trained on; needed for int8.
 
     Raises:
-        ValueError: If an argument is none of the above, a component is of a class that cannot be exported, or the
-            graph does not give the pipeline's scores.
+        ValueError: If an argument is none of the above, a component is of a class that cannot be exported, the graph
+            does not give the pipeline's scores, or a calibration image is there twice or was trained on.
         ImportError: If the runtime is not installed; the message names the extra.
         OSError: If the folder cannot be written or holds something else.
         InvalidImageError: If a calibration image cannot be read.
@@ -104,6 +104,9 @@ def export_pipeline(
             resize_image(load_image(image, value_range=pipe.config.value_range), pipe.size)
             for image in calibration_images
         ]
+        seen: dict[str, int] = {}
+        for i, image in enumerate(images):
+            check_new(pipe, image, i, seen)
         quantised_on, rest = _split(images, precision, images_needed(pipe.config.false_alarm_rate))
         noise = pipe._seeded_noise(1)[0].unsqueeze(1)  # (2, 1, 3, H, W)
         height, width = pipe.tile

@@ -76,6 +76,7 @@ def download(folder: Path, kind: str, calibration: Calibration, opacity: float) 
 class Batch:
     """A finished batch, its rows sorted."""
 
+    category: str
     rows: list[Row]
     calibration: Calibration
     table: Path
@@ -118,7 +119,7 @@ def inspect_many(
     write_table(rows, finite(calibration.threshold), table)
     write_batch_report(rows, model.name, calibration, report)
     write_archive(rows, [table, report], archive)
-    yield Batch(rows, calibration, table, archive)
+    yield Batch(model.name, rows, calibration, table, archive)
 
 
 def _read(

@@ -99,7 +99,7 @@ class Endpoints:
         Args:
             files: Photos of normal parts, or zip archives of them.
             category: Which model to use.
-            false_alarm_rate: The share of normal parts that may be called defective, such as 0.05.
+            false_alarm_rate: The share of normal parts that may be called anomalous, such as 0.05.
 
         Returns:
             The threshold and what it promises; and a calibration file for /inspect and /inspect_batch.

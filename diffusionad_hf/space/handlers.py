@@ -80,7 +80,8 @@ def batch_card(batch: Batch) -> str:
     # What holds for every photo, whatever its score.
     sentence = batch.calibration.verdict(0).sentence
     if (threshold := finite(batch.calibration.threshold)) is not None:
-        sentence = f"Threshold {threshold:.3f}. {sentence}"
+        sentence = f"threshold {threshold:.3f}. {sentence}"
+    sentence = f"{batch.category}: {sentence}"  # another product may be chosen by now
     return (
         f'<fieldset class="tiles"><legend>Show</legend>{tiles}</fieldset><p role="status">{html.escape(sentence)}</p>'
     )
@@ -100,8 +101,8 @@ def calibration_card(calibration: Calibration, category: str, extra: str = "") -
 
 def controls(calibration: Calibration) -> tuple[dict, dict, dict]:
     """Threshold and false-alarm rate of the Inspect tab and threshold of the Batch tab, as they belong to it."""
-    threshold = threshold_update(calibration)
-    return threshold, gr.update(value=calibration.shown_rate), threshold
+    # An update of its own for each: gradio takes the value out of it.
+    return threshold_update(calibration), gr.update(value=calibration.shown_rate), threshold_update(calibration)
 
 
 def threshold_update(calibration: Calibration) -> dict:
@@ -269,8 +270,7 @@ class Handlers:
         try:
             return controls(self.calibration(category, own))
         except Refusal:
-            unknown = gr.update(value=0.5, info="")
-            return unknown, gr.update(), unknown
+            return gr.update(value=0.5, info=""), gr.update(), gr.update(value=0.5, info="")
 
     def missed(self, missed, category, own):
         """The controls once more, if they were set while another tab was shown."""
@@ -334,7 +334,7 @@ class Handlers:
 
     def recalibrate(self, files, category, rate, own, request: gr.Request):
         """Normal images in; the new calibration for this visit out."""
-        nothing = gr.skip(), gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()
+        nothing = gr.skip(), gr.update(visible=False)
         try:
             rate = number(rate, "The false-alarm rate", 0.1, 50) / 100
             model = self.models.get(category)
@@ -347,27 +347,22 @@ class Handlers:
         state = calibration_card(step.calibration, model.name, calibrated_words(step))
         own = {**own, category: step.calibration}
         file = self.results.show(step.file.parent, step.file)
-        yield state, own, gr.update(value=file, visible=True), *controls(step.calibration)
+        yield state, own, gr.update(value=file, visible=True)
 
     def calibration_file(self, file, category, own):
         """A calibration file in; the same outputs."""
-        nothing = [gr.skip()] * 4
         if not file:
-            return gr.skip(), *nothing
+            return gr.skip(), gr.skip()
         try:
             calibration = Calibration.read(upload_of(file), self.models.get(category))
         except Refusal as error:
-            return message(error), *nothing
-        return (
-            calibration_card(calibration, self.models.known(category).name),
-            {**own, category: calibration},
-            *controls(calibration),
-        )
+            return message(error), gr.skip()
+        return calibration_card(calibration, self.models.known(category).name), {**own, category: calibration}
 
     def forget_calibration(self, category, own):
-        """Back to the model's own calibration."""
+        """Back to the model's own calibration; the same outputs."""
         own = {name: calibration for name, calibration in own.items() if name != category}
-        return self.show_calibration(category, own), own, gr.update(visible=False), *self.category(category, own)
+        return self.show_calibration(category, own), own, gr.update(visible=False)
 
     def show_calibration(self, category, own):
         try:

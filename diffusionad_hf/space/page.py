@@ -245,10 +245,14 @@ def calibrate_tab(
             load_file = upload(label="Or load a calibration file", file_types=[".json"], elem_id="calibration-file")
             save = gr.DownloadButton("↓ Calibration file", visible=False, elem_id="calibration-save")
             forget = gr.Button("Back to the model's own", elem_id="calibration-forget")
-    inputs, outputs = [files, category, rate, own], [state, own, save, *controls]
-    start.click(on.recalibrate, inputs, outputs, show_progress="hidden", **BATCHES, **RUN).then(**redraw)
-    load_file.upload(on.calibration_file, [load_file, category, own], [state, own, *controls], **RUN).then(**redraw)
-    forget.click(on.forget_calibration, [category, own], [state, own, save, *controls], **LIVE).then(**redraw)
+    inputs, outputs = [files, category, rate, own], [state, own, save]
+    for changed in (
+        start.click(on.recalibrate, inputs, outputs, show_progress="hidden", **BATCHES, **RUN),
+        load_file.upload(on.calibration_file, [load_file, category, own], [state, own], **RUN),
+        forget.click(on.forget_calibration, [category, own], outputs, **LIVE),
+    ):
+        # Those of the product that is chosen by now, which may be another one.
+        changed.then(on.category, [category, own], controls, **LIVE).then(**redraw)
     gr.on([page.load, category.change], on.show_calibration, [category, own], state, **LIVE)
 
 

@@ -288,6 +288,7 @@ def full_size(folder: Path, kind: str, calibration: Calibration, opacity: float)
 
 _UNDECIDED = {
     "not_learnt": "this model has not learnt to tell defects",
+    "no_difference": "nothing can stand out with this calibration",
     "unfamiliar": "unlike any normal image of this category",
     "settings_changed": "other settings than it was calibrated with",
     "not_calibrated": "not calibrated",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffusionad_hf import DiffusionADPipeline
@@ -165,6 +166,30 @@ def test_a_rate_that_so_few_images_cannot_promise_leaves_all_undecided(photos, m
     images, rows = json.loads((tmp_path / "r.json").read_text())["images"], csv.DictReader((tmp_path / "r.csv").open())
     for record in (*images, *rows):
         assert (record["verdict"], record["reason"]) == ("undecided", "rate_not_promised")
+
+
+def test_a_model_whose_scores_are_no_numbers_gives_no_verdicts(photos, model_dir, tmp_path, capsys):
+    broken = DiffusionADPipeline.from_pretrained(model_dir)
+    with torch.no_grad():
+        list(broken.segmenter.parameters())[-1].fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    for arguments in (("--csv", tmp_path / "r.csv"), ("--parquet", tmp_path / "r.parquet")):
+        assert run("inspect", photos, "--model", tmp_path / "broken", *arguments) == 2
+        said = capsys.readouterr()
+        assert "the networks' score is nan" in said.err and "normal" not in said.out
+
+
+def test_a_calibration_of_other_settings_is_said_in_every_file(photos, model_dir, tmp_path, capsys):
+    calibrated = DiffusionADPipeline.from_pretrained(model_dir)
+    calibrated.register_to_config(calibrated_settings=calibrated.settings)
+    calibrated.save_pretrained(tmp_path / "model")
+    DiffusionADPipeline.from_pretrained(tmp_path / "model", image_size=64).save_pretrained(tmp_path / "larger")
+    files = ("--report", tmp_path / "r.html", "--json", tmp_path / "r.json")
+    assert run("inspect", photos, "--model", tmp_path / "larger", *files) == 3
+    assert "4 undecided: Other settings than the model was calibrated with" in capsys.readouterr().out
+    report, images = (tmp_path / "r.html").read_text(), json.loads((tmp_path / "r.json").read_text())["images"]
+    assert {(image["verdict"], image["p_value"]) for image in images} == {("undecided", None)}
+    assert "Other settings than" in report and "for a false-alarm rate" not in report
 
 
 def test_a_threshold_set_by_hand_decides_and_says_so(photos, model_dir, capsys):

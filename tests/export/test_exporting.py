@@ -282,16 +282,21 @@ def test_other_images_than_the_quantisations_set_the_threshold():
     assert _split(numbers, "fp32", 30) == ([], numbers)
 
 
-def test_a_threshold_of_other_scores_is_said_on_loading(onnx_dir, caplog):
+def test_a_threshold_of_other_scores_decides_nothing_and_is_said_on_loading(onnx_dir, caplog):
     pipe = load_model(onnx_dir)
     assert not caplog.messages  # float32 scores are the original's
     rewritten(onnx_dir, precision="int8")
     pipe = load_model(onnx_dir)
     assert len(caplog.messages) == 1 and str(onnx_dir) in caplog.text
     assert "calibrated on scores of the original model" in caplog.text
-    pipe.register_to_config(calibration_scores=[0.2, 0.4])
+    image = np.full((32, 32, 3), 200, np.uint8)
+    assert quiet(pipe)(image).verdict[0].reason == "settings_changed" and pipe(image).p_value is None
+    pipe.register_to_config(threshold=0.1)
+    assert "not calibrated with these settings" in pipe(image).verdict[0].sentence
+    pipe.register_to_config(calibration_scores=[0.2, 0.4], threshold=None)
+    assert pipe(image).verdict[0].reason == "calibrated"
     pipe.save_config(onnx_dir)
-    load_model(onnx_dir)
+    assert quiet(load_model(onnx_dir))(image).verdict[0].reason == "calibrated"
     rewritten(onnx_dir, calibration_scores=None, calibrated_with="another", threshold=None)
     assert load_model(onnx_dir).threshold is None
     assert len(caplog.messages) == 1

@@ -112,7 +112,7 @@ def fragile(tmp_path_factory, checkpoints):
 
 @pytest.fixture(scope="session")
 def tried(tmp_path_factory, checkpoints):
-    """The same model twice, with photos to try it on: `steel`, and `brass` that comes without a card."""
+    """The same model twice, with photos to try it on: `steel`, and `brass`, without card, with another threshold."""
     folder = tmp_path_factory.mktemp("tried")
     for seed, name in enumerate(("steel", "brass"), 20):
         examples = shutil.copytree(checkpoints / "flange", folder / name) / "examples"
@@ -121,6 +121,9 @@ def tried(tmp_path_factory, checkpoints):
             part = render_part(np.random.default_rng((seed, photo)), size=96)
             Image.fromarray(part).save(examples / f"{label}.png")
     (folder / "brass" / "README.md").unlink()
+    index = folder / "brass" / "model_index.json"
+    saved = json.loads(index.read_text())
+    index.write_text(json.dumps({**saved, "calibration_scores": [s - 0.1 for s in saved["calibration_scores"]]}))
     (folder / "steel" / "examples" / "no-image.png").write_text("nothing")
     return folder
 

@@ -363,12 +363,14 @@ def test_pictures_in_an_archive_have_names_that_every_file_system_takes(results,
 
 def test_what_nothing_supports_is_undecided_in_the_record_the_report_and_a_batch(results, model, parts, white):
     """Before, a rate that 12 photos cannot promise moved the threshold to 1: green for everything."""
-    unpromised, unlearnt = (
-        replace(model.calibration, **change) for change in ({"false_alarm_rate": 0.001}, {"has_learnt": False})
+    unpromised, unlearnt, saturated = (
+        replace(model.calibration, **change)
+        for change in ({"false_alarm_rate": 0.001}, {"has_learnt": False}, {"scores": (0.1,) * 11 + (1.0,)})
     )
     for photo, calibration, reason in (
         (parts[0], unpromised, "rate_not_promised"),
         (parts[0], unlearnt, "not_learnt"),
+        (parts[0], replace(saturated, false_alarm_rate=0.08), "no_difference"),
         (parts[0], Calibration(), "not_calibrated"),
         (white, model.calibration, "unfamiliar"),
         (white, replace(model.calibration, own_threshold=0.99), "unfamiliar"),
@@ -388,13 +390,45 @@ def test_what_nothing_supports_is_undecided_in_the_record_the_report_and_a_batch
         assert "<strong>1</strong> undecided</label>" in batch_card(batch)
 
 
+def test_a_model_saved_with_other_settings_than_calibrated_is_undecided_until_calibrated_anew(
+    results, checkpoints, parts, tmp_path
+):
+    larger = DiffusionADPipeline.from_pretrained(checkpoints / "flange", image_size=96)
+    larger.save_pretrained(tmp_path / "larger")
+    model = Models(str(tmp_path / "larger")).get("larger")
+    folder = inspected(results, model, parts[0])
+    found = record(folder, model.calibration)
+    assert (found["verdict"], found["reason"], found["p_value"]) == ("undecided", "settings_changed", None)
+    *_, batch = inspect_many(results, "anna", model, uploads(*parts[:2]), model.calibration)
+    assert batch.counts == {"undecided": 2} and "Other settings" in batch_card(batch)
+    *_, done = calibrate_on(results, "anna", model, uploads(*parts), 0.1)
+    assert record(folder, done.calibration)["reason"] == "calibrated"
+
+
+def test_a_model_that_has_not_learnt_gives_no_verdicts_with_a_calibration_of_ones_own_either(
+    results, checkpoints, parts, tmp_path
+):
+    pipe = DiffusionADPipeline.from_pretrained(checkpoints / "flange")
+    pipe.register_to_config(has_learnt=False)
+    pipe.save_pretrained(tmp_path / "dull")
+    model = Models(str(tmp_path / "dull")).get("dull")
+    folder = inspected(results, model, parts[0])
+    *_, done = calibrate_on(results, "anna", model, uploads(*parts), 0.1)
+    for calibration in (model.calibration, done.calibration, read_calibration(done.file, model)):
+        for moved in (calibration, calibration.moved(0.7, 10)):
+            assert record(folder, moved)["reason"] == "not_learnt"
+
+
 def test_a_threshold_moved_by_hand_or_a_new_calibration_changes_the_sentence_and_the_p_value(results, model, parts):
     folder, usual = inspected(results, model, parts[0]), model.calibration
     assert "Calibrated on 12 normal images for a false-alarm rate of 10 %" in verdict_card(folder, usual)
     moved = verdict_card(folder, usual.moved(0.7, 10))
     assert f"At your threshold 0.7; calibrated: {usual.threshold:.4g}." in moved
     yours = replace(usual, scores=usual.scores[:11], yours=True)
-    assert "11 normal images for" in verdict_card(folder, yours) and "of the 11 normal" in verdict_card(folder, yours)
+    yours = replace(yours, scores=(0.0, *yours.scores[1:]))
+    said, score = verdict_card(folder, yours), load(folder).score
+    assert "11 normal images for" in said and "of the 11 normal" in said
+    assert f"(p = {yours.p_value(score):.2g})" in said
     # Where the page itself puts its controls, the calibration decides, to the last digit.
     for calibration in (usual, replace(usual, false_alarm_rate=1 / 13), replace(usual, false_alarm_rate=0.001)):
         assert calibration.moved(round(calibration.shown_threshold, 4), calibration.shown_rate) == calibration

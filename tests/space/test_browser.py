@@ -387,6 +387,39 @@ def test_calibrating_changes_the_threshold_of_the_other_tabs_and_can_be_saved_lo
     expect(page, "#calibration", "11 images of yours")
 
 
+def test_every_threshold_is_that_of_the_chosen_product_though_another_one_is_calibrated_meanwhile(visit, shop, parts):
+    page, held = visit(shop, viewport={"width": 1280, "height": 900}), []
+    expect(page, "#verdict", "Calibrated on 12 normal images")
+    tab(page, "Batch")
+    give(page, "batch-files", parts[0])
+    page.click("#batch-start")
+    expect(page, "#batch-summary", "brass: threshold 0.")
+    brass = shown(page, "batch-threshold")
+    choose(page, "Flange")
+    until(lambda: shown(page, "batch-threshold") > brass + 0.05, "the other product's is shown")
+
+    def hold(route):
+        data = route.request.post_data_json["data"]
+        if not held and len(data) == 4 and data[1] == "steel" and isinstance(data[0], list):
+            held.append(route)
+        else:
+            route.continue_()
+
+    tab(page, "Calibrate")
+    give(page, "normal-files", *parts[:11])
+    page.route("**/queue/join*", hold)
+    page.click("#calibrate-start")
+    until(lambda: page.wait_for_timeout(100) or held, "it is not calibrated")
+    choose(page, "brass")
+    expect(page, "#calibration", "brass: threshold")
+    held[0].continue_()
+    expect(page, "#calibration", "11 images of yours")
+    tab(page, "Inspect")
+    page.wait_for_timeout(1000)
+    expect(page, "#verdict", f"threshold {brass:.3f}. Calibrated on 12 normal images")
+    assert shown(page, "threshold") == brass
+
+
 def test_two_tabs_keep_to_themselves_and_leaving_one_midway_hurts_no_one(page, visit, server, parts):
     other, visits, session = visit(), set(), re.compile(rb'"session_hash":"(\w+)"')
     found = lambda r: {hashlib.sha256(m).hexdigest() for m in session.findall(r.post_data_buffer or b"")}  # noqa: E731
