@@ -164,6 +164,7 @@ def build_card(
         # Nor these; the web demo shows them.
         **origin,
     )
+    verdict = pipe.calibration.verdict(0)
     return ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
@@ -177,6 +178,7 @@ def build_card(
         threshold=pipe.threshold,
         calibration=_calibration(pipe),
         has_learnt=pipe.config.has_learnt,
+        unsupported=verdict.sentence if verdict.reason in ("settings_changed", "no_difference") else "",
         is_familiar_known=pipe.config.familiarity is not None,
         evaluation=evaluation,
         metrics=_metric_rows(evaluation) if evaluation else [],

@@ -137,6 +137,22 @@ def test_too_few_images_to_promise_anything(pipe):
     text = flat(build_card(pipe, REPO))
     assert "for calibration **every image is undecided**: that rate takes 999 or more" in text
     assert "exceeds" not in text and "inf" not in text
+    pipe.register_to_config(threshold=0.9)
+    text = flat(build_card(pipe, REPO))
+    assert "exceeds **0.9000**. This threshold was set by hand" in text and "every image is undecided" not in text
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"calibrated_settings": {"seed": 1}}, "Other settings than the model was calibrated with"),
+        ({"calibration_scores": [0.5] * 99}, "Nothing can stand out"),
+    ],
+)
+def test_a_calibration_that_supports_nothing_promises_nothing(pipe, change, reason):
+    pipe.register_to_config(**change)
+    text = flat(build_card(pipe, REPO))
+    assert f"**Every image is undecided.** {reason}" in text and "exceeds" not in text and "promises" not in text
 
 
 def test_a_threshold_set_by_hand_promises_nothing(pipe):
