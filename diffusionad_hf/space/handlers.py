@@ -99,10 +99,11 @@ def calibration_card(calibration: Calibration, category: str, extra: str = "") -
     return card("note", f"<h2>{html.escape(title)}</h2><p>{html.escape(words)}</p>{extra}")
 
 
-def controls(calibration: Calibration) -> tuple[dict, dict, dict]:
-    """Threshold and false-alarm rate of the Inspect tab and threshold of the Batch tab, as they belong to it."""
+def controls(calibration: Calibration) -> tuple[dict, dict, dict, None]:
+    """Threshold and false-alarm rate of the Inspect tab and threshold of the Batch tab, as they belong to it; and what
+    the last one was moved to by hand: nothing any more."""
     # An update of its own for each: gradio takes the value out of it.
-    return threshold_update(calibration), gr.update(value=calibration.shown_rate), threshold_update(calibration)
+    return threshold_update(calibration), gr.update(value=calibration.shown_rate), threshold_update(calibration), None
 
 
 def threshold_update(calibration: Calibration) -> dict:
@@ -270,11 +271,11 @@ class Handlers:
         try:
             return controls(self.calibration(category, own))
         except Refusal:
-            return gr.update(value=0.5, info=""), gr.update(), gr.update(value=0.5, info="")
+            return gr.update(value=0.5, info=""), gr.update(), gr.update(value=0.5, info=""), None
 
     def missed(self, missed, category, own):
         """The controls once more, if they were set while another tab was shown."""
-        return self.category(category, own) if missed else (gr.skip(),) * 3
+        return self.category(category, own) if missed else (gr.skip(),) * 4
 
     def redraw_missed(self, missed, key, threshold, opacity, rate, own, request: gr.Request):
         """The result with them; nothing, which could come after what was moved since, if none was missed."""

@@ -113,11 +113,12 @@ def inspect_tab(
     category: gr.Radio,
     own: gr.State,
     taught: gr.State,
-    batch_threshold: gr.Slider,
+    of_batch: Sequence[gr.components.Component],
     products: Sequence[Product],
     opening: "Opening",
 ) -> tuple:
-    """The tab for one photo; returns the controls that belong to a category and what draws the result again."""
+    """The tab for one photo; returns the controls that belong to a category, with those `of_batch`, and what draws the
+    result again."""
     key = gr.Textbox(visible=False, elem_id="key")
     is_open = opening.pictures != ""
     with gr.Row(elem_classes="stack"):
@@ -178,7 +179,7 @@ def inspect_tab(
     threshold.input(**redraw)
     opacity.input(**redraw)
     rate.input(on.rate, [category, rate, own], threshold, **LIVE).then(**redraw)
-    controls = [threshold, rate, batch_threshold]
+    controls = [threshold, rate, *of_batch]
     back.click(on.category, [category, own], controls, **LIVE).then(**redraw)
     chosen = [category.input, taught.change]
     gr.on(chosen, on.category, [category, own], controls, **LIVE).then(on.inspect, **run)
@@ -203,14 +204,23 @@ ROWS = """element.addEventListener('click', event => {
 })"""
 
 
-def batch_tab(on: Handlers, tab: gr.Tab, category: gr.Radio, own: gr.State, threshold: gr.Slider) -> None:
+def batch_tab(
+    on: Handlers,
+    tab: gr.Tab,
+    category: gr.Radio,
+    own: gr.State,
+    threshold: gr.Slider,
+    by_hand: gr.State,
+) -> None:
+    """The tab for many photos. `by_hand` is what a visitor moved the threshold to: the slider itself misses what is
+    set while another tab is shown."""
     files = upload(label=f"Photos or zip archives, up to {LIMITS.files}", file_count="multiple", elem_id="batch-files")
     threshold.render()
-    # What a visitor moved it to; the slider itself misses what is set while another tab is shown.
-    by_hand = gr.State(None)
+    back = gr.Button("Back to the calibrated threshold", size="sm", elem_id="batch-threshold-back")
+    back.click(on.batch_threshold, [category, own, gr.State(None)], threshold, **LIVE)
+    back.click(lambda: None, None, by_hand, **LIVE)
     tab.select(on.batch_threshold, [category, own, by_hand], threshold, **LIVE)
     threshold.input(lambda value: value, threshold, by_hand, **LIVE)
-    category.input(lambda: None, None, by_hand, **LIVE)
     with gr.Row():
         start = gr.Button("Inspect all", variant="primary", elem_id="batch-start")
         stop = gr.Button("Stop", elem_id="batch-stop")
@@ -406,9 +416,10 @@ def build(results: Results, models: Models, teacher: Teacher | None = None) -> P
         with gr.Tab("Inspect", elem_id="tab-inspect") as tab:
             batch_threshold = slider(0, 1, 0.5, step=0.001, label="Threshold", elem_id="batch-threshold", render=False)
             opening = Opening.of(on)
-            controls, redraw, run = inspect_tab(on, tab, category, own, taught, batch_threshold, offered, opening)
+            of_batch = batch_threshold, gr.State(None)
+            controls, redraw, run = inspect_tab(on, tab, category, own, taught, of_batch, offered, opening)
         with gr.Tab("Batch", elem_id="tab-batch") as tab:
-            batch_tab(on, tab, category, own, batch_threshold)
+            batch_tab(on, tab, category, own, *of_batch)
         with gr.Tab("Calibrate", elem_id="tab-calibrate"):
             calibrate_tab(on, page, category, own, controls, redraw)
         if teacher:

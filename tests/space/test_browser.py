@@ -364,6 +364,16 @@ def test_a_batch_can_be_stopped(page, server, parts, tmp_path):
 
 def test_calibrating_changes_the_threshold_of_the_other_tabs_and_can_be_saved_loaded_and_undone(page, parts, tmp_path):
     inspect(page, parts[0])
+    tab(page, "Batch")
+    move(page, "batch-threshold", 0.99)
+    give(page, "batch-files", parts[0])
+    page.click("#batch-start")
+    expect(page, "#batch-summary", "At your threshold 0.99; calibrated: 0.")
+    page.click("#batch-threshold-back")
+    until(lambda: shown(page, "batch-threshold") < 0.9, "there is no way back")
+    page.click("#batch-start")
+    expect(page, "#batch-summary", "Calibrated on 12 normal images")
+    move(page, "batch-threshold", 0.99)  # which a new calibration replaces
     tab(page, "Calibrate")
     give(page, "normal-files", *parts[:3])
     page.click("#calibrate-start")
@@ -380,6 +390,10 @@ def test_calibrating_changes_the_threshold_of_the_other_tabs_and_can_be_saved_lo
     expect(page, "#threshold", "Calibrated on 11 images of yours")
     expect(page, "#verdict", f"threshold {sorted(data['scores'])[-2]:.3f}")
     expect(page, "#verdict", "of the 11 normal images")
+    tab(page, "Batch")
+    until(lambda: shown(page, "batch-threshold") < 0.9, "the former threshold is shown")
+    page.click("#batch-start")
+    expect(page, "#batch-summary", "Calibrated on 11 normal images")
     tab(page, "Calibrate")
     page.click("#calibration-forget")
     expect(page, "#calibration", "12 normal images")
