@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -18,10 +18,11 @@ from typing import cast
 import numpy as np
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, snapshot_download
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, snapshot_download
 
 from .. import verdicts_diffusionad as verdicts
 from ..calibration import fingerprint
+from ..evaluation.intervals import show
 from ..export.exported_pipeline import ExportedDiffusionADPipeline
 from ..familiarity_diffusionad import Familiarity, describe
 from ..hub.publishing import EXAMPLES, list_models
@@ -198,6 +199,16 @@ class Model:
             return None if file is None else ModelCard(read_card(file), ignore_metadata_errors=True)
         except (ValueError, OSError, yaml.YAMLError, RecursionError, TypeError, AttributeError) as error:
             raise ValueError("Its card cannot be read.") from error
+
+    def evaluation(self) -> dict:
+        """What was measured of it, by the file beside its card; empty if there is none that can be read."""
+        file = self.file("evaluation.json")
+        try:
+            if file is not None and file.stat().st_size <= LIMITS.calibration_bytes:
+                return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, OSError, TypeError, RecursionError) as error:
+            logger.warning("%s: its evaluation cannot be read: %s", self.name, error)
+        return {}
 
     def examples(self) -> list["Example"]:
         """Its photos to try it on: good ones first, at most 12; those that are no images are left out."""
@@ -424,8 +435,9 @@ class Product:
             if card is None:
                 return cls(model.name, title, examples=examples)
             data = cast(ModelCardData, card.data)
-            auroc = next((r.metric_value for r in data.eval_results or [] if r.metric_type == "image_auroc"), None)
-            measured = f"image AUROC {auroc:.3f}" if isinstance(auroc, float) else "accuracy not measured"
+            auroc = next((r for r in data.eval_results or [] if r.metric_type == "image_auroc"), None)
+            is_known = auroc is not None and isinstance(auroc.metric_value, float)
+            measured = f"image AUROC {_measured(auroc, model.evaluation())}" if is_known else "accuracy not measured"
             origin = {"rendered": "rendered images", "photographed": "real photos"}.get(data.get("data_origin"), "")
             licence = _licence(str(data.get("data_license") or "")[:40])
             author = str(data.get("data_attribution") or "")[:120]
@@ -460,6 +472,14 @@ def _cell(value: object) -> str:
     return str(value)[:200] if isinstance(value, (str, int)) else "?"
 
 
+def _measured(result: EvalResult, evaluation: dict) -> str:
+    """A value of a card with its 95 % interval, if the evaluation is that of the card."""
+    with suppress(KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
+        if math.isclose(evaluation[result.metric_type], result.metric_value, abs_tol=1e-6):
+            return show(evaluation, result.metric_type)[:60]
+    return _cell(result.metric_value)
+
+
 def about(models: Models, name: str) -> str:
     """Markdown on a model from its card: size and calibration, metrics, limits. Never fails."""
     try:
@@ -481,14 +501,15 @@ def about(models: Models, name: str) -> str:
         card = model.card()
         if card is None:
             return "\n".join([*lines, "", "It comes without a card: nothing is known of its accuracy."])
-        results = cast(ModelCardData, card.data).eval_results or []
+        results, evaluation = cast(ModelCardData, card.data).eval_results or [], model.evaluation()
         rows = [
-            (result.metric_name or result.metric_type, result.metric_value, result.dataset_name) for result in results
+            (result.metric_name or result.metric_type, _measured(result, evaluation), result.dataset_name)
+            for result in results
         ]
     except (ValueError, TypeError, AttributeError):
         return "\n".join([*lines, "", "Its card cannot be read."])
     if rows:
-        lines += ["", "| metric | value | measured on |", "| --- | --- | --- |"]
+        lines += ["", "| metric | value [95 % interval] | measured on |", "| --- | --- | --- |"]
         lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     limits = re.search(r"^#.*\blimit.*((?:\n(?!#).*)*)", card.text, re.IGNORECASE | re.MULTILINE)
     if limits and limits[1].strip():

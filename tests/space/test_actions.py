@@ -448,6 +448,26 @@ def test_a_product_is_what_its_card_and_its_folder_say(tried, tmp_path, checkpoi
         assert odd.name == "odd" and "AUROC" not in odd.facts
 
 
+@pytest.mark.parametrize(
+    "evaluation, shown",
+    [
+        ('{"image_auroc": 0.875, "intervals": {"image_auroc": [0.61, 0.97]}}', "0.88 [0.61, 0.97]"),
+        ('{"image_auroc": 0.9, "intervals": {"image_auroc": [0.61, 0.97]}}', "0.875"),  # of another model
+        ('{"image_auroc": 0.875, "intervals": {"image_auroc": ["low"]}}', "0.875"),
+        ('{"image_auroc": {}}', "0.875"),
+        ("[1]", "0.875"),
+        ("{", "0.875"),
+    ],
+)
+def test_what_was_measured_is_shown_with_its_interval(evaluation, shown, tmp_path, checkpoints):
+    folder = shutil.copytree(checkpoints / "flange", tmp_path / "flange")
+    (folder / "evaluation.json").write_text(evaluation)
+    models = Models(str(tmp_path))
+    (product,) = products(models)
+    assert product.facts.startswith(f"image AUROC {shown} · rendered")
+    assert f"| image AUROC | {shown} | flanges |" in about(models, "flange")
+
+
 def test_a_hub_that_does_not_answer_keeps_no_one_waiting(checkpoints, monkeypatch):
     answered = threading.Event()
     monkeypatch.setattr(models, "_HUB_SECONDS", 0.2)
