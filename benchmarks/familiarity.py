@@ -26,6 +26,14 @@ def _crop(share: float) -> Callable[[Image.Image], Image.Image]:
     return lambda photo: ImageOps.fit(ImageOps.crop(photo, int(min(photo.size) * (1 - share) / 2)), photo.size)
 
 
+def _tilted(photo: Image.Image, degrees: float = 15) -> Image.Image:
+    """Turned, with its edge continued into the corners."""
+    across, down = (side // 4 for side in photo.size)
+    padded = Image.fromarray(np.pad(np.asarray(photo), ((down, down), (across, across), (0, 0)), mode="edge"))
+    box = (across, down, across + photo.width, down + photo.height)
+    return padded.rotate(degrees, Image.Resampling.BILINEAR).crop(box)
+
+
 ALTERED: dict[str, Callable[[Image.Image], Image.Image]] = {
     "half the light": lambda photo: ImageEnhance.Brightness(photo).enhance(0.5),
     "a fifth less": lambda photo: ImageEnhance.Brightness(photo).enhance(0.8),
@@ -33,6 +41,8 @@ ALTERED: dict[str, Callable[[Image.Image], Image.Image]] = {
     "middle half": _crop(0.5),
     "middle 4 fifths": _crop(0.8),
     "upside down": lambda photo: photo.rotate(180),
+    "a quarter turn": lambda photo: photo.transpose(Image.Transpose.ROTATE_90).resize(photo.size),
+    "tilted 15°": _tilted,
     "blur 1 %": lambda photo: photo.filter(ImageFilter.GaussianBlur(photo.width / 100)),
     "blur 2 %": lambda photo: photo.filter(ImageFilter.GaussianBlur(photo.width / 50)),
 }

@@ -58,7 +58,7 @@ def test_maps_of_earlier_batches_are_let_go(monkeypatch):
     assert len(outputs) == 5
 
 
-@pytest.mark.parametrize("rate", [0, 1, -0.1, 5])
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 5, float("nan")])
 def test_a_rate_out_of_range_is_named(rate):
     with pytest.raises(ValueError, match=f"false_alarm_rate={rate}"):
         calibrate(make_pipeline(), torch.rand(3, 3, 32, 32), false_alarm_rate=rate)

@@ -132,7 +132,10 @@ REFUSED = [
     (["inspect", "{photos}", "--parts"], "--parts: give --output-dir"),
     (["inspect", "{photos}", "--model", "./nothing"], "nothing: no such folder"),
     (["inspect", "{photos}", "--model", "{model}", "--false-alarm-rate", "0.1"], "is not calibrated"),
+    (["inspect", "{photos}", "--threshold", "nan"], "threshold=nan: must be a finite number"),
+    (["inspect", "{photos}", "--threshold", "inf"], "threshold=inf: must be a finite number"),
     (["calibrate", "{photos}", "--model", "org/name"], "--output-dir"),
+    (["calibrate", "{photos}/empty"], "empty: no images in this folder"),
 ]
 
 
@@ -145,7 +148,14 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(arguments, reason, phot
     assert reason in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--batch-size", "x"], ["--false-alarm-rate", "1.5"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--batch-size", "0"],
+        ["--batch-size", "x"],
+        *(["--false-alarm-rate", rate] for rate in ("1.5", "0", "1", "nan")),
+    ],
+)
 def test_nonsense_values_are_named(arguments, photos, model_dir, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("inspect", photos, "--model", model_dir, *arguments)
