@@ -89,9 +89,9 @@ class Validation:
         return chosen
 
     def snapshot(self, source: DiffusionADObjective) -> DiffusionADPipeline:
-        """The weights as they are, as a pipeline."""
+        """The weights as they are, as a pipeline that gives no verdicts: nothing says yet that it has learnt."""
         networks = copy.deepcopy(source.unet), copy.deepcopy(source.segmenter)
-        pipe = DiffusionADPipeline(*networks, source.scheduler, self.size)
+        pipe = DiffusionADPipeline(*networks, source.scheduler, self.size, has_learnt=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

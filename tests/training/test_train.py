@@ -70,6 +70,15 @@ def test_photos_it_was_trained_on_are_refused_for_calibration(data, trained, tmp
         calibrate(DiffusionADPipeline.from_pretrained(trained), [np.zeros((64, 64, 3), np.uint8), files[seen[0]]])
 
 
+def test_the_best_weights_so_far_give_no_verdicts_whatever_they_are_calibrated_on(data, trained, tmp_path, capsys):
+    """They know neither what they were trained on nor whether they have learnt; the model in the folder above does."""
+    photos = str(data / "demo-part/train/good")
+    options = ["--model", str(trained / "best"), "--output-dir", str(tmp_path / "model")]
+    assert main(["calibrate", photos, *options]) == 0
+    assert main(["inspect", photos, "--model", str(tmp_path / "model")]) == 3
+    assert "12 undecided: This model has not learnt to tell defects." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "normal, defective, passed",
     [
