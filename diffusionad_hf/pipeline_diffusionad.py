@@ -59,6 +59,8 @@ _MOST_PIXELS_A_PASS = 2048**2
 _MOST_PIXELS = 2**26
 # A photo that is squashed more along one side than along the other is warned of.
 _MOST_SQUASHED = 16
+# Configuration values that scores depend on.
+_SCORED = ("image_size", "tile_size", "value_range", "top_k", "seed")
 # Share of a tile that it has in common with the next one, as in diffusers' tiled VAEs.
 _OVERLAP = 0.25
 
@@ -232,8 +234,8 @@ class DiffusionADPipeline(DiffusionPipeline):
     def settings(self) -> dict[str, Any]:
         """The settings that scores depend on."""
         scheduler = {k: self.scheduler.config[k] for k in ("small_timestep", "big_timestep", "guidance_weight")}
-        given = [name for name in ("tile_size", "value_range") if self.config[name]]
-        settings = scheduler | {name: self.config[name] for name in ("image_size", *given, "top_k", "seed")}
+        given = [name for name in _SCORED if self.config[name] or name in ("top_k", "seed")]
+        settings = scheduler | {name: self.config[name] for name in given}
         types = sorted({str(network.dtype).removeprefix("torch.") for network in (self.unet, self.segmenter)})
         return settings if types == ["float32"] else settings | {"dtype": types}
 
@@ -669,11 +671,13 @@ class DiffusionADPipeline(DiffusionPipeline):
             loading = importlib.import_module(f"{_package()}.loading")
             name = os.fspath(pretrained_model_name_or_path)
             pipe = loading.load_pretrained(super().from_pretrained, name, **kwargs)
-        return _with_others(pipe, kwargs) if any(kwargs.get(name) is not None for name in pipe.components) else pipe
+        # Of a calibration whose settings were not noted, the saved ones are all that is known.
+        others = [*pipe.components, *([] if pipe.config.calibrated_settings else _SCORED)]
+        return _with_others(pipe, kwargs) if any(kwargs.get(name) is not None for name in others) else pipe
 
 
 def _with_others(pipe: DiffusionADPipeline, given: dict[str, Any]) -> DiffusionADPipeline:
-    """A pipeline whose components are not those that it was calibrated with: forgets what was known of scores."""
+    """A pipeline that is not the one that was calibrated any more: forgets what was known of scores."""
     scores = ("calibration_scores", "calibrated_settings", "threshold", "has_learnt")
     pipe.register_to_config(**{name: given.get(name) for name in scores})
     return pipe

@@ -156,6 +156,9 @@ def test_all_of_it_travels_with_the_model_and_checkpoints_without_it_say_unknown
     file.write_text(json.dumps(index))
     output = DiffusionADPipeline.from_pretrained(tmp_path)(images[0])
     assert output.is_familiar is None and output.strangeness is None and output.verdict[0].reason == "calibrated"
+    for changed in ({"image_size": 64}, {"value_range": 4095}, {"seed": 1}):
+        other = DiffusionADPipeline.from_pretrained(tmp_path, **changed)
+        assert other(images[0]).verdict[0].reason == "not_calibrated"  # with these, for all that is known
 
 
 @pytest.mark.parametrize(
