@@ -34,6 +34,9 @@ def test_a_training_ends_with_a_calibrated_pipeline(trained):
     assert len(pipe.config.calibration_scores) == 3 and pipe.config.image_size == 32
     output = pipe(np.zeros((40, 30, 3), np.uint8))
     assert output.p_value is not None and output.anomaly_map[0].shape == (40, 30)
+    # It knows its photos by itself: a black one is none of them, a held-out one is.
+    held_out = DiffusionADPipeline.from_pretrained(trained)(sorted((trained / "examples").glob("good*"))[0])
+    assert not output.is_familiar[0] and held_out.is_familiar[0]
 
 
 def test_photos_too_few_for_the_rate_are_said_before_the_first_step_and_never_give_an_infinite_threshold(
