@@ -67,6 +67,7 @@ _TEST_FOLDERS = ("test", "test_public")
 _TEST_SHARE = 0.2  # of the normal images, if a dataset has defects but no split of its own
 _READERS = 4  # threads that decode, each of which may hold a large photo
 _MOST_UNUSABLE = 0.05  # share of broken images to go on with
+_MOST_DEFECTIVE = 0.5  # share of an image beyond which its mask may be inverted
 
 
 class _Sample(NamedTuple):
@@ -567,7 +568,8 @@ def check_images(dataset: Any, value_range: float | None = None) -> tuple[Any, l
         value_range: As for [`load_image`].
 
     Returns:
-        The dataset without them, and one line for each, `file: reason`, which is also logged as a warning.
+        The dataset without them, and one line for each, `file: reason`, which is also logged as a warning. Masks that
+        mark most of their image, as inverted ones do, stay and are named in a warning.
 
     Raises:
         ValueError: If more than 5 % of the rows are unusable, and more than one; names the first of them.
@@ -576,6 +578,7 @@ def check_images(dataset: Any, value_range: float | None = None) -> tuple[Any, l
     encoded = dataset.select_columns(["image", "mask"])
     for column in ("image", "mask"):
         encoded = encoded.cast_column(column, datasets.Image(decode=False))
+    inverted: list[str] = []
 
     def problem(row: int) -> str | None:
         sizes = []
@@ -588,7 +591,10 @@ def check_images(dataset: Any, value_range: float | None = None) -> tuple[Any, l
                 if column == "image":
                     width, height = load_image(source, name, value_range).shape[:0:-1]
                 else:
-                    height, width = read_mask(source, name).shape
+                    mask = read_mask(source, name)
+                    height, width = mask.shape
+                    if mask.mean() > _MOST_DEFECTIVE:
+                        inverted.append(name)
             except (ValueError, OSError) as error:
                 return str(error) if name in str(error) else f"{name}: {error}"
             sizes.append(f"{width} x {height}")
@@ -601,6 +607,13 @@ def check_images(dataset: Any, value_range: float | None = None) -> tuple[Any, l
         raise ValueError(
             f"{len(problems)} of {len(found)} images are unusable, more than {_MOST_UNUSABLE:.0%}: "
             f"{shorten(problems)}. Is the copy or the download complete?"
+        )
+    if inverted:
+        logger.warning(
+            "%d mask(s) mark more than half of their image as defect: %s. If white, or what is opaque, is the "
+            "background there, invert them.",
+            len(inverted),
+            shorten(sorted(inverted)),
         )
     if problems:
         logger.warning("%d of %d images are left out: %s", len(problems), len(found), "; ".join(problems))

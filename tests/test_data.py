@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusionad_hf.data import check_images, list_categories, load_category
 from diffusionad_hf.inspection.inspection import find_images
@@ -447,6 +447,23 @@ def test_unusable_masks_are_named_and_left_out_as_well(tmp_path):
     usable, problems = check_images(load_category(root)["test"])
     assert len(usable) == 43 and len(problems) == 2 and "001_mask.png" in problems[0]
     assert problems[1].endswith("002_mask.png: is 32 x 48 pixels, but its image is 48 x 32")
+
+
+def test_masks_that_mark_most_of_their_image_are_named(tmp_path, caplog):
+    root = make_mvtec(tmp_path)
+    test = load_category(root)["test"]
+    assert len(check_images(test)[0]) == len(test) and not caplog.text
+    inverted, transparent, noisy = sorted((root / "widget/ground_truth/hole").iterdir())
+    for mask in (inverted, noisy):
+        ImageOps.invert(Image.open(mask)).save(mask)
+    Image.open(noisy).save(noisy.with_suffix(".jpg"), quality=50)
+    noisy.unlink()
+    visible = Image.new("RGBA", SIZE, "black")
+    visible.putalpha(ImageOps.invert(Image.open(transparent)))  # only the defect is see-through
+    visible.save(transparent)
+    names = ", ".join(map(str, (inverted, transparent, noisy.with_suffix(".jpg"))))
+    assert len(check_images(load_category(root)["test"])[0]) == len(test)
+    assert f"3 mask(s) mark more than half of their image as defect: {names}. If white" in caplog.text
 
 
 def test_without_datasets_it_says_what_to_install(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def add_commands(commands: Any) -> None:
         "inspect images: score, verdict, and where the defects are",
         _inspect,
         epilog="exit code: 0 if all images are normal, 1 if some are anomalous, 3 if some are undecided, 2 if some\n"
-        "could not be read; the last of these that applies (0 with --parquet: its table contains all that)\n\n"
+        "could not be read; the last of these that applies (with --parquet 0 or 2: its table has the verdicts)\n\n"
         "example: diffusionad inspect photos/ --model org/diffusionad-mvtec-screw --report report.html --csv r.csv\n\n"
         "For many images, --parquet writes the results in blocks; run the same command again after an interruption.\n"
         "All GPUs of a machine, or several processes on its CPU, work on it together with\n"
@@ -195,6 +195,7 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
     if args.parquet.is_dir() or not args.parquet.suffix:
         # Readers of Parquet folders ignore names with a leading underscore.
         target, folder = args.parquet / "results.parquet", args.parquet / "_blocks"
+    errors: list[str] = []
     with ExitStack() as stack:
         # A scheduler's SIGTERM, or the launcher's after a crash of another process: clean up as after Ctrl-C.
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
@@ -227,7 +228,7 @@ def _inspect_in_blocks(args: argparse.Namespace) -> int:
                 print(f"  {error}", file=sys.stderr)
             if len(errors) > 10:
                 print(f"  and {len(errors) - 10} more: see the column `error`.", file=sys.stderr)
-    return 0
+    return 2 if errors else 0
 
 
 def _find_inputs(args: argparse.Namespace, target_dir: Path) -> Any:

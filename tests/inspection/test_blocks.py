@@ -68,7 +68,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Nineteen images of several sizes, one of which is damaged; do not change it."""
+    """Nineteen images of several sizes, one of which is damaged, which makes 2 the exit code; do not change it."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for i in range(19):
@@ -98,7 +98,7 @@ def run(*arguments):
 def whole(photos, model_dir, tmp_path_factory):
     """The table of one process that nobody interrupts."""
     target = tmp_path_factory.mktemp("whole") / "results.parquet"
-    assert run(photos, "--model", model_dir, "--parquet", target) == 0
+    assert run(photos, "--model", model_dir, "--parquet", target) == 2
     return target
 
 
@@ -115,7 +115,7 @@ def written(target):
 
 def test_rows_are_what_the_pipeline_finds_in_order(target, photos, model_dir):
     # A rate at which some of these photos lie on either side of the threshold.
-    assert run(photos, "--model", model_dir, "--parquet", target, "--false-alarm-rate", 0.4) == 0
+    assert run(photos, "--model", model_dir, "--parquet", target, "--false-alarm-rate", 0.4) == 2
     pipe = DiffusionADPipeline.from_pretrained(model_dir, false_alarm_rate=0.4)
     pipe.set_progress_bar_config(disable=True)
     files = sorted(photos.iterdir())
@@ -136,7 +136,7 @@ def test_rows_are_what_the_pipeline_finds_in_order(target, photos, model_dir):
 def test_a_folder_for_the_table_reads_as_the_table(whole, photos, model_dir, tmp_path):
     (tmp_path / "there").mkdir()
     for folder in ("there", "new"):
-        assert run(photos, "--model", model_dir, "--parquet", tmp_path / folder) == 0
+        assert run(photos, "--model", model_dir, "--parquet", tmp_path / folder) == 2
         assert pq.read_table(tmp_path / folder).equals(pq.read_table(whole))
 
 
@@ -153,10 +153,10 @@ def test_a_name_that_is_no_text_is_escaped(photos, model_dir, tmp_path, target):
 def test_pictures_among_the_photos_do_not_make_it_another_run(photos, model_dir, tmp_path, target):
     folder = shutil.copytree(photos, tmp_path / "photos")
     arguments = (folder, "--model", model_dir, "--parquet", target, "--output-dir", folder / "report")
-    assert run(*arguments) == 0
+    assert run(*arguments) == 2
     table = target.read_bytes()
     (folder / "report/00_figure.png").unlink()
-    assert run(*arguments) == 0 and target.read_bytes() == table
+    assert run(*arguments) == 2 and target.read_bytes() == table
 
 
 def test_what_is_missing_is_done_and_what_is_there_is_not_done_again(
@@ -169,7 +169,7 @@ def test_what_is_missing_is_done_and_what_is_there_is_not_done_again(
     (folder / BLOCKS[4]).unlink()
     (folder / f".{BLOCKS[1]}.0123abcd.partial").write_bytes(b"PAR1 and no more")
     kept = written(target)
-    assert run(*arguments) == 0
+    assert run(*arguments) == 2
     assert "continues after 12 images that are done" in capfd.readouterr().err
     assert written(target).items() >= kept.items() and target.read_bytes() == whole.read_bytes()
     assert not list(folder.glob("*.partial"))
@@ -177,7 +177,7 @@ def test_what_is_missing_is_done_and_what_is_there_is_not_done_again(
     before = written(target)
     target.unlink()
     monkeypatch.setattr(DiffusionADPipeline, "_inspect", None)  # no image can be inspected any more
-    assert run(*arguments) == 0
+    assert run(*arguments) == 2
     assert written(target) == before and target.read_bytes() == whole.read_bytes()
 
 
@@ -207,7 +207,7 @@ def test_finished_blocks_are_kept_whatever_ends_a_run(
     assert list(kept) == BLOCKS[:1] and not target.exists() and not list(tmp_path.rglob(".*.partial"))
     if reason == "an error":
         (out / "05_figure.png").rmdir()
-    assert run(*arguments) == 0
+    assert run(*arguments) == 2
     assert written(target).items() >= kept.items() and target.read_bytes() == whole.read_bytes()
     assert len(list(out.glob("*_figure.png"))) == 18
 
@@ -229,7 +229,7 @@ def test_two_launched_processes_one_of_them_killed_and_continued_by_one(whole, p
     kept = written(target)
     # The second process has the last three blocks to do, and was killed in its second.
     assert BLOCKS[2] in kept and BLOCKS[3] not in kept and not target.exists()
-    assert run(*arguments) == 0
+    assert run(*arguments) == 2
     assert written(target).items() >= kept.items(), "a block was inspected again"
     assert target.read_bytes() == whole.read_bytes()
 
@@ -238,7 +238,8 @@ def test_two_launched_processes_read_a_dataset_of_the_hub_at_one_commit(hub, who
     hub.add_repo("org/photos", {f"data/{f.name}": f.read_bytes() for f in data.iterdir()}, repo_type="dataset")
     out, arguments = tmp_path / "out", ("--dataset", "org/photos", "--model", model_dir, "--parquet", target)
     done = launch(tmp_path, *arguments, "--output-dir", out, **hub.environment(tmp_path / "home"))
-    assert done.returncode == 0, done.stderr
+    # The launcher ends with 1 whatever a process ends with, which is 2 here for the damaged photo.
+    assert done.returncode == 1 and "exitcode  : 2" in done.stderr, done.stderr
     # The main process speaks, the other is silent.
     assert done.stdout.count("19 images") == 1 and "inspecting (process 1 of 2)" in done.stderr
     assert "process 2" not in done.stderr
@@ -294,7 +295,7 @@ def test_two_ray_workers_read_a_dataset_and_one_of_them_is_killed(
     monkeypatch.setattr(command, "_load_inspector", load_dying)
     monkeypatch.chdir(tmp_path)
     arguments = ("--engine", "ray", "--model", model_dir, "--output-dir", "out", "--parquet", target.name)
-    assert run("--dataset", data, *arguments) == 0
+    assert run("--dataset", data, *arguments) == 2
     assert (tmp_path / "out/killed").exists()
     assert pq.read_table(target).drop(["file", "error"]).equals(pq.read_table(whole).drop(["file", "error"]))
     assert list(written(target)) == BLOCKS and len(list(tmp_path.glob("out/**/*_figure.png"))) == 18
@@ -323,7 +324,7 @@ def test_a_file_list(photos, whole, model_dir, tmp_path, target, capsys):
     files = [photos / "03.png", photos / "missing.png", photos / "01.png"]
     (tmp_path / "list.txt").write_text("\n".join(map(str, [*files, files[0], ""])))
     arguments = ("--file-list", tmp_path / "list.txt", "--model", model_dir)
-    assert run(*arguments, "--parquet", target) == 0
+    assert run(*arguments, "--parquet", target) == 2
     rows = pq.read_table(target).to_pylist()
     assert [row["file"] for row in rows] == [str(file) for file in files]
     assert "missing.png: no such" in rows[1]["error"] and "missing.png: no such" in capsys.readouterr().err
