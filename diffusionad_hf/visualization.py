@@ -29,7 +29,7 @@ WRITER = "diffusionad-hf"
 """The `Software` that PNG files of this package name."""
 
 _OWN_NAME = re.compile(
-    r"(_(figure|overlay|mask|reconstruction)|^(roc_curve|score_histogram|worst_cases|preview|kinds|progress))\.png$"
+    r"([_-](figure|overlay|mask|map|reconstruction)|^(roc_curve|score_histogram|worst_cases|preview|kinds|progress))\.png$"
 )
 
 # Sixteen equidistant colours of matplotlib's "inferno" (S. van der Walt and N. Smith, CC0, github.com/BIDS/colormap).
@@ -234,9 +234,10 @@ def _png_info() -> PngInfo:
     return info
 
 
-def is_own_picture(path: Path) -> bool:
-    """Whether an inspection or evaluation wrote this file; another picture with such a name is none of its own."""
-    if not _OWN_NAME.search(path.name):
+def is_own_picture(path: Path, name: str | None = None) -> bool:
+    """Whether an inspection or evaluation wrote this file, of which `name` is what it was called where it lay before;
+    another picture with such a name is none of its own."""
+    if not _OWN_NAME.search(name or path.name):
         return False
     try:
         with Image.open(path, formats=["PNG"]) as image:

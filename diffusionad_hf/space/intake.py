@@ -23,6 +23,7 @@ import torch
 
 from ..files import is_litter
 from ..images_diffusionad import InvalidImageError
+from ..visualization import is_own_picture
 from .decoding import decode
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def read_card(file: Path) -> str:
 
 # ---- values of a call ----
 
+_IS_UTF_8 = 0x800  # a flag of a file in an archive
 _NOT_HERE = "This file is not among your uploads. Upload it again."
 
 
@@ -125,7 +127,8 @@ def admit(value: object, uploads: Path, is_file: bool) -> object:
         The value, of which a file keeps nothing but its path, its name, and what marks it as a file.
 
     Raises:
-        Refusal: If it is anything else than None, a boolean, a number, a short text, or files where files belong.
+        Refusal: If it is anything else than None, a boolean, a number, a short text, or files where files belong; or
+            litter, which is left out among several files.
     """
     if value is None or (not is_file and isinstance(value, (bool, int, float))):
         return value
@@ -136,8 +139,16 @@ def admit(value: object, uploads: Path, is_file: bool) -> object:
     if isinstance(value, list):
         if len(value) > LIMITS.files:
             raise Refusal(f"More than {LIMITS.files} files; inspect them in several batches.")
-        return [_admit_file(item, uploads) for item in value]
-    return _admit_file(value, uploads)
+        files = [_admit_file(item, uploads) for item in value]
+        return [file for file in files if not _is_hidden(file)]
+    if _is_hidden(file := _admit_file(value, uploads)):
+        # Gradio takes none from below the folder that the server was started in, and would not say so.
+        raise Refusal("A hidden file, as systems leave them beside photos. If it is a photo, give it another name.")
+    return file
+
+
+def _is_hidden(file: dict) -> bool:
+    return is_litter(os.path.basename(file["path"]))
 
 
 def _admit_file(value: object, uploads: Path) -> dict:
@@ -269,7 +280,7 @@ def collect(files: Sequence[Upload], folder: Path) -> list[Upload]:
             uploads.append(Upload(file.name, error=str(error)))
         _check_count(len(uploads))
     if not uploads:
-        raise Refusal(f"{files[0].name}: the archive holds no files, or only hidden ones.")
+        raise Refusal(f"{files[0].name}: the archive holds no files, or only hidden ones and pictures of inspections.")
     return _told_apart(uploads)
 
 
@@ -315,14 +326,26 @@ def _unpack(archive: Upload, folder: Path, offset: int, budget: _Budget) -> list
             # No one wants a row for litter of the systems that make archives.
             members = [m for m in members if not any(map(is_litter, re.split(r"[/\\]", m.filename)))]
             _check_count(offset + len(members))
-            return [_extract(bundle, m, folder / f"{i:04d}", budget) for i, m in enumerate(members, offset)]
+            found = [_extract(bundle, m, folder / f"{i:04d}", budget) for i, m in enumerate(members, offset)]
+            # A folder of photos may hold the pictures of its inspection.
+            return [upload for upload in found if not (upload.path and is_own_picture(upload.path, upload.name))]
     # zipfile raises whatever it stumbles over in a damaged list of members
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, IndexError, NotImplementedError, struct.error) as error:
         raise _BadArchive("the archive is damaged.") from error
 
 
+def _member_name(member: zipfile.ZipInfo) -> str:
+    """The name of a file in an archive: macOS and Linux write UTF-8, which few of their programs say."""
+    if member.flag_bits & _IS_UTF_8:
+        return member.filename
+    try:
+        return member.filename.encode("cp437").decode()
+    except UnicodeError:
+        return member.filename
+
+
 def _extract(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, budget: _Budget) -> Upload:
-    name = shown_name(member.filename)
+    name = shown_name(_member_name(member))
     if stat.S_ISLNK(member.external_attr >> 16):
         return Upload(name, error="a link, which is not followed.")
     if member.flag_bits & 0x1:

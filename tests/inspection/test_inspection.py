@@ -100,9 +100,9 @@ def test_pictures_of_inspections_are_not_inspected_whatever_is_left_of_them(pipe
     assert len(files) == 2
     (result,) = inspect_files(pipe, files[:1], Pictures(tmp_path / "elsewhere", parts=True))
     assert len(list(inspect_files(pipe, files[1:], Pictures(tmp_path / where, parts=True)))) == 1
-    (tmp_path / where / "a_mask_overlay.png").unlink()
+    (tmp_path / where / "a_mask_overlay.png").rename(tmp_path / where / "a_mask-map.png")  # as the web demo calls them
     assert find_images([folder]) == (files, [])
-    assert "3 picture(s) that an inspection wrote are left out, such as" in caplog.text
+    assert "4 picture(s) that an inspection wrote are left out, such as" in caplog.text
     assert find_images([result.pictures["mask"]])[0] == [Path(result.pictures["mask"])]
     assert [f.error for f in find_images([tmp_path / "elsewhere"])[1]] == [
         f"{tmp_path}/elsewhere: no images in this folder."

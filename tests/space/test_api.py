@@ -73,6 +73,15 @@ def test_a_batch_lists_the_unusable(client, parts, notes):
     assert ZipFile(bundle).testzip() is None
 
 
+def test_a_hidden_file_stops_no_other_photo(client, parts, tmp_path):
+    hidden = tmp_path / "._part.png"
+    hidden.write_bytes(b"what macOS leaves beside a photo")
+    records, _, _ = client.predict(sent(hidden, parts[0]), "flange", None, None, api_name="/inspect_batch")
+    assert [record["name"] for record in records] == [parts[0].name]
+    with pytest.raises(AppError, match="A hidden file"):
+        inspect(client, hidden)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

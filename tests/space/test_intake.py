@@ -27,6 +27,7 @@ from diffusionad_hf.space.intake import (
     upload_of,
     uploads_of,
 )
+from diffusionad_hf.visualization import save_image
 from tests.space.conftest import archive, png
 
 
@@ -184,6 +185,44 @@ def test_litter_in_an_archive_is_no_row(tmp_path, folder):
     kept = ["./a.png", "day/b.png", "../c.png", "d..png"]
     path = archive(tmp_path / "in.zip", [(name, png()) for name in [*litter, *kept]])
     assert [upload.name for upload in collected(folder, path)] == ["a.png", "b.png", "c.png", "d..png"]
+
+
+def test_hidden_files_are_left_out_among_others_and_refused_alone(tmp_path, upload):
+    file, (hidden, index) = {"path": str(upload)}, (upload.with_name(name) for name in ("._photo.png", "Thumbs.db"))
+    for litter in (hidden, index):
+        litter.write_bytes(png())
+        with pytest.raises(Refusal, match="^A hidden file, .* give it another name.$"):
+            admit({"path": str(litter)}, tmp_path, True)
+    given = [{"path": str(hidden)}, file, {"path": str(index)}]
+    assert [kept["path"] for kept in admit(given, tmp_path, True)] == [str(upload)]
+
+
+def test_pictures_of_an_inspection_in_an_archive_of_photos_are_no_rows(tmp_path, folder):
+    own = save_image(Image.new("RGB", (32, 32)), tmp_path / "a_figure.png").read_bytes()
+    # Not by their names alone.
+    photos = [("p/a.png", png()), ("p/a_mask.png", png())]
+    pictures = [("p/report/a_figure.png", own), ("p/report/a-map.png", own)]
+    found = collected(folder, archive(tmp_path / "in.zip", [*photos, *pictures]))
+    assert [upload.name for upload in found] == ["a.png", "a_mask.png"]
+    with pytest.raises(Refusal, match="only hidden ones and pictures of inspections"):
+        collected(folder, archive(tmp_path / "own.zip", pictures))
+
+
+@pytest.mark.parametrize(
+    ("stored", "shown"),
+    [
+        ("零件.png".encode(), "零件.png"),
+        ("Größe.png".encode("cp437"), "Größe.png"),
+        (b"\xc1\xe3.png", "┴π.png"),  # in no encoding that could be known
+    ],
+)
+def test_names_in_archives_are_read_whatever_made_them(tmp_path, folder, stored, shown):
+    """Programs of macOS and Linux write UTF-8 without the flag that says so, older ones of Windows a code page."""
+    path = archive(tmp_path / "in.zip", [("A" * len(stored), png()), ("plain.png", png())])
+    path.write_bytes(path.read_bytes().replace(b"A" * len(stored), stored))
+    assert [upload.name for upload in collected(folder, path)] == [shown, "plain.png"]
+    flagged = archive(tmp_path / "flagged.zip", [(shown, png())])
+    assert [upload.name for upload in collected(folder, flagged)] == [shown]
 
 
 def test_a_picture_with_an_archive_at_its_end_is_a_picture(tmp_path, folder):
