@@ -416,11 +416,12 @@ class DiffusionADPipeline(DiffusionPipeline):
         """Checks the arguments of a call."""
         if not images:
             raise ValueError("image: the list is empty; give at least one image.")
-        for item in images:
+        for i, item in enumerate(images):
             if not isinstance(item, ImageInput):
                 column = ', as dataset["image"] does' if isinstance(item, Mapping) else ""
+                name = f"image {i}" if len(images) > 1 else "image"
                 raise InvalidImageError(
-                    f"image: cannot inspect a {type(item).__name__}; give PIL images, paths, numpy arrays "
+                    f"{name}: cannot inspect a {type(item).__name__}; give PIL images, paths, numpy arrays "
                     f"or torch tensors{column}."
                 )
             if isinstance(item, (str, os.PathLike)) and not Path(item).expanduser().is_file():
@@ -645,7 +646,8 @@ class DiffusionADPipeline(DiffusionPipeline):
         # Diffusers takes over no network whose class is derived from that in `__init__`.
         shared = {name: pipeline.components[name] for name in ("unet", "segmenter") if name in pipeline.components}
         other = [name for name in kwargs if kwargs[name] is not pipeline.components.get(name, kwargs[name])]
-        pipe = super().from_pipe(pipeline, **{"dtype": pipeline.dtype, **shared, **kwargs})
+        dtype = {} if "torch_dtype" in kwargs else {"dtype": pipeline.dtype}
+        pipe = super().from_pipe(pipeline, **{**dtype, **shared, **kwargs})
         return _with_others(pipe, kwargs) if other else pipe
 
     @classmethod

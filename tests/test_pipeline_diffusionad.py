@@ -83,6 +83,8 @@ def test_what_is_neither_an_image_nor_a_collection_of_some_is_named(pipe):
             pipe(wrong)
     with pytest.raises(InvalidImageError, match=r'dataset\["image"\]'):
         pipe(rows)
+    with pytest.raises(InvalidImageError, match="^image 1: cannot inspect a NoneType"):
+        pipe([photos[0], None])  # a row without an image
 
     def failing():
         yield photos[0]
@@ -92,6 +94,7 @@ def test_what_is_neither_an_image_nor_a_collection_of_some_is_named(pipe):
         pipe(failing())
 
 
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
 def test_a_pipeline_made_from_another_shares_its_networks_type_and_configuration():
     pipe = make_pipeline()
     pipe.register_to_config(calibration_scores=[0.1, 0.2], false_alarm_rate=0.5, top_k=7)
@@ -104,6 +107,9 @@ def test_a_pipeline_made_from_another_shares_its_networks_type_and_configuration
     assert DiffusionADPipeline.from_pipe(pipe, threshold=0.3).threshold == 0.3 != pipe.threshold
     pipe.to(dtype=torch.bfloat16)
     assert DiffusionADPipeline.from_pipe(pipe).unet.dtype == pipe.unet.dtype == torch.bfloat16
+    for dtype in ("dtype", "torch_dtype"):  # the latter is what diffusers called it before
+        assert DiffusionADPipeline.from_pipe(pipe, **{dtype: torch.float32}).dtype == torch.float32
+        pipe.to(dtype=torch.bfloat16)
 
 
 def test_scores_do_not_depend_on_the_global_random_state(pipe):
