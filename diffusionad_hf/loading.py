@@ -86,6 +86,12 @@ def check_may_be_on_hub(name: str) -> None:
         raise OSError(f"{name}: no such folder; give an existing one, or a Hub id such as org/name.")
 
 
+def check_model_folder(folder: str | os.PathLike) -> None:
+    """Raises `OSError` if a folder that is there holds no model."""
+    if not os.path.isfile(os.path.join(folder, "model_index.json")):
+        raise OSError(f"{folder}: no model_index.json in this folder; give a folder written by save_pretrained.")
+
+
 def load_pretrained(load: Callable[..., Pipeline], name: str, **kwargs: Any) -> Pipeline:
     """
     Loads a pipeline; tries again if the Hub is overloaded, and falls back on the cache if it cannot be reached.
@@ -99,8 +105,7 @@ def load_pretrained(load: Callable[..., Pipeline], name: str, **kwargs: Any) -> 
         OSError: If the model is not there or not whole; the message names it and says what to do.
     """
     if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, "model_index.json")):
-            raise OSError(f"{name}: no model_index.json in this folder; give a folder written by save_pretrained.")
+        check_model_folder(name)
     else:
         check_may_be_on_hub(name)
     failure, attempts, revision = None, _ATTEMPTS, kwargs.get("revision")

@@ -15,7 +15,7 @@ from PIL import Image
 from ..figure import figure_of
 from ..files import write_json
 from ..images_diffusionad import load_image, to_uint8
-from ..loading import explained
+from ..loading import check_model_folder, explained
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..visualization import save_image
 from .cards import TRAINING_NOTES, build_card, find_data_source, read_evaluation, read_training
@@ -96,6 +96,7 @@ def publish_model(
         raise ValueError("`create_pr`: pull requests go to the main branch; leave out `revision`.")
     if not model_dir.is_dir():
         raise FileNotFoundError(f"{model_dir}: no such folder; give one that the trainer or save_pretrained wrote.")
+    check_model_folder(model_dir)
     if evaluation is not None and not Path(evaluation).is_file():
         raise FileNotFoundError(f"{evaluation}: no such file; `diffusionad evaluate --json FILE` writes one.")
     if missing := [example for example in examples if not Path(example).is_file()]:

@@ -32,6 +32,7 @@ def nobody(monkeypatch, tmp_path):
         (["evaluate", "--data-dir", "{damaged}", "--model", "nothing"], "nothing: no such folder"),
         (["export", "out", "--model", "nothing"], "nothing: no such folder"),
         (["publish", "nothing", "--repo-id", "me/x"], "nothing: no such folder"),
+        (["publish", "{photos}", "--repo-id", "me/x"], "photos: no model_index.json in this folder"),
         (["publish", "{model}", "--repo-id", "me/x", "--evaluation", "no.json"], "no.json: no such file"),
         (["publish", "{model}", "--repo-id", "me/x", "--examples", "no.png"], "no.png: no such image file"),
         (["publish", "{model}", "--repo-id", "x"], "ORG/NAME"),
