@@ -386,6 +386,8 @@ def _find(source: str) -> list[str]:
     folder = Path(source)
     if folder.is_dir():
         folders = [folder] if _is_model(folder) else sorted(filter(_is_model, folder.iterdir()))
+        if not folders:
+            logger.warning("%s: holds no model, nor folders of models", source)
         return [str(found.resolve()) for found in folders]
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return [source]

@@ -150,7 +150,8 @@ def test_another_resolution_keeps_the_shape_of_a_model_that_is_not_square(result
     assert "Inspects at 128 × 32 px." in models.about(Models(str(tmp_path)), "long")
 
 
-def test_models_are_found_in_folders_and_missing_ones_are_named(checkpoints, tmp_path):
+def test_models_are_found_in_folders_and_missing_ones_are_named(checkpoints, tmp_path, caplog):
+    assert Models(str(tmp_path)).names == [] and f"{tmp_path}: holds no model" in caplog.text
     found = Models(f" {checkpoints} , {tmp_path / 'nothing'},{tmp_path}")
     assert found.names == ["flange"]
     for name in ("other", "", None, "../flange"):
