@@ -148,13 +148,13 @@ class DiffusionADPipeline(DiffusionPipeline):
         seed: int = 0,
         calibration_scores: list[float] | None = None,
         false_alarm_rate: float = 0.05,
-        threshold: float | None = None,
+        threshold: float | int | None = None,  # diffusers warns of types that are not named here
         tile_size: int | tuple[int, int] | list[int] | None = None,
         familiarity: dict | None = None,
         calibrated_settings: dict | None = None,
         training_digests: str | None = None,
         has_learnt: bool | None = None,
-        value_range: float | None = None,
+        value_range: float | int | None = None,
     ):
         super().__init__()
         image_size = image_size if image_size is not None else unet.config.sample_size

@@ -86,7 +86,8 @@ def test_a_saved_pipeline_comes_back_whole(tmp_path):
 
 
 def test_loading_is_silent(model_dir):
-    command = f"from diffusionad_hf import DiffusionADPipeline; DiffusionADPipeline.from_pretrained({model_dir!r})"
+    command = f"from diffusionad_hf import DiffusionADPipeline as P; P.from_pretrained({model_dir!r}); "
+    command += f"P.from_pretrained({model_dir!r}, value_range=4095, threshold=1)"
     done = subprocess.run(
         [sys.executable, "-W", "error::FutureWarning", "-c", command], capture_output=True, text=True
     )
