@@ -195,6 +195,16 @@ def test_settings_for_others_are_whole():
     targets = re.findall(r"^make (\S+)$", "\n".join(step.get("run", "") for step in steps), flags=re.M)
     assert set(targets) == {"quality", "test", "wheel", "docs"}
     subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True)
+    # An unquoted comma cuts a label and leaves keys without a value.
+    forms = [contents[form.name] for form in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml") if form.name != "config.yml"]
+    fields = [field["attributes"] for form in forms for field in form["body"]]
+    assert len(fields) > 6 and all(None not in field.values() for field in fields)
+
+
+def test_where_packages_come_from_is_left_to_who_installs():
+    files = [*ROOT.glob(".github/**/*.yml"), *ROOT.glob("*/Dockerfile"), ROOT / "Makefile", ROOT / "constraints.txt"]
+    named = r"index[-_]url[=: ]+['\"]?https?:|find[-_]links[=: ]+['\"]?https?:"
+    assert not [file for file in files if re.search(named, file.read_text(encoding="utf-8"), flags=re.I)]
 
 
 def test_links_between_files_lead_somewhere():
