@@ -17,6 +17,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from benchmarks.machine import CPU, make_parser, report
 from benchmarks.machine import describe as describe_machine
 from benchmarks.real import find_categories
+from benchmarks.recorded import BENCHMARKS, read_rows
 from diffusionad_hf.familiarity_diffusionad import Familiarity, describe
 from diffusionad_hf.images_diffusionad import load_image
 from diffusionad_hf.inspection.inspection import find_images
@@ -71,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
                 for name, grids in photos.items()
             }
             rows.append({"category": category, "known": known, **{name: f"{v:.2f}" for name, v in shares.items()}})
-    report({"machine": describe_machine(CPU), "draws": args.draws, "rows": rows}, args.json)
+    result = {"machine": describe_machine(CPU), "draws": args.draws, "rows": rows}
+    report(result, args.json, recorded=read_rows(BENCHMARKS, "Photos of something else"), keys=["category", "known"])
 
 
 def _grid(photo: Path | Image.Image) -> np.ndarray:

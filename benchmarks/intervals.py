@@ -17,6 +17,7 @@ import numpy as np
 from scipy.stats import norm
 
 from benchmarks.machine import CPU, describe, make_parser, report
+from benchmarks.recorded import BENCHMARKS, read_rows
 from diffusionad_hf.evaluation.evaluator import AnomalyEvaluator
 from diffusionad_hf.evaluation.intervals import exact_interval, image_intervals
 from diffusionad_hf.evaluation.metrics import image_metrics, pixel_metrics
@@ -112,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
             rng = np.random.default_rng(2)
             results = (evaluate_maps(rng, num, world) for _ in range(-(-args.repeats // 5)))
             rows.append({"of": "maps", "world": world, "N": num, **cover(truth, results)})
-    report({"machine": describe(CPU), "rows": rows}, args.json)
+    recorded = read_rows(BENCHMARKS, "Intervals")
+    report({"machine": describe(CPU), "rows": rows}, args.json, recorded=recorded, keys=["of", "world", "auroc", "n"])
 
 
 if __name__ == "__main__":

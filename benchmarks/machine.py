@@ -5,7 +5,7 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ import pandas
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.recorded import differences
 from diffusionad_hf.evaluation.evaluator import describe_hardware
 from diffusionad_hf.files import write_json
 from diffusionad_hf.flags import DashedParser
@@ -200,11 +201,29 @@ def save(result: dict[str, Any], file: Path | None) -> None:
         write_json(file, result)
 
 
-def report(result: dict[str, Any], file: Path | None, table: list[dict[str, Any]] | None = None) -> None:
-    """Prints the machine, the other settings and the table, by default `result["rows"]`; saves the whole result."""
+def report(
+    result: dict[str, Any],
+    file: Path | None,
+    table: list[dict[str, Any]] | None = None,
+    recorded: list[dict[str, Any]] | None = None,
+    keys: Sequence[str] = (),
+) -> None:
+    """
+    Prints the machine, the other settings and the table, by default `result["rows"]`; saves the whole result.
+
+    Given recorded rows, it prints and saves what the table is apart from those with equal `keys`.
+    """
     print(", ".join(result["machine"].values()))
     for name in [name for name in result if name not in ("machine", "rows")]:
         print(f"{name}: {result[name]}")
-    frame = pandas.DataFrame(table or result["rows"])
-    print(frame.to_string(index=False, na_rep="", float_format="{:.4g}".format))
+    table = table or result["rows"]
+    _print(table, "{:.4g}")
+    if apart := differences(table, recorded or [], keys):
+        print("\nmeasured here minus recorded:")
+        _print(apart, "{:+.4f}")
+        result["differences"] = apart
     save(result, file)
+
+
+def _print(table: list[dict[str, Any]], number: str) -> None:
+    print(pandas.DataFrame(table).to_string(index=False, na_rep="", float_format=number.format))

@@ -12,6 +12,7 @@ seed also draws which photos are learnt from.
 """
 
 import itertools
+import math
 import random
 import statistics
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import CPU, describe, make_parser, matmul_peak, report, save
+from benchmarks.recorded import TRIALS, read_rows
 
 COLUMNS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30", "processor_seconds", "seconds_per_image")
 _QUICK = ["--max-train-steps", "40", "--validation-steps", "40"]
@@ -67,11 +69,12 @@ def main(argv: list[str] | None = None) -> None:
                 save(result, args.json)
                 print(_summary(result["rows"][-1:]), file=sys.stderr, flush=True)
     same = itertools.groupby(result["rows"], key=lambda row: (row["category"], row["photos"]))
-    report(result, args.json, [_summary(list(rows)) for _, rows in same])
+    recorded = [] if args.quick else read_rows(TRIALS, "What the default preset reaches")
+    report(result, args.json, [_summary(list(rows)) for _, rows in same], recorded, ["category", "px", "photos"])
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    summary = {"category": rows[0]["category"], "photos": rows[0]["photos"]}
+    summary = {name: rows[0][name] for name in ("category", "px", "photos")}
     for name in COLUMNS:
         # Metrics that need masks are absent without them.
         if values := [row[name] for row in rows if name in row]:
@@ -121,7 +124,8 @@ def run(folder: Path, output: Path, options: list[str], quick: bool = False) -> 
     test = load_category(str(folder.parent), folder.name)["test"]
     if quick:
         test = test.select(range(0, len(test), max(1, len(test) // _QUICK_TEST_IMAGES)))
-    return {**spent, **evaluate_pipeline(pipe, test, progress=False).metrics}
+    px = round(math.prod(pipe.size) ** 0.5)
+    return {"px": px, **spent, **evaluate_pipeline(pipe, test, progress=False).metrics}
 
 
 if __name__ == "__main__":

@@ -15,12 +15,15 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import (
     blocks,
+    embedded,
+    familiarity,
     inference,
     intervals,
     machine,
     metrics,
     promises,
     real,
+    recorded,
     runtimes,
     synthesis,
     tiles,
@@ -66,7 +69,7 @@ def test_help_names_every_measurement_and_imports_none():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     files = {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
-    assert command.MEASUREMENTS.keys() == files - {"__init__", "__main__", "machine"}
+    assert command.MEASUREMENTS.keys() == files - {"__init__", "__main__", "machine", "recorded"}
     assert all(name in done.stdout for name in command.MEASUREMENTS)
 
 
@@ -287,6 +290,82 @@ def test_runtimes_tell_time_and_what_exporting_does_to_the_scores(tmp_path, mode
     assert ("error" in rows["torch eager bf16"]) == bool(SLOW_TYPES)
 
 
+# ---- recorded figures -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page, heading", command.TABLES)
+def test_what_rebuilds_a_table_is_a_command_and_the_table_is_there(page, heading, monkeypatch, capsys):
+    assert recorded.read_rows(ROOT / page, heading)
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    for name, *options in map(str.split, command.TABLES[page, heading]):
+        with pytest.raises(SystemExit):
+            command.main([name, "--help"])
+        printed = capsys.readouterr().out
+        assert all(option in printed for option in options if option.startswith("--"))
+
+
+def test_figures_are_compared_with_those_recorded_of_the_same_row(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Page\n\n## Others\n\n| a | n |\n| --- | --- |\n| 1 | 2 |\n\n## Mine\n\nText.\n\n"
+        "| part | N | image AUROC | false-alarm rate | AUPRO 30 | note |\n| --- | --- | --- | --- | --- | --- |\n"
+        "| mpdd/a | 10 | **.950 ± .010** | 5.0 % | .900 [.800, .950] | slow |\n| mpdd/b | 10 | .5 | 1 % | | |\n"
+    )
+    rows = [
+        {"part": "mpdd/a", "N": 10, "image_auroc": "0.940 ± 0.001", "false-alarm rate": 0.07, "aupro_30": 0.9},
+        {"part": "mpdd/b", "N": 20, "image_auroc": 0.5},
+    ]
+    (apart,) = recorded.differences(rows, recorded.read_rows(page, "Mine"), ["part", "n"])
+    assert apart == pytest.approx(
+        {"part": "mpdd/a", "n": 10, "image_auroc": -0.01, "false_alarm_rate": 0.02, "aupro_30": 0}
+    )
+    with pytest.raises(ValueError, match='page.md: no table below a heading "Yours"'):
+        recorded.read_rows(page, "Yours")
+
+
+def test_the_embedded_model_is_as_it_was_recorded(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    embedded.main(["--images", "6", "--json", str(file)])
+    (apart,) = json.loads(file.read_text())["differences"]
+    assert apart["model"] == "demo-part" and apart["image_auroc"] == 0
+    assert 0 < abs(apart["aupro_30"]) < 0.05
+    assert "minus recorded" in capsys.readouterr().out
+
+
+def test_records_have_the_columns_that_measurements_print():
+    reached = recorded.read_rows(recorded.TRIALS, "What the default preset reaches")
+    assert {"category", "px", "photos", *real.COLUMNS} - {"seconds_per_image"} <= reached[0].keys()
+    printed = {"category", "known", "normal", "defective", "other products", "blank, noise", *familiarity.ALTERED}
+    rows = recorded.read_rows(recorded.BENCHMARKS, "Photos of something else")
+    assert rows[0].keys() == set(map(recorded.column, printed))
+    calibrated = recorded.read_rows(recorded.BENCHMARKS, "What calibrations promise")
+    measured = {"model": "", **promises.measure(np.arange(9.0), 5, 0.05, 2)}
+    assert calibrated[0].keys() == set(map(recorded.column, measured))
+
+
+def test_the_readme_says_what_is_recorded():
+    figures = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30")
+    reached = {
+        row["category"].split("/")[-1]: row
+        for row in recorded.read_rows(recorded.TRIALS, "What the default preset reaches")
+    }
+    said = recorded.read_rows(ROOT / "README.md", "Measured on real products")
+    ours = {row["product"].split()[0]: row for row in said if row[""].startswith("ours")}
+    assert ours.keys() == reached.keys()
+    for name, row in ours.items():
+        assert [row[f].strip("*").split(" [")[0].replace("**", "") for f in figures] == [
+            reached[name][f] for f in figures
+        ], name
+    for model, column in (("cookie", "cookie"), ("demo-part", "demo_part")):
+        evaluation = json.loads((ROOT / "space/checkpoints" / model / "evaluation.json").read_text())
+        rows = recorded.read_rows(ROOT / "README.md", "What is embedded")
+        cells = {recorded.column(row[""]): next(v for c, v in row.items() if c.startswith(column)) for row in rows}
+        for name in set(embedded.METRICS) & cells.keys():
+            low, high = evaluation["intervals"][name]
+            assert cells[name].startswith(f"{evaluation[name]:.3f} [{low:.3f}, {high:.3f}]"), (model, name)
+        assert cells.keys() >= {"image_auroc", "aupro_30", "pixel_auroc", "false_alarm_rate", "miss_rate"}
+
+
 # ---- intervals ------------------------------------------------------------------------------------------------------
 
 
@@ -295,12 +374,15 @@ def test_intervals_cover(monkeypatch, tmp_path):
         monkeypatch.setattr(intervals, name, value)
     file = tmp_path / "result.json"
     intervals.main(["--repeats", "100", "--json", str(file)])
-    *scores, maps = json.loads(file.read_text())["rows"]
+    result = json.loads(file.read_text())
+    *scores, maps = result["rows"]
     assert len(scores) == 5 and {row["AUROC"] for row in scores} == {0.8, 0.95, 1.0}
     for row in scores:
         for name in ("image_auroc", "image_ap", "image_f1_max", "false_alarm_rate", "miss_rate"):
             assert float(row[name].split("%")[0]) >= 90, (row, name)
     assert float(maps["aupro_30"].split("%")[0]) >= 85
+    assert len(result["differences"]) == 6  # rows of 10 images are recorded, and a tenth of the test sets is near them
+    assert all(abs(row.get("image_auroc", row.get("aupro_30"))) < 0.1 for row in result["differences"])
 
 
 def test_a_calibration_keeps_its_promise_on_average():
