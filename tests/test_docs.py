@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections import defaultdict
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -16,6 +17,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 from diffusionad_hf.cli.main import main
@@ -205,6 +208,19 @@ def test_where_packages_come_from_is_left_to_who_installs():
     files = [*ROOT.glob(".github/**/*.yml"), *ROOT.glob("*/Dockerfile"), ROOT / "Makefile", ROOT / "constraints.txt"]
     named = r"index[-_]url[=: ]+['\"]?https?:|find[-_]links[=: ]+['\"]?https?:"
     assert not [file for file in files if re.search(named, file.read_text(encoding="utf-8"), flags=re.I)]
+
+
+def test_pins_can_be_installed_with_the_oldest_python():
+    oldest = {"python_version": "3.10", "python_full_version": "3.10.0"}
+    lines = (line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
+    checked, too_new = [], []
+    for pin in map(Requirement, lines):
+        installed = next(iter(distributions(name=pin.name)), None)
+        if installed and installed.version in pin.specifier and (not pin.marker or pin.marker.evaluate(oldest)):
+            checked.append(pin.name)
+            if "3.10" not in SpecifierSet(installed.metadata["Requires-Python"] or ""):
+                too_new.append(str(pin))
+    assert checked and not too_new
 
 
 def test_links_between_files_lead_somewhere():
