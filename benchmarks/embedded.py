@@ -1,7 +1,9 @@
 """The embedded models on their test photos, and how far that is from the evaluation beside each model.
 
-python -m benchmarks embedded                # demo-part alone, on 200 pictures rendered for it
-python -m benchmarks embedded --data DIR     # cookie too, on the photos of DIR/cookie
+    python -m benchmarks embedded                # demo-part alone
+    python -m benchmarks embedded --data DIR     # the others too, on DIR/cookie and DIR/mvtec_ad/bottle
+
+The pictures of demo-part are rendered for it, from the seed of the recorded evaluation.
 """
 
 import json
@@ -22,12 +24,14 @@ METRICS = ("image_auroc", "aupro_30", "pixel_auroc", "pixel_ap", "false_alarm_ra
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the category cookie")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with cookie and mvtec_ad/bottle")
     parser.add_argument("--images", type=int, default=100, metavar="N", help="of each kind (default: %(default)s)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         parts = generate(Path(folder), SEED, train=1, test_good=args.images, test_defective=args.images)
-        where = {"demo-part": parts} | ({"cookie": args.data / "cookie"} if args.data else {})
+        where = {"demo-part": parts}
+        if args.data:
+            where |= {"cookie": args.data / "cookie", "mvtec-bottle": args.data / "mvtec_ad/bottle"}
         rows = [_evaluate(name, test) for name, test in where.items()]
     before = [
         {"model": name, **json.loads((_model(name) / "evaluation.json").read_text(encoding="utf-8"))} for name in where
