@@ -53,7 +53,7 @@ def _evaluate(name: str, folder: Path) -> dict[str, Any]:
 
 def _cell(row: dict[str, Any], name: str) -> str:
     low, high = row["intervals"][name]
-    return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{row[name]:.4f} [{low:.4f}, {high:.4f}]"
 
 
 if __name__ == "__main__":
