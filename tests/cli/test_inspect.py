@@ -179,6 +179,7 @@ def test_a_rate_that_so_few_images_cannot_promise_leaves_all_undecided(photos, m
 
 
 def test_a_model_whose_scores_are_no_numbers_gives_no_verdicts(photos, model_dir, tmp_path, capsys):
+    pytest.importorskip("pyarrow", reason="results in Parquet need pip install -e .[train]")
     broken = DiffusionADPipeline.from_pretrained(model_dir)
     with torch.no_grad():
         list(broken.segmenter.parameters())[-1].fill_(float("nan"))
@@ -187,6 +188,31 @@ def test_a_model_whose_scores_are_no_numbers_gives_no_verdicts(photos, model_dir
         assert run("inspect", photos, "--model", tmp_path / "broken", *arguments) == 2
         said = capsys.readouterr()
         assert "the networks' score is nan" in said.err and "normal" not in said.out
+
+
+def test_a_photo_of_something_else_is_undecided_in_every_file(photo, uncalibrated, tmp_path, capsys):
+    pq = pytest.importorskip("pyarrow.parquet", reason="results in Parquet need pip install -e .[train]")
+    good, new = tmp_path / "good", tmp_path / "new"
+    for folder in (good, new):
+        folder.mkdir()
+    for i in range(6):
+        Image.fromarray((photo * (0.9 + 0.02 * i)).astype(np.uint8)).save(good / f"{i}.png")
+    assert run("calibrate", good, "--model", uncalibrated, "--false-alarm-rate", 0.2) == 0
+    Image.new("RGB", (40, 48), "white").save(new / "white.png")
+    shutil.copy(good / "2.png", new / "known.png")
+    names = ("r.json", "r.csv", "r.html", "r.parquet")
+    json_file, csv_file, report, parquet = (tmp_path / name for name in names)
+    files = ("--json", json_file, "--csv", csv_file, "--report", report)
+    assert run("inspect", new, "--model", uncalibrated, *files) == 3
+    assert "1 undecided: Unlike any normal image the model knows" in capsys.readouterr().out
+    assert "Unlike any normal image" in report.read_text()
+    assert run("inspect", new, "--model", uncalibrated, "--parquet", parquet) == 0
+    known, white = json.loads(json_file.read_text())["images"]
+    cells = list(csv.DictReader(csv_file.open()))
+    for record in (white, cells[1], pq.read_table(parquet).to_pylist()[1]):
+        found = record["verdict"], record["reason"], str(record["is_familiar"])
+        assert found == ("undecided", "unfamiliar", "False") and float(record["strangeness"]) > 1
+    assert known["is_familiar"] is True and cells[0]["is_familiar"] == "True"
 
 
 def test_a_calibration_of_other_settings_is_said_in_every_file(photos, model_dir, tmp_path, capsys):
