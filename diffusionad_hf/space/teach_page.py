@@ -28,6 +28,9 @@ _QUICK = {**_PRIVATE, **_SHORT, "show_progress": "hidden"}
 _LOOKING = {"concurrency_limit": 2, "concurrency_id": "look"}
 _STARTING = {**_PRIVATE, "concurrency_limit": 2, "concurrency_id": "start"}  # decodes the photos that were marked
 _MOST_THUMBNAILS = 24
+# The camera goes on after each photo; gradio would ask for another click before it shows its picture again.
+_NEXT_SHOT = """() => { setTimeout(() => [...document.querySelectorAll('#teach-camera button:not([aria-label])')]
+    .find(button => button.offsetParent)?.click(), 500); }"""
 _PHASES = {
     "looking": "Looking at the photos",
     "probing": "Finding out how fast this machine is",
@@ -292,7 +295,7 @@ def teach_tab(teacher: Teacher, page: gr.Blocks, category: gr.Radio, taught: gr.
     outputs = list(parts.values())
     look = dict(fn=_named(on.prepare, parts), inputs=[files, taken, key], outputs=outputs, **_LOOKING, **_PRIVATE)
     files.change(trigger_mode="always_last", show_progress="hidden", **look)
-    camera.change(on.take, [camera, taken], [camera, taken, count], **_QUICK)
+    camera.change(on.take, [camera, taken], [camera, taken, count], **_QUICK).then(None, js=_NEXT_SHOT)
     use.click(show_progress="hidden", **look)
     anew.click(lambda: ([], ""), None, [taken, count], **_QUICK)
     start.click(_named(on.start, parts), [key, name, with_marks], outputs, show_progress="hidden", **_STARTING)

@@ -9,6 +9,7 @@ import pytest
 from diffusionad_hf import DiffusionADPipeline
 from tests.space.conftest import archive
 from tests.space.test_browser import (  # noqa: F401
+    CHROMIUM,
     browser,
     choose,
     expect,
@@ -92,3 +93,23 @@ def test_from_photos_to_verdicts_marks_and_a_second_product(visit, server, photo
     page.close()
     until(lambda: len(lessons(server)) == kept - 2, "photos of a closed page are left on the disk")
     assert not owners(server)
+
+
+def test_photos_are_taken_one_by_one_with_the_camera(browser, server):  # noqa: F811
+    fake = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+    with_camera = browser.browser_type.launch(executable_path=CHROMIUM, args=["--headless=new", "--no-sandbox", *fake])
+    page = with_camera.new_page(extra_http_headers={"X-Forwarded-For": "203.0.113.250"})
+    page.goto(server.url)
+    page.wait_for_selector("#verdict .card")
+    tab(page, "Teach")
+    page.click("#teach-camera-panel > button")
+    page.get_by_text("Click to Access Webcam").click()
+    for number in (1, 2):
+        page.wait_for_function("document.querySelector('#teach-camera video')?.videoWidth > 0")
+        page.click("#teach-camera [aria-label='capture photo']")
+        expect(page, "#teach-count", f"{number} taken, {20 - number} more to go.")
+    page.click("#teach-use")
+    expect(page, "#teach-state .error", "usable photos; teaching takes 20 or more")
+    page.click("#teach-anew")
+    page.locator("#teach-count").filter(has_text="taken").wait_for(state="hidden")
+    with_camera.close()
