@@ -373,7 +373,8 @@ class Handlers:
 
     def examples(self, category):
         """Shows the examples of the chosen product alone."""
-        return [gr.update(visible=name == category and bool(of.examples)) for name, of in self.products.items()]
+        shown = [gr.update(visible=name == category and bool(of.examples)) for name, of in self.products.items()]
+        return shown[0] if len(shown) == 1 else shown  # as gradio takes it of a function with one output
 
     def about(self, category):
         return about(self.models, category) if self.models.names else NO_MODEL

@@ -190,6 +190,7 @@ def inspect_tab(
     tab.select(on.missed, [missed, category, own], controls, **LIVE).then(
         on.redraw_missed, [missed, key, *drawn], [missed, *redrawn], **LIVE
     )
+    tab.select(on.examples, category, examples, **LIVE)
     for kind, button in buttons.items():
         made = button.click(on.download(kind), [key, *drawn], file, **DOWNLOADS)
         made.success(None, file, None, js=SAVE)
@@ -302,7 +303,12 @@ class Page(gr.Blocks):
         super().__init__(**kwargs)
         self.uploads = uploads
 
-    async def preprocess_data(self, block_fn: Any, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    async def preprocess_data(
+        self, block_fn: Any, inputs: Sequence[Any], state: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if state is not None:
+            # For deep links, which do not exist here: half a megabyte of each of up to 1,000 sessions.
+            state.config_values.clear()
         with one_line_errors():
             # What is left out at the end is what the function has by default.
             if block_fn.fn is not None:  # None where an event runs in the browser only
@@ -312,7 +318,7 @@ class Page(gr.Blocks):
             if len(inputs) != len(block_fn.inputs):
                 raise Refusal(f"This call takes {len(block_fn.inputs)} values, not {len(inputs)}.")
             inputs = [await self._admit(*pair) for pair in zip(block_fn.inputs, inputs, strict=True)]
-        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        return await super().preprocess_data(block_fn, inputs, state, *args, **kwargs)
 
     async def _admit(self, component: Any, value: Any) -> Any:
         if component.stateful:  # kept here; what a caller says of it is not read

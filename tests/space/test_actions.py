@@ -566,3 +566,9 @@ def test_coming_back_draws_a_result_again_only_if_something_was_missed(results, 
     assert on.redraw_missed(False, *moved) == (gr.skip(),) * 5
     done, verdict, *_ = on.redraw_missed(True, *moved)
     assert done is False and "no longer kept" in verdict
+
+
+def test_the_examples_of_the_only_product_go_when_another_is_taught(results, tried):
+    only = Models(str(tried / "steel"))
+    on = Handlers(results, only, products(only))
+    assert [on.examples(name)["visible"] for name in (only.names[0], "taught")] == [True, False]
