@@ -109,7 +109,7 @@ def test_photos_are_taken_one_by_one_with_the_camera(browser, server):  # noqa: 
         page.click("#teach-camera [aria-label='capture photo']")
         expect(page, "#teach-count", f"{number} taken, {20 - number} more to go.")
     page.click("#teach-use")
-    expect(page, "#teach-state .error", "usable photos; teaching takes 20 or more")
+    expect(page, "#teach-state .error", "teaching takes 20 or more")  # both may show the same
     page.click("#teach-anew")
     page.locator("#teach-count").filter(has_text="taken").wait_for(state="hidden")
     with_camera.close()
