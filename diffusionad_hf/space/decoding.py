@@ -6,7 +6,6 @@ What comes back from such a process is a shape, a number type and bytes: nothing
 import io
 import json
 import multiprocessing
-import os
 import threading
 import time
 from contextvars import ContextVar
@@ -51,7 +50,7 @@ def decode(
     receiver, sender = context.Pipe(duplex=False)
     with receiver:
         process = context.Process(
-            target=_work, args=(sender, str(path), most_pixels, suffix, value_range, _niceness()), daemon=True
+            target=_work, args=(sender, str(path), most_pixels, suffix, value_range), daemon=True
         )
         began = time.monotonic()
         spent = None
@@ -84,20 +83,9 @@ def decode(
             process.close()
 
 
-def _niceness() -> int:
-    """The priority of the thread that asks, which a decoder keeps."""
-    try:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    except OSError:  # threads have none of their own elsewhere than on Linux
-        return 0
-
-
-def _work(
-    sender: Connection, path: str, most_pixels: int, suffix: str, value_range: float | None, niceness: int
-) -> None:
+def _work(sender: Connection, path: str, most_pixels: int, suffix: str, value_range: float | None) -> None:
     import resource
 
-    os.nice(max(0, niceness - os.getpriority(os.PRIO_PROCESS, 0)))
     torch.set_num_threads(1)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if _has_proc() else 0
     if now:

@@ -8,13 +8,10 @@ import logging
 import os
 import random
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from contextvars import ContextVar, copy_context
+from contextlib import closing, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -248,32 +245,16 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _give_way() -> None:
-    with suppress(OSError):  # threads have no priority of their own elsewhere than on Linux
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-
-# Calls of those who took much run here, and give way to those of everyone else; so do the threads and decoders that
-# they start. A thread of its own, as not every process may raise a priority again.
-_PATIENT = ThreadPoolExecutor(1, "patient", _give_way)
-_IS_HEAVY: ContextVar[Callable[[], bool]] = ContextVar("is_heavy")  # whether who makes the running call took much
-
-
 def charged(function: Callable) -> Callable:
     """The function, or generator, which tells [`FairQueue`] what it computes; what it waits for costs nothing."""
 
-    def measured(work: Callable, *args: Any, **kwargs: Any) -> Any:
+    def step(work: Callable, *args: Any, **kwargs: Any) -> Any:
         began = time.thread_time()
         try:
             return work(*args, **kwargs)
         finally:
             # None past the queue: what is done when a page closes, or an example is chosen.
             SECONDS.get([]).append(time.thread_time() - began)
-
-    def step(work: Callable, *args: Any, **kwargs: Any) -> Any:
-        if _IS_HEAVY.get(bool)():
-            return _PATIENT.submit(copy_context().run, measured, work, *args, **kwargs).result()
-        return measured(work, *args, **kwargs)
 
     def one(*args: Any, **kwargs: Any) -> Any:
         return step(function, *args, **kwargs)
@@ -292,8 +273,7 @@ class FairQueue(Queue):
     gradio's queue, in which nobody takes all places or all of the processor.
 
     Whoever took least of the last minutes comes first. An address runs one call of a kind at a time, and of the
-    addresses that took much, one runs at all, at a lower priority; but drawing a result again, which is quick, waits
-    for none of them.
+    addresses that took much, one runs at all; but drawing a result again, which is quick, waits for none of them.
     """
 
     def __init__(self, **kwargs: Any):
@@ -344,15 +324,13 @@ class FairQueue(Queue):
 
     async def process_events(self, events: list[Event], *args: Any, **kwargs: Any) -> None:
         [event] = events  # none of our functions takes several calls at a time
-        address = _address(event)
         SECONDS.set(self._running[event])
-        if event.concurrency_id != QUICK:
-            _IS_HEAVY.set(lambda: self._is_heavy(address))
         try:
             await super().process_events(events, *args, **kwargs)
         finally:
             while len(self._taken) > 10_000:
                 del self._taken[next(iter(self._taken))]
+            address = _address(event)
             taken = self._took(address) + sum(self._running.pop(event))
             self._taken.pop(address, None)
             self._taken[address] = (taken, time.monotonic())

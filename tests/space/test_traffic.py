@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import os
-import threading
 import time
 from contextvars import ContextVar
 from dataclasses import replace
@@ -261,25 +259,6 @@ def test_every_step_of_a_batch_is_charged(queue, monkeypatch):
     assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: list(steps())) == [1, 1, 1]
     assert 0.05 < queue._took("1.1.1.1") < 0.15
     assert list(steps()) == [1, 1, 1]  # past the queue
-
-
-def test_calls_of_those_who_took_much_give_way_to_others(queue, monkeypatch):
-    @charged
-    def priority():
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    @charged
-    def priorities():
-        for _ in range(2):
-            yield os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    usual = priority()
-    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), priority) == usual
-    queue._taken["1.1.1.1"] = (2 * LIMITS.light_seconds, time.monotonic())
-    assert run(queue, monkeypatch, wait(queue, "1.1.1.1"), priority) > usual
-    assert min(run(queue, monkeypatch, wait(queue, "1.1.1.1"), lambda: list(priorities()))) > usual
-    assert run(queue, monkeypatch, wait(queue, "1.1.1.1", "draw"), priority) == usual
-    assert run(queue, monkeypatch, wait(queue, "2.2.2.2"), priority) == usual
 
 
 def test_decoding_is_charged_too(queue, monkeypatch, tmp_path):
