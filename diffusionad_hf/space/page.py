@@ -27,7 +27,7 @@ from .pieces import address, pictures_css, product_words
 from .results import Results
 from .teach import Teacher, is_on
 from .teach_page import teach_endpoints, teach_tab
-from .traffic import QUICK, FairQueue, Guard, charged
+from .traffic import FULL, QUICK, FairQueue, Guard, bytes_in, charged
 from .views import OPACITY, thumbnail
 
 STYLE = Path(__file__).with_name("style.css")
@@ -349,6 +349,8 @@ class Page(gr.Blocks):
         return {"path": str(path), "orig_name": name}
 
     def _written(self, data: str) -> dict[str, str]:
+        if bytes_in(self.uploads) > LIMITS.stored_bytes - LIMITS.spared_bytes:  # as for who uploaded much
+            raise Refusal(FULL)
         try:
             return {"path": save_base64_to_cache(data, str(self.uploads))}
         except Exception as error:  # what it stumbles over in a text that is none

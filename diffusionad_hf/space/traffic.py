@@ -37,6 +37,7 @@ _CHEAP = re.compile(r"/(?:assets|static|svelte|gradio_api/file=)")
 _TOOLS = re.compile(r"/gradio_api/mcp(/|$)")
 _COSTLY = re.compile(r"/(?:$|config|gradio_api/(?:info|openapi))")
 _HALF_LIFE = 60.0  # seconds after which half of what a visitor took is forgotten
+FULL = "The server's disk is full for the moment. Try again in an hour."
 QUICK = "draw"  # the kind of call that draws a result again
 
 
@@ -92,8 +93,8 @@ class Guard:
         if refusal:
             await _answer(send, *refusal)
             return
-        if is_upload and await self._is_full(address):
-            await _answer(send, 507, "The server's disk is full for the moment. Try again in an hour.")
+        if (is_upload or _TOOLS.match(path)) and await self._is_full(address):
+            await _answer(send, 507, FULL)
             return
         with _counted(self._open, address):
             if not is_upload:
@@ -145,7 +146,7 @@ class Guard:
         """Whether uploads fill their share of the disk, looked up every few seconds; not all is for who sent much."""
         if time.monotonic() > self._looked + 5:
             self._looked = time.monotonic()
-            self._stored = await asyncio.to_thread(_bytes_in, self.uploads)
+            self._stored = await asyncio.to_thread(bytes_in, self.uploads)
         spared = LIMITS.spared_bytes if self._sent_by(address) > LIMITS.spared_bytes / 2 else 0
         return self._stored > LIMITS.stored_bytes - spared
 
@@ -233,7 +234,7 @@ async def _answer(send: Any, status: int, detail: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _bytes_in(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
     total = 0
     for entry in os.scandir(folder):
         try:

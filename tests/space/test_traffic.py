@@ -1,6 +1,7 @@
 """Who may call how often, and who waits for whom."""
 
 import asyncio
+import base64
 import json
 import time
 from contextvars import ContextVar
@@ -13,7 +14,8 @@ from PIL import Image
 
 from diffusionad_hf.space import decoding, traffic
 from diffusionad_hf.space.decoding import decode
-from diffusionad_hf.space.intake import LIMITS, MB
+from diffusionad_hf.space.intake import LIMITS, MB, Refusal
+from diffusionad_hf.space.page import Page
 from diffusionad_hf.space.traffic import FairQueue, Guard, address_of, charged
 
 
@@ -135,8 +137,17 @@ def test_a_full_disk_refuses_uploads_and_many_small_files_fill_it(tmp_path, monk
     for number in range(11):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "a").write_bytes(b"x")
-    assert asyncio.run(ask("/gradio_api/upload")) == 507
+    assert asyncio.run(ask("/gradio_api/upload")) == asyncio.run(ask("/gradio_api/mcp/")) == 507
     assert asyncio.run(ask("/gradio_api/queue/join")) == 200
+
+
+def test_files_in_texts_do_not_fill_the_disk_either(tmp_path, monkeypatch):
+    page = Page(tmp_path)
+    photo = {"path": "data:image/png;base64," + base64.b64encode(b"x" * 3 * MB).decode()}
+    assert asyncio.run(page._fetched(photo))["path"].startswith(str(tmp_path))
+    monkeypatch.setattr("diffusionad_hf.space.page.LIMITS", replace(LIMITS, stored_bytes=4 * MB, spared_bytes=2 * MB))
+    with pytest.raises(Refusal, match="disk is full"):
+        asyncio.run(page._fetched(photo))
 
 
 def test_one_address_does_not_fill_the_disk_for_the_others(tmp_path, monkeypatch):
