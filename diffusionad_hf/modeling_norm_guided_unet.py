@@ -51,7 +51,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
     r"""
     Predicts the noise in a noised image, or the image itself: a [`UNet2DModel`] with two additions, the number of
     attention heads (`attention_head_dim` fixes their width instead, so their number grows with the channels) and
-    patches.
+    patches. Convolutions may see the border's values beyond the border, instead of zeros.
 
     Weights of the paper's UNet fit one to one (`models/Recon_subnetwork.py` of the reference). As there, the last
     convolution of every residual block, of every attention block and of the network starts at zero.
@@ -60,10 +60,14 @@ class NormGuidedUNet2DModel(UNet2DModel):
         num_attention_heads (`int`, defaults to 4): Heads of every attention block; must divide its channels.
         patch_size (`int`, defaults to 1): Side length in px of square patches, whose pixels become the channels of one
             position (pixel unshuffle). Every level computes `patch_size ** 2` times less. 1 in the reference.
+        padding_mode (`str`, defaults to `"zeros"`): What convolutions see beyond the border: `"zeros"` (the
+            reference), or `"replicate"`, the values at the border. With zeros, a network has to learn what its border
+            looks like: after a short training the outermost patches have another brightness than the rest.
         *: Every argument of [`UNet2DModel`], with the reference's values as defaults.
 
     Raises:
-        ValueError: If `num_attention_heads` does not divide an attention block's channels, or `patch_size` is below 1.
+        ValueError: If `num_attention_heads` does not divide an attention block's channels, `patch_size` is below 1, or
+            the `padding_mode` is unknown.
     """
 
     @register_to_config
@@ -99,9 +103,12 @@ class NormGuidedUNet2DModel(UNet2DModel):
         num_train_timesteps: int | None = None,
         num_attention_heads: int = 4,
         patch_size: int = 1,
+        padding_mode: str = "zeros",
     ):
         if patch_size < 1:
             raise ValueError(f"patch_size={patch_size}: must be at least 1.")
+        if padding_mode not in ("zeros", "replicate"):
+            raise ValueError(f'padding_mode="{padding_mode}": must be zeros or replicate.')
         # All arguments are in the config by now; the stock class replaces the channels there by those of the patches.
         stock = {name: self.config[name] for name in inspect.signature(UNet2DModel).parameters if name in self.config}
         channels = {"in_channels": in_channels, "out_channels": out_channels}
@@ -119,6 +126,8 @@ class NormGuidedUNet2DModel(UNet2DModel):
                 _zero(module.to_out[0])
             elif isinstance(module, ResnetBlock2D):
                 _zero(module.conv2)
+            elif isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+                module.padding_mode = padding_mode
             elif type(module) is nn.GroupNorm:
                 # The stock blocks create their norms themselves; the exact one has the same parameters.
                 module.__class__ = ExactGroupNorm
@@ -168,6 +177,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
         largest_attention_map: int = 32,
         patch_size: int = 1,
         layers_per_block: int = 2,
+        padding_mode: str = "zeros",
     ) -> dict:
         """
         The size-dependent part of the configuration, as the reference derives it (`models/Recon_subnetwork.py`).
@@ -176,6 +186,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
             base_channels (`int`): Channels at full resolution; a multiple of `norm_num_groups`.
             resolution (`int`): Side length of the images in px.
             norm_num_groups, patch_size, layers_per_block (`int`): As in the constructor.
+            padding_mode (`str`): As there.
             largest_attention_map (`int`): Side length up to which feature maps get self-attention.
 
         Returns:
@@ -198,6 +209,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
             "norm_num_groups": norm_num_groups,
             "patch_size": patch_size,
             "layers_per_block": layers_per_block,
+            "padding_mode": padding_mode,
         }
 
 

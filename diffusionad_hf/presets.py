@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "perceptual": {
         **{name: value for name, value in _TINY.items() if name != "segmenter_base_channels"},
         "patch_size": 4,
+        "padding_mode": "replicate",
         "memory_size": 2000,
     },
 }

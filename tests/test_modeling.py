@@ -156,6 +156,27 @@ def test_patches_without_a_size_are_refused():
         NormGuidedUNet2DModel(**(PATCHES | {"patch_size": 0}))
 
 
+def test_a_network_that_repeats_the_border_needs_not_learn_it(tmp_path):
+    """A uniform picture stays uniform up to the border, before any training; with zeros outside, it does not."""
+    x, spread = torch.full((1, 3, 64, 64), 0.8), {}
+    for mode in ("zeros", "replicate"):
+        unet = random_unet(**PATCHES | {"padding_mode": mode})
+        with torch.no_grad():
+            # Attention sees no places, so that nothing but the padding could tell where the border is.
+            patches = unet(x, 200).sample.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+        spread[mode] = float((patches - patches[:, :, 16:17, 16:17]).abs().max())
+        unet.save_pretrained(tmp_path / mode)
+        loaded = NormGuidedUNet2DModel.from_pretrained(tmp_path / mode)
+        with torch.no_grad():
+            assert torch.equal(loaded(x, 200).sample, unet(x, 200).sample)
+    assert spread["replicate"] < 1e-4 < 0.01 < spread["zeros"]
+
+
+def test_unknown_padding_is_refused():
+    with pytest.raises(ValueError, match='padding_mode="mirror": must be zeros or replicate'):
+        NormGuidedUNet2DModel(**(PATCHES | {"padding_mode": "mirror"}))
+
+
 def test_an_untrained_unet_predicts_zero_as_the_reference_does():
     unet = build_pipeline("tiny", 32).unet
     assert not unet(torch.rand(1, 3, 32, 32), 5).sample.any()

@@ -14,6 +14,7 @@ from ..flags import DashedParser, as_flags
 from ..presets import PRESETS as ARCHITECTURES
 
 _PRESET_FOLDER = Path(__file__).parent / "presets"
+_PRESETS = ", ".join(sorted(path.stem for path in _PRESET_FOLDER.glob("*.json")))
 # Folders that are called alike in every dataset.
 _NOT_A_NAME = {"good", "ok", "normal", "train"}
 # The first option of each group in --help.
@@ -83,7 +84,7 @@ class TrainingConfig:
 
     preset: str = _option(
         "perceptual",
-        "Defaults for all other options: fast, light, paper, perceptual, small, tiny, or a JSON file of your own.",
+        f"Defaults for all other options: {_PRESETS}, or a JSON file of your own.",
     )
     architecture: str = _option("small", "Size of the networks.", choices=tuple(ARCHITECTURES))
     image_size: str = _option(
@@ -279,8 +280,7 @@ def load_preset(name: str) -> dict[str, Any]:
     """Reads a preset: the stem of a file of `presets`, or the path of a JSON file."""
     path = Path(name) if name.endswith(".json") else _PRESET_FOLDER / f"{name}.json"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in _PRESET_FOLDER.glob("*.json")))
-        raise ValueError(f"`preset` {name}: no such preset; choose one of {known}, or give a .json file.")
+        raise ValueError(f"`preset` {name}: no such preset; choose one of {_PRESETS}, or give a .json file.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

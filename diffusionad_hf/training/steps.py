@@ -42,6 +42,8 @@ def start_from(model: str, pipe: DiffusionADPipeline) -> None:
             raise ValueError(
                 f"`init_from` {model}: its {name} has another size; give its `architecture` and `image_size`."
             ) from error
+    # With the padding that its weights were trained with.
+    pipe.register_modules(unet=source.unet)
 
 
 def build_synthesizer(

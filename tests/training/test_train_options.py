@@ -136,6 +136,14 @@ def test_init_from_starts_with_the_weights_of_another_model(data, two_steps, tmp
         built(preset="fast", resolution=32, init_from=two_steps)
 
 
+def test_init_from_keeps_the_padding_that_the_weights_know(tmp_path):
+    pipe = build_pipeline("tiny", 32)
+    pipe.register_modules(unet=type(pipe.unet)(**pipe.unet.config | {"padding_mode": "replicate"}))
+    pipe.save_pretrained(tmp_path)
+    unet = built(preset="tiny", resolution=32, init_from=tmp_path).unet
+    assert unet.config.padding_mode == unet.conv_in.padding_mode == "replicate"
+
+
 def test_what_the_unet_predicts_is_the_architectures_own_unless_asked_for(two_steps):
     def predicted(**options):
         return built(resolution=64, **options).scheduler.config.prediction_type
