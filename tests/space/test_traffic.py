@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from gradio.state_holder import SessionState
 from PIL import Image
 
 from diffusionad_hf.space import decoding, traffic
@@ -280,3 +281,17 @@ def test_decoding_is_charged_too(queue, monkeypatch, tmp_path):
     monkeypatch.setattr(decoding, "SECONDS", ContextVar("seconds elsewhere"))
     run(queue, monkeypatch, wait(queue, "2.2.2.2"), work)
     assert with_decoding > queue._took("2.2.2.2") + 0.05
+
+
+def test_a_session_keeps_nothing_of_how_the_page_looks(tmp_path):
+    """Gradio's takes the server's time and memory for every call that comes without a session."""
+    with Page(tmp_path) as page:
+        shown = gr.Textbox("hello")
+    session = SessionState(page)
+    assert not any(session.config_values.values())
+    session[shown._id] = shown  # as after every answer
+    assert not any(session.config_values.values())
+    assert session[shown._id] is shown
+    # The page itself is told everything.
+    [component] = [c for c in page.get_config_file()["components"] if c["id"] == shown._id]
+    assert component["props"]["value"] == "hello"
