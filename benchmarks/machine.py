@@ -137,9 +137,10 @@ def count_flops(function: Callable[[], object]) -> int:
 
 def compile_everything() -> None:
     """Beyond eight variants of a function torch.compile would go on uncompiled, and only its log would say so."""
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.accumulated_recompile_limit = 1024
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # By the names that torch 2.6 knows; later ones call them recompile_limit.
+    torch._dynamo.config.cache_size_limit = 256
+    torch._dynamo.config.accumulated_cache_size_limit = 1024
+    torch._dynamo.config.fail_on_cache_limit_hit = True
 
 
 def measure_rows(
