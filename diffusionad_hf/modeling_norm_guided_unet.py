@@ -127,7 +127,7 @@ class NormGuidedUNet2DModel(UNet2DModel):
             elif isinstance(module, ResnetBlock2D):
                 _zero(module.conv2)
             elif isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-                module.padding_mode = padding_mode
+                module.padding_mode = padding_mode  # type: ignore[assignment]
             elif type(module) is nn.GroupNorm:
                 # The stock blocks create their norms themselves; the exact one has the same parameters.
                 module.__class__ = ExactGroupNorm

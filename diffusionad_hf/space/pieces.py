@@ -96,14 +96,15 @@ def region_list(result: Result, view: View, overlay: str) -> str:
 
 def score_scale(result: Result, calibration: Calibration) -> str:
     """The scores of the normal photos and the one of this photo, over which the threshold is moved."""
-    counts, _ = np.histogram(calibration.scores, _BINS, (0, 1))
     threshold = calibration.shown_threshold
-    bars = "".join(
-        f'<rect class="{"beyond" if (i + 0.5) / _BINS > threshold else "within"}" x="{i}" width="0.9" '
-        f'y="{100 - (share := max(8, 100 * count / counts.max())):.1f}" height="{share:.1f}"/>'
-        for i, count in enumerate(counts)
-        if count
-    )
+    counts, _ = np.histogram(calibration.scores, _BINS, (0, 1))
+    passing, _ = np.histogram([value for value in calibration.scores if value <= threshold], _BINS, (0, 1))
+    bars = ""
+    # Those that pass over all, as the threshold may lie within a bar.
+    for kind, part in (("beyond", np.where(counts > passing, counts, 0)), ("within", passing)):
+        for i in part.nonzero()[0]:
+            share = max(8, 100 * part[i] / counts.max())
+            bars += f'<rect class="{kind}" x="{i}" width="0.9" y="{100 - share:.1f}" height="{share:.1f}"/>'
     score = min(max(result.score, 0), 1)
     words = "No normal photos to compare with."
     if total := len(calibration.scores):

@@ -517,6 +517,17 @@ def test_the_scale_counts_the_normal_photos_above_the_threshold_and_marks_this_o
     assert "No normal photos to compare with" in score_scale(result, Calibration())
 
 
+@pytest.mark.parametrize("scores", [[0.2, 0.412, 0.82001], [0.2, 0.412, 0.8399]])
+def test_the_scale_shows_no_photo_above_the_threshold_that_the_highest_one_sets(scores, results, model, parts):
+    result = load(inspected(results, model, parts[0]))
+    highest = Calibration(scores=tuple(scores), own_threshold=scores[-1])
+    assert "0 of the 3 normal photos" in (shown := score_scale(result, highest))
+    assert "beyond" not in shown and shown.count('class="within"') == 3
+    # Two in one bar, one of them above.
+    both = score_scale(result, Calibration(scores=(0.2, 0.412, 0.413), own_threshold=0.412))
+    assert both.count('class="within"') == 2 and both.count('class="beyond"') == 1
+
+
 def test_pictures_and_regions_are_safe_and_stay_within_the_photo(results, model, parts):
     folder = inspected(results, model, parts[0], name='"><script>.png')
     result, shown = load(folder), view(folder, at(0.01))
