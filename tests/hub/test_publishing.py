@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -291,10 +292,13 @@ def test_no_network(monkeypatch, tmp_path, model_dir):
         pass
     hub.adopt_client(monkeypatch, tmp_path / "home")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(OSError, match=f"{REPO}: the Hub cannot be reached"):
-        publish_model(model_dir, REPO)
-    with pytest.raises(OSError, match="the Hub cannot be reached"):
-        list_models()
+    with socket.socket() as taken:  # so that no other program listens there meanwhile
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", int(hub.endpoint.rpartition(":")[2])))
+        with pytest.raises(OSError, match=f"{REPO}: the Hub cannot be reached"):
+            publish_model(model_dir, REPO)
+        with pytest.raises(OSError, match="the Hub cannot be reached"):
+            list_models()
 
 
 # ---- and loading again ----------------------------------------------------------------------------------------------
