@@ -252,7 +252,7 @@ class LoopbackHub:
 
     def __enter__(self) -> "LoopbackHub":
         # Bound here, so that the port is known, and connections queue, before the thread serves.
-        listening = socket.create_server(("127.0.0.1", 0))
+        listening = self._listening = socket.create_server(("127.0.0.1", 0))
         # Otherwise every answer, sent as headers and body, waits 40 ms for an acknowledgement.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         port = listening.getsockname()[1]
@@ -277,6 +277,7 @@ class LoopbackHub:
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
         self._thread.join()
+        self._listening.close()  # which it does not if it ended while it started
         if self._crashes:
             raise RuntimeError("the loopback Hub could not answer a request") from self._crashes[0]
 
