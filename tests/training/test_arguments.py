@@ -86,6 +86,8 @@ def test_every_option_is_given_nonsense_and_help(capsys):
     assert stopped.value.code == 0 and "_" not in "".join(part for part in said.split() if part.startswith("--"))
     assert all(f"--{name.replace('_', '-')}" in said for name in OPTIONS)
     assert said.startswith("usage: train.py ")
+    presets = sorted(file.stem for file in PRESETS.glob("*.json"))
+    assert f"options: {', '.join(presets)}, or a JSON file" in " ".join(said.split())
     with pytest.raises(SystemExit):
         train.main(["--help"], prog="diffusionad train")
     assert capsys.readouterr().out.startswith("usage: diffusionad train ")
