@@ -14,6 +14,7 @@ import io
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import zipfile
@@ -27,7 +28,7 @@ from PIL import Image
 
 from benchmarks.machine import describe, report
 from benchmarks.visitors import Visitor, serving
-from diffusionad_hf.files import bundled
+from diffusionad_hf.files import bundled, one_line
 from diffusionad_hf.flags import DashedParser
 
 _WIDTHS = (390, 768, 1440)
@@ -147,7 +148,8 @@ def measure_load(url: str, category: str, server: Any, rounds: int) -> list[dict
                 began = time.perf_counter()
                 try:
                     right = ask(visitor, photos[which]) == alone[which]
-                except Exception:
+                except Exception as error:
+                    print(f"refused: {one_line(error)}", file=sys.stderr)
                     said.append("refused")
                     continue
                 waited.append(time.perf_counter() - began)

@@ -6,9 +6,9 @@
     python -m benchmarks real --data DIR --categories mvtec_ad/bottle --photos 5 10 25 50 --seeds 0 1 2    # few photos
 
 Categories lie below DIR in the layout of MVTec AD, at any depth. Everything is trained with the preset's own values:
-the same for every category. Test images are read once the training is over. Textures are those of DIR/dtd/images if
-it is there. The table has the mean of the seeds and half the distance between their extremes. With `--photos`, each
-seed also draws which photos are learnt from.
+the same for every category, on a GPU if there is one. Test images are read once the training is over. Textures are
+those of DIR/dtd/images if it is there. The table has the mean of the seeds and half the distance between their
+extremes. With `--photos`, each seed also draws which photos are learnt from.
 """
 
 import itertools
@@ -26,7 +26,10 @@ import torch
 from benchmarks.machine import CPU, describe, make_parser, matmul_peak, report, save
 from benchmarks.recorded import TRIALS, read_rows
 
-COLUMNS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30", "processor_seconds", "seconds_per_image")
+COLUMNS = (
+    *("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30", "wall_seconds", "processor_seconds", "peak_gb"),
+    "seconds_per_image",
+)
 _QUICK = ["--max-train-steps", "40", "--validation-steps", "40"]
 _QUICK_TEST_IMAGES = 40
 
@@ -42,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         "--photos", type=int, nargs="+", default=[0], metavar="N", help="learn from N of the photos only"
     )
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--max-train-steps", type=int, metavar="N", help="the preset's by default")
     parser.add_argument("--quick", action="store_true", help="whether it runs, not how well")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="keep the pipelines here")
     args = parser.parse_args(argv)
@@ -53,9 +57,12 @@ def main(argv: list[str] | None = None) -> None:
     if (textures := args.data / "dtd/images").is_dir():
         options += ["--texture-dir", str(textures)]
     options += ["--resolution", str(args.resolution)] if args.resolution else []
+    options += ["--max-train-steps", str(args.max_train_steps)] if args.max_train_steps else []
+    device = torch.device("cuda") if torch.cuda.is_available() else CPU
 
-    result: dict[str, Any] = {"machine": describe(CPU), "threads": args.threads, "options": options, "rows": []}
-    result["machine"]["matmul"] = f"{matmul_peak(CPU, torch.float32) / 1e9:.0f} GFLOP/s on {args.threads} threads"
+    result: dict[str, Any] = {"machine": describe(device), "threads": args.threads, "options": options, "rows": []}
+    where = f"{args.threads} threads" if device == CPU else "the GPU"
+    result["machine"]["matmul"] = f"{matmul_peak(device, torch.float32) / 1e9:.0f} GFLOP/s on {where}"
     with tempfile.TemporaryDirectory() as scratch:
         for category in categories:
             for photos, seed in itertools.product(args.photos, args.seeds):
@@ -64,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
                 if photos:
                     folder = draw_photos(folder, photos, seed, Path(scratch) / "drawn" / name)
                 output = (args.output_dir or Path(scratch)) / name
-                row = run(folder, output, [*options, "--seed", str(seed)], args.quick)
+                row = run(folder, output, [*options, "--seed", str(seed)], device, args.quick)
                 result["rows"].append({"category": category, "photos": photos or "all", "seed": seed, **row})
                 save(result, args.json)
                 print(_summary(result["rows"][-1:]), file=sys.stderr, flush=True)
@@ -103,8 +110,10 @@ def draw_photos(folder: Path, count: int, seed: int, target: Path) -> Path:
     return target
 
 
-def run(folder: Path, output: Path, options: list[str], quick: bool = False) -> dict[str, Any]:
-    """Trains and evaluates one category."""
+def run(
+    folder: Path, output: Path, options: list[str], device: torch.device = CPU, quick: bool = False
+) -> dict[str, Any]:
+    """Trains one category, where Accelerate does, and evaluates it on a device."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from diffusionad_hf import DiffusionADPipeline
@@ -114,12 +123,16 @@ def run(folder: Path, output: Path, options: list[str], quick: bool = False) -> 
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     where = ["--data-dir", str(folder.parent), "--category", folder.name, "--output-dir", str(output)]
     wall, processor = time.perf_counter(), time.process_time()
     if loop.main([*where, *options]):
         raise SystemExit(f"{folder}: the training failed.")
     spent = {"wall_seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - processor}
-    pipe = DiffusionADPipeline.from_pretrained(output)
+    if device.type == "cuda":
+        spent["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    pipe = DiffusionADPipeline.from_pretrained(output).to(device)
     pipe.set_progress_bar_config(disable=True)
     test = load_category(str(folder.parent), folder.name)["test"]
     if quick:
