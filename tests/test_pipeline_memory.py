@@ -43,6 +43,8 @@ def limited():
     """What a process of its own gives, and says, that may take but little more memory than it has."""
     if sys.platform != "linux":
         pytest.skip("limits its memory as Linux does")
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 crashes where it should say that memory ran out")
     done = subprocess.run([sys.executable, "-c", _LIMITED], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
