@@ -36,15 +36,16 @@ docs: $(VENV)/.all  ## Build the documentation into site/; warnings and broken l
 results: $(VENV)/.all  ## List the commands that rebuild the tables; each says with --help what it takes.
 	$(BIN)/python -m benchmarks --help
 
-# What a table needs stands in its own file, so that nothing is lost if the time is up.
 gpu: $(VENV)/.all  ## Measure what only a GPU can: make gpu DATA=DIR OUT=DIR, in hours; see benchmarks/README.md.
-	mkdir -p $(OUT)
+	@test -n "$(OUT)" -a -d "$(DATA)/mvtec_ad/bottle" -a -d "$(DATA)/mvtec_ad/screw" || \
+		{ echo "make gpu DATA=DIR OUT=DIR: DIR/mvtec_ad/bottle and DIR/mvtec_ad/screw must be there."; exit 2; }
+	mkdir -p "$(OUT)"
 	$(BIN)/python -m benchmarks training --device cuda --presets perceptual small paper --batch-sizes 8 32 \
-		--dtypes float32 bfloat16 --layouts contiguous channels_last --json $(OUT)/training.json
+		--dtypes float32 bfloat16 --layouts contiguous channels_last --json "$(OUT)/training.json"
 	$(BIN)/python -m benchmarks inference --device cuda --presets perceptual small paper --batch-sizes 1 16 64 \
-		--dtypes float32 bfloat16 --json $(OUT)/inference.json
-	for preset in perceptual fast paper; do $(BIN)/python -m benchmarks real --data $(DATA) --preset $$preset \
-		--categories mvtec_ad/bottle mvtec_ad/screw --output-dir $(OUT)/$$preset --json $(OUT)/$$preset.json || exit; done
+		--dtypes float32 bfloat16 --json "$(OUT)/inference.json"
+	for preset in perceptual fast paper; do $(BIN)/python -m benchmarks real --data "$(DATA)" --preset $$preset \
+		--categories mvtec_ad/bottle mvtec_ad/screw --output-dir "$(OUT)/$$preset" --json "$(OUT)/$$preset.json" || exit; done
 
 space: $(VENV)/.all  ## Serve the web demo.
 	$(BIN)/python space/app.py

@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
                 save(result, args.json)
                 print(_summary(result["rows"][-1:]), file=sys.stderr, flush=True)
     same = itertools.groupby(result["rows"], key=lambda row: (row["category"], row["photos"]))
-    recorded = [] if args.quick else read_rows(TRIALS, "What the default preset reaches")
+    as_recorded = args.preset == "perceptual" and not (args.quick or args.max_train_steps)
+    recorded = read_rows(TRIALS, "What the default preset reaches") if as_recorded else []
     report(result, args.json, [_summary(list(rows)) for _, rows in same], recorded, ["category", "px", "photos"])
 
 

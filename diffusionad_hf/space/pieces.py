@@ -100,11 +100,14 @@ def score_scale(result: Result, calibration: Calibration) -> str:
     counts, _ = np.histogram(calibration.scores, _BINS, (0, 1))
     passing, _ = np.histogram([value for value in calibration.scores if value <= threshold], _BINS, (0, 1))
     bars = ""
-    # Those that pass over all, as the threshold may lie within a bar.
-    for kind, part in (("beyond", np.where(counts > passing, counts, 0)), ("within", passing)):
-        for i in part.nonzero()[0]:
-            share = max(8, 100 * part[i] / counts.max())
-            bars += f'<rect class="{kind}" x="{i}" width="0.9" y="{100 - share:.1f}" height="{share:.1f}"/>'
+    for i in counts.nonzero()[0]:
+        top = 100.0
+        # One upon the other, as the threshold may lie within a bar.
+        for kind, count in (("within", passing[i]), ("beyond", counts[i] - passing[i])):
+            if count:
+                share = max(8, 100 * count / counts.max())
+                top -= share
+                bars += f'<rect class="{kind}" x="{i}" width="0.9" y="{top:.1f}" height="{share:.1f}"/>'
     score = min(max(result.score, 0), 1)
     words = "No normal photos to compare with."
     if total := len(calibration.scores):

@@ -105,8 +105,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, arguments: dict[str,
 
 def check_same_training(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """Raises `ValueError` naming the first argument that differs and changes the weights."""
-    # Trainings older than this option predicted the noise.
-    then = {"prediction_type": "epsilon"} | then
+    # Trainings older than these predicted the noise, and saw zeros beyond the border.
+    then = {"prediction_type": "epsilon", "padding_mode": "zeros"} | then
     if "resolution" in then:  # of former versions, which squashed every photo
         then["image_size"] = f"{then['resolution']}x{then['resolution']}"
     free = _FREE_ARGUMENTS | ({"max_train_steps"} if now.get("lr_schedule") in STEADY_SCHEDULES else set())

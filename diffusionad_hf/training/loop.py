@@ -219,7 +219,10 @@ def _train(args: TrainingConfig, output_dir: Path, progress: Progress) -> int:
         "mixed_precision": accelerator.mixed_precision,
         "prediction_type": pipe.scheduler.config.prediction_type,
     }
-    launched = {"num_processes": accelerator.num_processes}
+    launched = {
+        "num_processes": accelerator.num_processes,
+        "padding_mode": pipe.unet.config.get("padding_mode", "zeros"),
+    }
     state: dict[str, Any] = {"step": 0, "best": None, "losses": {}}
     if found is not None:
         state = together(lambda: load_checkpoint(accelerator, found, arguments | launched))

@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import math
+import re
 import shutil
 import threading
 import zipfile
@@ -525,7 +526,12 @@ def test_the_scale_shows_no_photo_above_the_threshold_that_the_highest_one_sets(
     assert "beyond" not in shown and shown.count('class="within"') == 3
     # Two in one bar, one of them above.
     both = score_scale(result, Calibration(scores=(0.2, 0.412, 0.413), own_threshold=0.412))
-    assert both.count('class="within"') == 2 and both.count('class="beyond"') == 1
+    rects = re.findall(r'<rect class="(\w+)" x="(\d+)" width="0.9" y="([\d.]+)" height="([\d.]+)"', both)
+    assert rects == [
+        ("within", "10", "50.0", "50.0"),
+        ("within", "20", "50.0", "50.0"),
+        ("beyond", "20", "0.0", "50.0"),
+    ]
 
 
 def test_pictures_and_regions_are_safe_and_stay_within_the_photo(results, model, parts):

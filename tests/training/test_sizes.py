@@ -113,5 +113,11 @@ def test_the_former_name_of_the_size_is_still_a_square(tmp_path):
         check_same_training({"resolution": 64}, {"image_size": "64"}, "here")
 
 
+def test_weights_that_saw_zeros_beyond_the_border_are_not_gone_on_with():
+    with pytest.raises(ValueError, match="had `padding_mode` zeros, this one has replicate; .* start afresh"):
+        check_same_training({"seed": 0}, {"seed": 0, "padding_mode": "replicate"}, "here")
+    check_same_training({"seed": 0}, {"seed": 0, "padding_mode": "zeros"}, "here")
+
+
 def test_the_paper_squashes():
     assert TrainingConfig(data_dir="d", output_dir="o", **load_preset("paper")).sides == (256, 256)
