@@ -172,6 +172,17 @@ def test_a_network_that_repeats_the_border_needs_not_learn_it(tmp_path):
     assert spread["replicate"] < 1e-4 < 0.01 < spread["zeros"]
 
 
+def test_only_the_default_preset_repeats_the_border_and_older_models_keep_zeros():
+    found = {name: build_pipeline(name, 64).unet for name in ("perceptual", "small", "tiny")}
+    assert {name: unet.conv_in.padding_mode for name, unet in found.items()} == {
+        "perceptual": "replicate",
+        "small": "zeros",
+        "tiny": "zeros",
+    }
+    older = {name: value for name, value in found["perceptual"].config.items() if name != "padding_mode"}
+    assert NormGuidedUNet2DModel.from_config(older).conv_in.padding_mode == "zeros"
+
+
 def test_unknown_padding_is_refused():
     with pytest.raises(ValueError, match='padding_mode="mirror": must be zeros or replicate'):
         NormGuidedUNet2DModel(**(PATCHES | {"padding_mode": "mirror"}))

@@ -216,6 +216,19 @@ def test_resuming_another_configuration_is_refused_with_both_values(option, then
     assert f"--{option.replace('_', '-')} {then}" in error and f"has {now}" in error
 
 
+def test_resuming_with_another_padding_is_refused(data, two_steps, tmp_path, capsys):
+    """No option says which it is: it comes with the networks' size, and versions may differ in it."""
+    folder = tmp_path / "model"
+    shutil.copytree(two_steps, folder)
+    [state_file] = folder.glob("checkpoint-2/training_state.json")
+    state = json.loads(state_file.read_text())
+    assert state["arguments"]["padding_mode"] == "zeros"
+    state["arguments"]["padding_mode"] = "replicate"
+    state_file.write_text(json.dumps(state))
+    assert run(data, folder, max_train_steps=2, resume_from_checkpoint="checkpoint-2") == 2
+    assert "padding" in (said := capsys.readouterr().err) and "replicate, this one has zeros" in said
+
+
 @pytest.mark.parametrize("schedule", ["constant", "reference"])
 def test_a_finished_training_goes_on_for_longer_where_the_rates_do_not_depend_on_that(schedule, data, tmp_path):
     options = {"lr_schedule": schedule, "validation_steps": 1}
