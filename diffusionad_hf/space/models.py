@@ -29,16 +29,9 @@ from ..hub.publishing import EXAMPLES, list_models
 from ..images_diffusionad import resize_image, to_uint8
 from ..loading import load_model
 from ..pipeline_diffusionad import DiffusionADPipeline, check_calibration
+from . import gpu
 from .decoding import stated_size
 from .intake import LIMITS, Refusal, Settings, Upload, read_card, shown_name
-
-try:
-    from spaces import GPU
-except ImportError:  # not on Hugging Face's ZeroGPU
-
-    def GPU(function):  # noqa: N802
-        return function
-
 
 logger = logging.getLogger("space")
 _HUB_SECONDS = 8
@@ -156,7 +149,7 @@ class Model:
             if self.pipe is not None:
                 return self.pipe
             try:
-                pipe = load_model(self.source)
+                pipe = load_model(self.source, device="cpu" if gpu.IS_ZERO else None)
                 config = pipe.config
                 familiarity = None if config.familiarity is None else Familiarity.from_json(config.familiarity)
                 self.calibration = Calibration(**vars(pipe.calibration), familiarity=familiarity)
@@ -322,9 +315,9 @@ def _check(settings: Settings, pipe: DiffusionADPipeline) -> None:
         raise Refusal(f"Timesteps: the small one ({small}) must be below the big one ({big}), and that below {end}.")
 
 
-@GPU
 def _call(pipe: DiffusionADPipeline, images: list[torch.Tensor], settings: Settings):
-    return pipe(
+    return gpu.infer(
+        pipe,
         images,
         num_noises=settings.num_noises,
         small_timestep=settings.small_timestep,

@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,7 @@ from ..hub.publishing import PUBLISHED, publish_model
 from ..training.arguments import TrainingConfig
 from ..training.dataset import split_holdout
 from ..verdicts_diffusionad import images_needed
+from . import gpu
 from .feedback import Mark
 from .intake import LIMITS, Refusal, Upload, collect, shown_name
 from .models import Models
@@ -46,8 +47,8 @@ LIMITS_WORDS = (
 )
 # What a training leaves that is of use afterwards, beside the model.
 _NOTES = ("training_arguments.json", "training_curve.csv", "report.html")
-# Of the server, and nobody else's business.
-_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+# Of the server, and nobody else's business; with the last, a process would only pretend to have a GPU.
+_NOT_PASSED_ON = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "SPACES_ZERO_GPU")
 
 
 def is_on() -> bool:
@@ -99,7 +100,8 @@ class Lesson:
     began: float = 0.0
     stopping: bool = False
     gone: bool = False
-    processes: dict[str, subprocess.Popen] = field(default_factory=dict)  # "train" and "preview", while they run
+    processes: dict[str, int] = field(default_factory=dict)  # ids of "train" and "preview", while they run
+    visitor: Context | None = None  # in whose name a GPU is asked for
 
     @property
     def model(self) -> Path:
@@ -245,6 +247,7 @@ class Teacher:
             lesson.name = _untaken(shown_name(name)[:60] if name.strip() else "My product", taken)
             _take_marks(lesson, folder, marked)
             lesson.address, lesson.state, lesson.reason, lesson.stopping = address, WAITING, "", False
+            lesson.visitor = gpu.visitor() if gpu.IS_ZERO else None
             self._queue.append(lesson)
             self._changed.notify_all()
         return lesson
@@ -258,7 +261,7 @@ class Teacher:
             elif lesson.state == RUNNING and not lesson.stopping:
                 lesson.stopping = True
                 if process := lesson.processes.get("train"):
-                    process.send_signal(signal.SIGINT)
+                    os.kill(process, signal.SIGINT)
 
     def find(self, key: object) -> Lesson:
         """The lesson of a key; a Refusal if there is none."""
@@ -398,7 +401,9 @@ class Teacher:
         marks = lesson.folder / "feedback.json"
         options = [*self.options, *(["--feedback", str(marks)] if marks.is_file() else [])]
         arguments = ("train", str(lesson.folder / "photos"), "--output-dir", str(lesson.model), *options)
-        code = self._run(lesson, *arguments, seconds=LIMITS.teaching_seconds)
+        code = self._run_on_lent_gpu(lesson, *arguments)
+        if code is None:
+            code = self._run(lesson, *arguments, seconds=LIMITS.teaching_seconds)
         took = time.monotonic() - lesson.began
         if lesson.gone:
             self.results.remove(lesson.folder)  # what it wrote while it ended
@@ -423,10 +428,22 @@ class Teacher:
             lesson.state = FAILED
             logger.warning("teaching failed: %s", _last_line(lesson.folder / "train.log"))
 
-    def _run(self, lesson: Lesson, *arguments: str, seconds: float) -> int:
+    def _run_on_lent_gpu(self, lesson: Lesson, *arguments: str) -> int | None:
+        """As [`_run`], on ZeroGPU's; `None` if there is none, or it was taken away before the end."""
+        if lesson.visitor is None:
+            return None
+        try:
+            return lesson.visitor.run(self._run, lesson, *arguments, seconds=LIMITS.teaching_gpu_seconds, on_gpu=True)
+        except Exception as error:  # of gradio's
+            logger.warning("no GPU to teach on, or not for long enough: %s", error)
+            return None
+        finally:
+            lesson.visitor = None
+
+    def _run(self, lesson: Lesson, *arguments: str, seconds: float, on_gpu: bool = False) -> int:
         """Runs the process of a lesson to its end; returns the exit code."""
-        command = [sys.executable, "-m", f"{__package__}.teach_process"]
-        environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+        command = [sys.executable, "-m", f"{__package__}.teach_process", str(seconds), str(LIMITS.teaching_bytes)]
+        environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
         environment |= {
             "PYTHONPATH": os.pathsep.join(
                 [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -438,34 +455,38 @@ class Teacher:
             "HF_HOME": str(lesson.folder / "cache"),
             "TMPDIR": str(lesson.folder),
         }
-        kind = arguments[0]
-        with (lesson.folder / f"{kind}.log").open("wb") as log, self._changed:
-            if lesson.gone or self._closed:
-                return -signal.SIGKILL
-            process = lesson.processes[kind] = subprocess.Popen(
-                [*command, str(seconds), str(LIMITS.teaching_bytes), *arguments],
-                env=environment,
-                cwd=lesson.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            if kind == "train" and lesson.stopping:  # before it began
-                process.send_signal(signal.SIGINT)
+        kind, end = arguments[0], time.monotonic() + seconds + 300  # it ends itself before
+        run = gpu.run_on_lent if on_gpu else gpu.run
+        running = run([*command, *arguments], environment, lesson.folder, lesson.folder / f"{kind}.log")
         try:
-            return process.wait(seconds + 300)  # it ends itself before
-        except subprocess.TimeoutExpired:
+            for process, code in running if not lesson.gone else ():
+                if code is not None:
+                    return code
+                with self._changed:
+                    is_new, lesson.processes[kind] = kind not in lesson.processes, process
+                    if lesson.gone or self._closed or time.monotonic() > end:
+                        _kill(process)
+                    elif is_new and kind == "train" and lesson.stopping:  # before it began
+                        os.kill(process, signal.SIGINT)
             return -signal.SIGKILL
         finally:
-            _end(process)
-            lesson.processes.pop(kind)
+            running.close()
+            lesson.processes.pop(kind, None)
 
 
-def _end(process: "subprocess.Popen") -> None:
+def _kill(process: int) -> None:
     with suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-    process.wait()
+        os.killpg(process, signal.SIGKILL) if hasattr(os, "killpg") else os.kill(process, signal.SIGTERM)
+
+
+def _end(process: int) -> None:
+    """Kills a process, and waits until whoever started it has seen that."""
+    _kill(process)
+    with suppress(OSError):
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            os.kill(process, 0)
+            time.sleep(0.02)
 
 
 def _keep(upload: Upload, path: Path, seen: dict[str, str]) -> int:

@@ -141,7 +141,7 @@ def results(tmp_path):
 class Server:
     """A process of the page; `runs` counts how often it ran a model, `log` is what it printed."""
 
-    def __init__(self, folder, models, environment=os.environ):
+    def __init__(self, folder, models, environment=os.environ, app=ROOT / "space" / "app.py"):
         self.temporary, self._log = folder / "tmp", folder / "log.txt"
         self.temporary.mkdir()
         self._visitors = itertools.count()
@@ -160,7 +160,7 @@ class Server:
         }
         with self._log.open("wb") as log:
             # Elsewhere than in the repository, as on a Space.
-            start = [sys.executable, str(ROOT / "space" / "app.py")]
+            start = [sys.executable, str(app)]
             self.process = subprocess.Popen(start, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         for _ in range(600):
             try:

@@ -1,0 +1,103 @@
+"""The GPU of Hugging Face's ZeroGPU, which lends it to single calls, each in a process forked from the server.
+
+What such a call takes and gives is pickled. So models stay on the processor here, and are copied to the GPU there.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from contextvars import Context, copy_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..export.exported_pipeline import ExportedDiffusionADPipeline
+from ..pipeline_diffusionad import DiffusionADPipeline
+from .intake import LIMITS
+
+try:
+    from spaces import GPU
+    from spaces.config import Config
+
+    IS_ZERO = Config.zero_gpu
+except ImportError:
+    IS_ZERO = False
+
+    def GPU(**_: Any) -> Callable:  # noqa: N802
+        return lambda function: function
+
+
+logger = logging.getLogger("space")
+
+
+def infer(pipe: DiffusionADPipeline, images: list[torch.Tensor], **settings: Any):
+    """What a pipeline gives: on the GPU that is lent to this visitor, or without one where the pipeline is."""
+    if IS_ZERO and not isinstance(pipe, ExportedDiffusionADPipeline) and _has_visitor():
+        try:
+            return _infer(pipe, images, settings)
+        except Exception as error:  # of gradio's, if there is none, or the visitor had their share
+            logger.warning("no GPU: %s", error)
+    return pipe(images, **settings)
+
+
+@GPU(duration=LIMITS.gpu_seconds)
+def _infer(pipe: DiffusionADPipeline, images: list[torch.Tensor], settings: dict[str, Any]):
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")(images, **settings)
+
+
+def _has_visitor() -> bool:
+    """Whether this is done for a visitor, from whose share it is taken; what the server does at its start is not."""
+    from gradio.context import LocalContext
+
+    return LocalContext.request.get(None) is not None
+
+
+def visitor() -> Context:
+    """In whose name a GPU is asked for later, when the call of now is over."""
+    from gradio.context import LocalContext
+
+    context = copy_context()
+    context.run(LocalContext.event_id.set, None)  # nobody waits for its messages then
+    return context
+
+
+def run(command: list[str], environment: dict[str, str], folder: Path, log: Path) -> Iterator[tuple[int, int | None]]:
+    """
+    Runs a program in a process group of its own, which is gone when this ends: yields the process's id, and its exit
+    code once there is one.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        while process.poll() is None:
+            yield process.pid, None
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
+        yield process.pid, process.returncode
+    finally:
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+        process.wait()
+
+
+@GPU(duration=LIMITS.teaching_gpu_seconds)
+def run_on_lent(command: list[str], environment: dict[str, str], folder: Path, log: Path):
+    """As [`run`], on the GPU that is lent, which is no time to step back for others; it ends with the server."""
+    server, device = os.getppid(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    lent = {**environment, "CUDA_VISIBLE_DEVICES": device, "DIFFUSIONAD_TEACH_NICE": "0"}
+    for found in run(command, lent, folder, log):
+        if os.getppid() != server:
+            return
+        yield found
