@@ -3,8 +3,8 @@
 What such a call takes and gives is pickled. So models stay on the processor here, and are copied to the GPU there.
 """
 
-import logging
 import os
+import pickle
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from ..export.exported_pipeline import ExportedDiffusionADPipeline
-from ..pipeline_diffusionad import DiffusionADPipeline
 from .intake import LIMITS
 
 try:
@@ -31,29 +29,20 @@ except ImportError:
         return lambda function: function
 
 
-logger = logging.getLogger("space")
-
-
-def infer(pipe: DiffusionADPipeline, images: list[torch.Tensor], **settings: Any):
-    """What a pipeline gives: on the GPU that is lent to this visitor, or without one where the pipeline is."""
-    if IS_ZERO and not isinstance(pipe, ExportedDiffusionADPipeline) and _has_visitor():
-        try:
-            return _infer(pipe, images, settings)
-        except Exception as error:  # of gradio's, if there is none, or the visitor had their share
-            logger.warning("no GPU: %s", error)
-    return pipe(images, **settings)
-
-
-@GPU(duration=LIMITS.gpu_seconds)
-def _infer(pipe: DiffusionADPipeline, images: list[torch.Tensor], settings: dict[str, Any]):
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")(images, **settings)
-
-
-def _has_visitor() -> bool:
-    """Whether this is done for a visitor, from whose share it is taken; what the server does at its start is not."""
+def is_lent() -> bool:
+    """Whether there is one for this call: it is taken from a visitor's share, and what the server does has none."""
+    if not IS_ZERO:
+        return False
     from gradio.context import LocalContext
 
     return LocalContext.request.get(None) is not None
+
+
+@GPU(duration=LIMITS.gpu_seconds)
+def infer(packed: bytes):
+    """What a pickled pipeline, images and settings give."""
+    pipe, images, settings = pickle.loads(packed)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")(*images, **settings)
 
 
 def visitor() -> Context:

@@ -30,6 +30,7 @@ from ..images_diffusionad import resize_image, to_uint8
 from ..loading import load_model
 from ..pipeline_diffusionad import DiffusionADPipeline, check_calibration
 from . import gpu
+from .computing import infer
 from .decoding import stated_size
 from .intake import LIMITS, Refusal, Settings, Upload, read_card, shown_name
 
@@ -316,7 +317,7 @@ def _check(settings: Settings, pipe: DiffusionADPipeline) -> None:
 
 
 def _call(pipe: DiffusionADPipeline, images: list[torch.Tensor], settings: Settings):
-    return gpu.infer(
+    return infer(
         pipe,
         images,
         num_noises=settings.num_noises,

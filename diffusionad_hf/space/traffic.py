@@ -36,6 +36,7 @@ _ROUTES = re.compile(
 _CHEAP = re.compile(r"/(?:assets|static|svelte|gradio_api/file=)")
 _TOOLS = re.compile(r"/gradio_api/mcp(/|$)")
 _COSTLY = re.compile(r"/(?:$|config|gradio_api/(?:info|openapi))")
+_CALL = re.compile(r"/gradio_api/(?:call|run|queue/join)")
 _HALF_LIFE = 60.0  # seconds after which half of what a visitor took is forgotten
 FULL = "The server's disk is full for the moment. Try again in an hour."
 QUICK = "draw"  # the kind of call that draws a result again
@@ -89,9 +90,9 @@ class Guard:
             return
         address, path = address_of(scope), scope["path"]
         is_upload = path.rstrip("/") == "/gradio_api/upload"
-        refusal = self._refusal(address, path, is_upload, scope["query_string"])
+        refusal = self._refusal(scope, address, path)
         if refusal:
-            await _answer(send, *refusal)
+            await self._refuse(send, address, *refusal)
             return
         if (is_upload or _TOOLS.match(path)) and await self._is_full(address):
             await _answer(send, 507, FULL)
@@ -130,12 +131,19 @@ class Guard:
                 logger.info("%s %s: %s", scope["method"], scope["path"][:100], one_line(error))
             await answering.fail()
 
-    def _refusal(self, address: str, path: str, is_upload: bool, query: bytes) -> tuple[int, str] | None:
-        if not _ROUTES.match(path) or b"deep_link" in unquote_to_bytes(query):
+    def _refusal(self, scope: dict[str, Any], address: str, path: str) -> tuple[int, str] | None:
+        if not _ROUTES.match(path) or b"deep_link" in unquote_to_bytes(scope["query_string"]):
             return 404, "There is nothing here."
-        if self._open[address] >= LIMITS.open_per_address or not self._may_call(address, path):
+        if self._open[address] >= LIMITS.open_per_address or not self._may_call(address, scope["method"], path):
             return 429, "Too many requests from your address. Wait a moment."
         return None
+
+    async def _refuse(self, send: Any, address: str, status: int, detail: str) -> None:
+        """Lets whoever asks too often wait: most try again at once, and each time costs the server something."""
+        if status == 429 and self._open[address] < LIMITS.open_per_address:
+            with _counted(self._open, address):
+                await asyncio.sleep(1)
+        await _answer(send, status, detail)
 
     def _sent_by(self, address: str) -> float:
         """Bytes that an address uploaded, those long ago counting less."""
@@ -150,9 +158,10 @@ class Guard:
         spared = LIMITS.spared_bytes if self._sent_by(address) > LIMITS.spared_bytes / 2 else 0
         return self._stored > LIMITS.stored_bytes - spared
 
-    def _may_call(self, address: str, path: str) -> bool:
+    def _may_call(self, address: str, method: str, path: str) -> bool:
         """Takes what a call costs of what an address has, which comes back at a steady rate."""
-        cost = 0 if _CHEAP.match(path) else 10 if _COSTLY.match(path) else 1
+        begins = method == "POST" and _CALL.match(path)
+        cost = 0 if _CHEAP.match(path) else 10 if _COSTLY.match(path) else 3 if begins else 1
         most, now = 15.0 * LIMITS.calls_per_second, time.monotonic()
         left, before = self._calls.pop(address, (most, now))
         while len(self._calls) > 10_000:

@@ -126,6 +126,28 @@ def test_connections_of_an_address_are_limited(tmp_path):
     assert asyncio.run(run()) == (429, {200})
 
 
+def test_a_call_counts_more_than_what_a_page_is_made_of_and_who_asks_too_often_waits(tmp_path, monkeypatch):
+    now, waited = 1000.0, []
+
+    async def sleep(seconds):
+        waited.append(seconds)
+
+    monkeypatch.setattr(traffic.time, "monotonic", lambda: now)
+    monkeypatch.setattr(traffic.asyncio, "sleep", sleep)
+
+    async def count(path, address):
+        server, answered = Server(tmp_path), 0
+        server.go_on.set()
+        while (await server.ask(path, address=address))[0] == 200:
+            answered += 1
+        assert not server.guard._open, "nothing is counted for ever"
+        return answered
+
+    paths = ("/gradio_api/heartbeat/a", "/gradio_api/queue/join", "/gradio_api/call/inspect", "/config")
+    assert [asyncio.run(count(path, "192.0.2.1")) for path in paths] == [300, 100, 100, 30]
+    assert waited == [1] * 4
+
+
 def test_a_full_disk_refuses_uploads_and_many_small_files_fill_it(tmp_path, monkeypatch):
     monkeypatch.setattr(traffic, "LIMITS", replace(LIMITS, stored_bytes=MB))
 
