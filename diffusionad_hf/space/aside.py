@@ -6,6 +6,7 @@ import threading
 import time
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -15,43 +16,65 @@ from .decoding import SECONDS
 # Light, as the process imports it before it steps back: what it computes with, it imports with its first call.
 
 
+_MOST_SECONDS = 900.0
+
+
+class Busy(Exception):
+    """It computes something else."""
+
+
 class Aside:
     """Runs one call at a time, in a process that the first one starts."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._connection: Connection | None = None
+        self._process: BaseProcess | None = None
 
     def __call__(self, packed: bytes) -> Any:
         """
         What a pickled `(function, arguments, keywords)` gives.
 
         Raises:
+            Busy: If another call is under way: nobody waits for what has stepped back.
             RuntimeError: If that fails, with its reason.
-            OSError, EOFError: If the process was killed, as when memory runs out; the next call starts another one.
+            OSError, EOFError: If the process was killed, as when memory runs out, or takes for ever; the next call
+                starts another one.
         """
-        with self._lock:
-            if self._connection is None:
-                context = get_context("forkserver")
-                self._connection, other = context.Pipe()
-                with other:
-                    context.Process(target=_serve, args=(other,), daemon=True).start()
-            try:
-                self._connection.send_bytes(packed)
-                found, error, seconds = pickle.loads(self._connection.recv_bytes())
-            except (OSError, EOFError):
-                self.close()
-                raise
-        SECONDS.get([]).append(seconds)
+        if not self._lock.acquire(blocking=False):
+            raise Busy
+        began, seconds = time.monotonic(), None
+        try:
+            connection = self._connection or self._start()
+            connection.send_bytes(packed)
+            if not connection.poll(_MOST_SECONDS):
+                raise TimeoutError
+            found, error, seconds = pickle.loads(connection.recv_bytes())
+        except (OSError, EOFError):
+            self.close()
+            raise
+        finally:
+            SECONDS.get([]).append(time.monotonic() - began if seconds is None else seconds)
+            self._lock.release()
         if error is not None:
             raise RuntimeError(error)
         return found
 
+    def _start(self) -> Connection:
+        context = get_context("forkserver")
+        connection, other = context.Pipe()
+        with other:
+            self._process = context.Process(target=_serve, args=(other,), daemon=True)
+            self._process.start()
+        self._connection = connection
+        return connection
+
     def close(self) -> None:
-        """Ends the process once it has done what it does."""
-        if self._connection:
+        """Ends the process."""
+        if self._connection and self._process:
             self._connection.close()
-            self._connection = None
+            self._process.kill()
+        self._connection = self._process = None
 
 
 def _serve(connection: Connection) -> None:

@@ -3,6 +3,7 @@
 import logging
 import math
 import pickle
+from contextlib import suppress
 from multiprocessing import get_all_start_methods
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from ..export.exported_pipeline import ExportedDiffusionADPipeline
 from ..pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
 from . import gpu
-from .aside import Aside
+from .aside import Aside, Busy
 
 logger = logging.getLogger("space")
 
-_LONG = 4 * 256 * 256  # pixels times noise draws
+_LONG = 12 * 256 * 256  # pixels times noise draws: more than a batch takes at a time
 _aside = Aside()
 
 
@@ -30,7 +31,8 @@ def infer(pipe: DiffusionADPipeline, images: list[torch.Tensor], **settings: Any
             logger.warning("no GPU: %s", error)
     is_long = math.prod(pipe.size) * len(images) * settings["num_noises"] >= _LONG
     if is_long and pipe.device.type == "cpu" and not gpu.IS_ZERO and "forkserver" in get_all_start_methods():
-        return _aside(_packed(pipe, images, settings))
+        with suppress(Busy):
+            return _aside(_packed(pipe, images, settings))
     return pipe(images, **settings)
 
 

@@ -5,9 +5,7 @@ What comes back from such a process is a shape, a number type and bytes: nothing
 
 import io
 import json
-import math
 import multiprocessing
-import os
 import threading
 import time
 from contextvars import ContextVar
@@ -21,7 +19,6 @@ from ..images_diffusionad import InvalidImageError, bits_of, has_more_frames, lo
 
 _SECONDS = 20  # 50 million pixels take a slow processor 8
 _BYTES = 3 * 2**30  # beside what a new process has; 50 million pixels of 16 bits take 2
-_LARGE = 4_000_000  # pixels; images that have more let everything else go first
 _TYPES = {"uint8": np.uint8, "float32": np.float32}
 
 SECONDS: ContextVar[list[float]] = ContextVar("seconds")
@@ -95,8 +92,6 @@ def _work(sender: Connection, path: str, most_pixels: int, suffix: str, value_ra
         resource.setrlimit(resource.RLIMIT_AS, (now + _BYTES, now + _BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    if math.prod(stated_size(Path(path), suffix) or ()) > _LARGE:
-        os.nice(10)
     try:
         found, note = _load(Path(path), most_pixels, suffix, value_range)
         image = found.contiguous().numpy()

@@ -58,7 +58,7 @@ class Limits:
     fewest_photos: int = 20
     kept_pixels: int = 1_000_000  # of each photo
     teaching_seconds: int = 1800
-    teaching_gpu_seconds: int = 180  # asked of ZeroGPU for a training
+    teaching_gpu_seconds: int = 240  # asked of ZeroGPU for a training
     gpu_seconds: int = 20  # and for an inspection
     teaching_bytes: int = 4 * 1024 * MB  # of memory
     preview_seconds: int = 300

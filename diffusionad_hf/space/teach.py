@@ -261,7 +261,7 @@ class Teacher:
             elif lesson.state == RUNNING and not lesson.stopping:
                 lesson.stopping = True
                 if process := lesson.processes.get("train"):
-                    os.kill(process, signal.SIGINT)
+                    _interrupt(process)
 
     def find(self, key: object) -> Lesson:
         """The lesson of a key; a Refusal if there is none."""
@@ -403,7 +403,8 @@ class Teacher:
         arguments = ("train", str(lesson.folder / "photos"), "--output-dir", str(lesson.model), *options)
         code = self._run_on_lent_gpu(lesson, *arguments)
         if code is None:
-            code = self._run(lesson, *arguments, seconds=LIMITS.teaching_seconds)
+            left = LIMITS.teaching_seconds - (time.monotonic() - lesson.began)
+            code = self._run(lesson, *arguments, seconds=left)
         took = time.monotonic() - lesson.began
         if lesson.gone:
             self.results.remove(lesson.folder)  # what it wrote while it ended
@@ -429,16 +430,19 @@ class Teacher:
             logger.warning("teaching failed: %s", _last_line(lesson.folder / "train.log"))
 
     def _run_on_lent_gpu(self, lesson: Lesson, *arguments: str) -> int | None:
-        """As [`_run`], on ZeroGPU's; `None` if there is none, or it was taken away before the end."""
+        """As [`_run`], on ZeroGPU's; `None` if there is none, or it did not come to an end on it."""
         if lesson.visitor is None:
             return None
         try:
-            return lesson.visitor.run(self._run, lesson, *arguments, seconds=LIMITS.teaching_gpu_seconds, on_gpu=True)
+            # It has the other half of the time to calibrate what it has learnt.
+            seconds = LIMITS.teaching_gpu_seconds / 2
+            code = lesson.visitor.run(self._run, lesson, *arguments, seconds=seconds, on_gpu=True)
         except Exception as error:  # of gradio's
             logger.warning("no GPU to teach on, or not for long enough: %s", error)
             return None
         finally:
             lesson.visitor = None
+        return code if code in (0, 2) or lesson.stopping or lesson.gone else None
 
     def _run(self, lesson: Lesson, *arguments: str, seconds: float, on_gpu: bool = False) -> int:
         """Runs the process of a lesson to its end; returns the exit code."""
@@ -467,11 +471,17 @@ class Teacher:
                     if lesson.gone or self._closed or time.monotonic() > end:
                         _kill(process)
                     elif is_new and kind == "train" and lesson.stopping:  # before it began
-                        os.kill(process, signal.SIGINT)
+                        _interrupt(process)
             return -signal.SIGKILL
         finally:
             running.close()
-            lesson.processes.pop(kind, None)
+            if process := lesson.processes.pop(kind, None):  # whoever started it may be gone
+                _end(process)
+
+
+def _interrupt(process: int) -> None:
+    with suppress(OSError):  # it has ended
+        os.kill(process, signal.SIGINT)
 
 
 def _kill(process: int) -> None:

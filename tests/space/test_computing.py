@@ -66,6 +66,15 @@ def test_a_killed_process_is_replaced(aside, pipe, images):
     assert computing.infer(pipe, images, num_noises=1).anomaly_score.shape == (1,)
 
 
+def test_who_comes_while_it_is_busy_does_not_wait_for_it(aside, pipe, images):
+    computing.infer(pipe, images, num_noises=1)
+    with computing._aside._lock:
+        token = SECONDS.set([])
+        assert computing.infer(pipe, images, num_noises=1).anomaly_score.shape == (1,)
+        assert not SECONDS.get()  # it was computed here
+        SECONDS.reset(token)
+
+
 def test_a_failure_is_said_and_ends_nothing(aside, pipe, images, fragile):
     broken = DiffusionADPipeline.from_pretrained(fragile)
     with pytest.raises(RuntimeError, match="channels"):

@@ -85,9 +85,9 @@ def lends(lender):
     return lender
 
 
-def teaching():
-    """The process that teaches, and the one that started it."""
-    for process in psutil.process_iter():
+def teaching(server):
+    """The server's process that teaches, and the one that started it."""
+    for process in psutil.Process(server.process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             if "train" in (words := process.cmdline()) and any("teach_process" in word for word in words):
                 return process, process.ppid()
@@ -113,7 +113,7 @@ def test_teaches_on_the_gpu_that_is_lent(zero, lends, photos):  # noqa: F811
     client = zero.client()
     begun = train(client, *photos)
     found = wait(client, begun["id"], lambda found: (found["progress"]["step"] or 0) > 0)
-    process, starter = teaching()
+    process, starter = teaching(zero)
     environment = process.environ()
     assert [starter] == lends.lent and environment["CUDA_VISIBLE_DEVICES"] == "MIG-lent"
     assert "SPACES_ZERO_GPU" not in environment
@@ -127,14 +127,14 @@ def test_a_training_goes_on_without_a_gpu_that_is_taken_away(zero, lends, photos
     client = zero.client()
     begun = train(client, *photos)
     wait(client, begun["id"], lambda found: (found["progress"]["step"] or 0) > 0)
-    first, starter = teaching()
+    first, starter = teaching(zero)
     psutil.Process(starter).kill()
-    until(lambda: teaching()[1] == zero.process.pid, "it does not go on")
+    until(lambda: teaching(zero)[1] == zero.process.pid, "it does not go on")
     until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, "two train at once")
     wait(client, begun["id"], lambda found: (found["progress"]["step"] or 0) > 0)
     kept = len(lessons(zero))
     client.close()
-    until(lambda: teaching()[0] is None, "a training outlives its page")
+    until(lambda: teaching(zero)[0] is None, "a training outlives its page")
     until(lambda: len(lessons(zero)) == kept - 1, "its photos are left on the disk")
 
 
@@ -144,6 +144,6 @@ def test_a_page_that_closes_gives_the_gpu_back(zero, lends, photos):  # noqa: F8
     wait(client, begun["id"], lambda found: (found["progress"]["step"] or 0) > 0)
     kept = len(lessons(zero))
     client.close()
-    until(lambda: teaching()[0] is None, "a training outlives its page")
+    until(lambda: teaching(zero)[0] is None, "a training outlives its page")
     until(lambda: lends.released == 1, "the GPU is not given back")
     until(lambda: len(lessons(zero)) == kept - 1, "its photos are left on the disk")
