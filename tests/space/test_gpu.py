@@ -123,12 +123,13 @@ def test_teaches_on_the_gpu_that_is_lent(zero, lends, photos):  # noqa: F811
     until(lambda: lends.released == 1, "the GPU is not given back")
 
 
-def test_a_training_goes_on_without_a_gpu_that_is_taken_away(zero, lends, photos):  # noqa: F811
+@pytest.mark.parametrize("killed", ["worker", "training"])
+def test_a_training_goes_on_without_a_gpu_that_is_taken_away(zero, lends, photos, killed):  # noqa: F811
     client = zero.client()
     begun = train(client, *photos)
     wait(client, begun["id"], lambda found: (found["progress"]["step"] or 0) > 0)
     first, starter = teaching(zero)
-    psutil.Process(starter).kill()
+    (psutil.Process(starter) if killed == "worker" else first).kill()
     until(lambda: teaching(zero)[1] == zero.process.pid, "it does not go on")
     until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, "two train at once")
     wait(client, begun["id"], lambda found: (found["progress"]["step"] or 0) > 0)
